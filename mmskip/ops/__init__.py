@@ -1,0 +1,1 @@
+"""Kernels shared by every method: a naive reference beside each fast path."""
