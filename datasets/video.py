@@ -121,13 +121,16 @@ def read_video(
     return Video(frames[repeats], times, scan.info.duration_s, scan.info.source_fps)
 
 
-def write_video(path: str | Path, frames: np.ndarray | Iterable[np.ndarray], fps: float) -> None:
+def write_video(
+    path: str | Path, frames: np.ndarray | Iterable[np.ndarray], fps: float, crf: int = 18
+) -> None:
     """Write frames as an H.264 mp4 (yuv420p). The file appears whole or not at all.
 
     Args:
         path: target; its folder is made.
         frames: uint8 [F, H, W, 3], RGB, or an iterable of [H, W, 3]; H and W even.
         fps: frames per second, > 0.
+        crf: x264's constant rate factor, 0 (lossless) to 51.
 
     Raises:
         VideoError: no frames, frames of odd or differing size or of another type, fps <= 0.
@@ -153,7 +156,7 @@ def write_video(path: str | Path, frames: np.ndarray | Iterable[np.ndarray], fps
             stream: Any = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             stream.codec_context.thread_count = 1
-            stream.options = {"preset": "veryfast", "crf": "18"}
+            stream.options = {"preset": "veryfast", "crf": str(crf)}
             for frame in _chain(first, iterator):
                 if frame.shape != first.shape:
                     raise VideoError(f"{path}: frames differ in shape: {first.shape} and {frame.shape}")
