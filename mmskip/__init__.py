@@ -1,0 +1,26 @@
+"""mmskip: a dial on depth for multimodal models.
+
+Verbs change a model in place (`apply_`, `remove_`, `load_`); functions do not (`trace`, `cost`, `save`,
+`applied`). A method is described by a frozen config such as `MoDConfig`.
+"""
+
+from mmskip.cost import Cost, cost
+from mmskip.methods.mod import MoDConfig
+from mmskip.registry import applied, apply_, remove_
+from mmskip.save import load_, save
+from mmskip.trace import Trace, trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cost",
+    "MoDConfig",
+    "Trace",
+    "applied",
+    "apply_",
+    "cost",
+    "load_",
+    "remove_",
+    "save",
+    "trace",
+]

@@ -1,0 +1,1 @@
+"""One file per method: its config, its mathematics, and the handlers that register it."""

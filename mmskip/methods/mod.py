@@ -1,0 +1,251 @@
+"""Mixture-of-depths routing of vision tokens (VideoLLM-MoD, arXiv 2408.16730).
+
+In a routed block only k = max(1, round(keep * n)) of a frame's n vision tokens, and all text, go through
+attention and feed-forward: x' = x + mu * f(x_kept); the others pass on unchanged and store no key or value.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmskip.families.hf_decoder import DecoderView, check_backend
+from mmskip.registry import register
+from mmskip.routers import (
+    GATES,
+    ROUTERS,
+    TEXT,
+    Selection,
+    TokenGroups,
+    TokenRouter,
+    gate_of,
+    norm_scores,
+    random_scores,
+    select,
+    uniform_scores,
+)
+from mmskip.swap import Change
+
+PATTERNS = ("alternate", "alternate_deep", "all", "deep")
+
+
+@dataclass(frozen=True)
+class MoDConfig:
+    """Mixture-of-depths routing.
+
+    Args:
+        keep: ratio of each frame's vision tokens that a routed block processes, in (0, 1]; a sequence with one
+            value per routed block (or per block of the model); or `"cosine"`, p-MoD's schedule
+            0.5 * cos(pi * l / (L - 1)) + 0.5 of block l of L, not below `keep_floor`.
+        layers: which blocks are routed: `"alternate"` (1, 3, 5, ...: the paper's best), `"alternate_deep"` (those of
+            the deeper half), `"all"`, `"deep"` (the deeper half), or block indices. The first block of each
+            attention type stays dense, because transformers reads lengths and masks there; the patterns leave
+            it out, indices that claim it are refused unless every block of its type is claimed.
+        router: `"linear"` (learned, the paper's), or without parameters: `"norm"` (largest hidden states) and the
+            controls `"random"` and `"uniform"` (evenly spaced).
+        gate: multiplier of a kept vision token's update from its score mu: `"tanh"` (1 + 0.2 tanh mu, zero-initialised:
+            safe on pretrained weights), `"linear"` (mu, the paper's), `"sigmoid"`, `"none"` (1: the router gets no
+            gradient). Used by the linear router only.
+        always_keep: `"last"`: the last vision token of each frame, where a stream decides to speak, is one of the
+            k; `"none"`: it competes like the others.
+        keep_floor: least keep ratio of the cosine schedule, in (0, 1].
+        seed: of the random router, >= 0.
+    """
+
+    keep: float | Sequence[float] | str = 0.2
+    layers: str | Sequence[int] = "alternate"
+    router: str = "linear"
+    gate: str = "tanh"
+    always_keep: str = "none"
+    keep_floor: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("keep", "layers"):
+            value = getattr(self, name)
+            if not isinstance(value, (str, int, float)):
+                object.__setattr__(self, name, tuple(value))
+        _check_keep(self.keep)
+        _check_ratio("keep_floor", self.keep_floor)
+        _check_layers(self.layers)
+        for name, choices in (("router", ROUTERS), ("gate", GATES), ("always_keep", ("none", "last"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed is {self.seed!r}; expected an integer >= 0.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; `MoDConfig.from_dict` reverses it."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "MoDConfig":
+        """Raises ValueError for unknown keys and for values out of range."""
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(
+                f"MoDConfig has no {', '.join(sorted(unknown))}; expected keys among "
+                f"{', '.join(f.name for f in fields(cls))}."
+            )
+        return cls(**values)
+
+
+def _check_ratio(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ValueError(f"{name} is {value!r}; expected a number in (0, 1].")
+
+
+def _check_keep(keep: Any) -> None:
+    if isinstance(keep, str):
+        if keep != "cosine":
+            raise ValueError(f"keep is {keep!r}; expected a number in (0, 1], a list of them, or 'cosine'.")
+    elif isinstance(keep, tuple):
+        if not keep:
+            raise ValueError("keep is empty; expected one number in (0, 1] per routed layer.")
+        for i, value in enumerate(keep):
+            _check_ratio(f"keep[{i}]", value)
+    else:
+        _check_ratio("keep", keep)
+
+
+def _check_layers(layers: Any) -> None:
+    if isinstance(layers, str):
+        if layers not in PATTERNS:
+            raise ValueError(
+                f"layers is {layers!r}; expected one of {', '.join(PATTERNS)}, or a list of block indices."
+            )
+        return
+    if not isinstance(layers, tuple) or not layers:
+        raise ValueError(f"layers is {layers!r}; expected one of {', '.join(PATTERNS)}, or a list of block indices.")
+    for index in layers:
+        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+            raise ValueError(f"layers holds {index!r}; expected block indices >= 0.")
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"layers is {list(layers)}; each index may stand there once.")
+
+
+def routed_layers(layers: str | Sequence[int], types: Sequence[str]) -> tuple[int, ...]:
+    """Indices of the blocks to be routed in a model whose blocks have the given attention types.
+
+    Raises:
+        ValueError: an index out of range, or the first block of an attention type of which others stay dense.
+    """
+    count = len(types)
+    if not isinstance(layers, str):
+        chosen = sorted(layers)
+        if chosen[-1] >= count:
+            raise ValueError(f"layers holds {chosen[-1]}; the model has {count} blocks, 0 to {count - 1}.")
+    else:
+        first = count // 2 if layers in ("deep", "alternate_deep") else 0
+        step = 2 if layers.startswith("alternate") else 1
+        offset = first + (first + 1) % 2 if step == 2 else first
+        chosen = list(range(offset, count, step))
+    firsts = {kind: types.index(kind) for kind in dict.fromkeys(types)}
+    for kind, index in firsts.items():
+        whole = all(i in chosen for i, other in enumerate(types) if other == kind)
+        if index not in chosen or (whole and not isinstance(layers, str)):
+            continue
+        if not isinstance(layers, str):
+            raise ValueError(
+                f"layers claims block {index}, the first with {kind} attention, where transformers reads lengths and "
+                "masks; leave it dense, or claim every block of that type."
+            )
+        chosen.remove(index)
+    if not chosen:
+        raise ValueError(
+            f"layers={layers!r} leaves no block to route in a model of {count} blocks (the first block of each "
+            "attention type stays dense)."
+        )
+    return tuple(chosen)
+
+
+def keep_ratios(config: MoDConfig, routed: Sequence[int], count: int) -> tuple[float, ...]:
+    """The keep ratio of each routed block."""
+    keep = config.keep
+    if isinstance(keep, str):
+        ratios = [0.5 * math.cos(math.pi * i / max(count - 1, 1)) + 0.5 for i in routed]
+        return tuple(max(ratio, config.keep_floor) for ratio in ratios)
+    if isinstance(keep, (int, float)):
+        return (float(keep),) * len(routed)
+    if len(keep) == len(routed):
+        return tuple(float(ratio) for ratio in keep)
+    if len(keep) == count:
+        return tuple(float(keep[i]) for i in routed)
+    raise ValueError(
+        f"keep has {len(keep)} values; expected {len(routed)}, one per routed block {list(routed)}, or {count}, one per "
+        "block of the model."
+    )
+
+
+@dataclass(frozen=True)
+class MoDPolicy:
+    """The mathematics of one routed block."""
+
+    config: MoDConfig
+    keep: float
+    index: int
+
+    def select(self, block: nn.Module, x_BTD: Tensor, groups: TokenGroups) -> Selection:
+        """The k best vision tokens of each frame, and all text."""
+        with torch.no_grad():
+            scores = self._scores(block, x_BTD.detach(), groups)
+            return select(scores, groups, self.keep, self.config.always_keep == "last")
+
+    def _scores(self, block: nn.Module, x_BTD: Tensor, groups: TokenGroups) -> Tensor:
+        kind = self.config.router
+        if kind == "linear":
+            return block.mmskip_router(x_BTD)  # type: ignore[operator]
+        if kind == "norm":
+            return norm_scores(x_BTD)
+        if kind == "random":
+            return random_scores(groups, self.config.seed + 1000 * self.index, block.training)
+        return uniform_scores(groups, self.keep)
+
+    def gate(self, block: nn.Module, x_BSD: Tensor, selection: Selection, groups: TokenGroups) -> Tensor | None:
+        """Multiplier [B, S]: of vision tokens from their score, of text 1."""
+        if self.config.router != "linear" or self.config.gate == "none":
+            return None
+        if block.training and torch.is_grad_enabled():
+            _check_learning(block, self.index)
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in block.mmskip_router.parameters())  # type: ignore[union-attr]
+        if not groups.has_vision and not learns:
+            return None
+        mu_BS = gate_of(block.mmskip_router(x_BSD), self.config.gate)  # type: ignore[operator]
+        vision_BS = groups.layout_BT.gather(1, selection.index_BS) != TEXT
+        return torch.where(vision_BS, mu_BS, 1.0).to(x_BSD.dtype)
+
+
+def _check_learning(block: nn.Module, index: int) -> None:
+    """A router that was frozen by accident (peft freezes all it did not make) would silently never learn."""
+    if any(p.requires_grad for p in block.mmskip_router.parameters()):  # type: ignore[union-attr]
+        return
+    if any(p.requires_grad for p in block.parameters()):
+        raise RuntimeError(
+            f"the router of block {index} is frozen while the block trains (peft's get_peft_model freezes every weight "
+            "it did not make). Call mmskip.apply_ after get_peft_model, or pass modules_to_save=['mmskip_router'] to "
+            "LoraConfig, or set requires_grad on the mmskip_router weights before building the optimizer; to train "
+            "without it on purpose, use gate='none'."
+        )
+
+
+@register(MoDConfig, "hf_decoder")
+def route_decoder(config: MoDConfig, view: DecoderView) -> list[Change]:
+    """The changes that route the blocks of a decoder."""
+    check_backend(view.config)
+    routed = routed_layers(config.layers, view.attention_types())
+    ratios = keep_ratios(config, routed, len(view.blocks))
+    policies = {i: MoDPolicy(config, ratio, i) for i, ratio in zip(routed, ratios, strict=True)}
+    children: dict[int, dict[str, nn.Module]] = {i: {} for i in routed}
+    if config.router == "linear":
+        for i in routed:
+            like = next(p for p in view.blocks[i].parameters() if p.is_floating_point())
+            router = TokenRouter(view.width, config.gate, like.device, like.dtype)
+            router.train(view.blocks[i].training)
+            # without a gate no gradient reaches the scores, and DDP waits for every weight that asks for one
+            router.requires_grad_(config.gate != "none")
+            children[i]["mmskip_router"] = router
+    return view.subset_changes(policies, children)

@@ -1,0 +1,310 @@
+"""Token routers: which tokens of each group (frame) a layer processes. Shared by every token-routing method.
+
+Shape suffixes: B batch, T tokens, D width, G groups of the batch, N tokens of the largest group, S slots of
+the largest row after selection.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+TEXT = -1
+"""The layout value of a token that belongs to no group."""
+
+ROUTERS = ("linear", "norm", "random", "uniform")
+GATES = ("linear", "sigmoid", "tanh", "none")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many tokens of a forward a layer keeps at one keep ratio; all of it known on the host."""
+
+    k_G: Tensor
+    k_max: int
+    rows: tuple[int, ...]
+    slots: int
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows keep different numbers of tokens, so that some slots are padding."""
+        return any(n != self.slots for n in self.rows)
+
+
+@dataclass
+class TokenGroups:
+    """The groups of one batch, read from its layout once per forward.
+
+    Attributes:
+        layout_BT: LongTensor [B, T], group id of a vision token, -1 for text and padding.
+        real_BT: BoolTensor [B, T], False on padding; None when there is no padding.
+        table_GN: LongTensor [G, N], flat positions b * T + t of each group's tokens in order; unused
+            entries hold B * T.
+        last_GN: BoolTensor [G, N], the last token of each group.
+        sizes: tokens per group, on the host, [G].
+        group_rows: batch row of each group, on the host, [G].
+        row_lengths: real tokens per row, on the host, [B].
+        start: number of tokens that came before this forward (of a cached stream).
+    """
+
+    layout_BT: Tensor
+    real_BT: Tensor | None
+    table_GN: Tensor
+    last_GN: Tensor
+    sizes: np.ndarray
+    group_rows: np.ndarray
+    row_lengths: np.ndarray
+    start: int = 0
+    _budgets: dict[float, Budget] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T)"""
+        return self.layout_BT.shape[0], self.layout_BT.shape[1]
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether any token of the batch belongs to a group."""
+        return len(self.sizes) > 0
+
+    def budget(self, keep: float) -> Budget:
+        """Counts at a keep ratio: k = max(1, round(keep * n)) of a group's n tokens, every text token."""
+        if keep not in self._budgets:
+            self._budgets[keep] = self._count(keep)
+        return self._budgets[keep]
+
+    def _count(self, keep: float) -> Budget:
+        k = np.maximum(1, np.rint(keep * self.sizes)).astype(np.int64)
+        batch, length = self.shape
+        skipped = np.zeros(batch, np.int64)
+        np.add.at(skipped, self.group_rows, self.sizes - k)
+        rows = self.row_lengths - skipped
+        slots = int(rows.max(initial=0))
+        if slots == length:
+            # leaving padding out would save nothing, and keeping it leaves the call just as the base makes it
+            rows = length - skipped
+        k_G = torch.from_numpy(k).to(self.layout_BT.device)
+        return Budget(k_G, int(k.max(initial=0)), tuple(rows.tolist()), slots)
+
+    def to(self, device: torch.device) -> "TokenGroups":
+        """The same groups with their tensors on `device`."""
+        if self.layout_BT.device == device:
+            return self
+        moved = [t if t is None else t.to(device) for t in (self.layout_BT, self.real_BT)]
+        return TokenGroups(
+            moved[0],  # type: ignore[arg-type]
+            moved[1],
+            self.table_GN.to(device),
+            self.last_GN.to(device),
+            self.sizes,
+            self.group_rows,
+            self.row_lengths,
+            self.start,
+        )
+
+
+def token_groups(layout_BT: Tensor, real_BT: Tensor | None = None, start: int = 0) -> TokenGroups:
+    """Read a layout. This is the one place that waits for the device, once per forward.
+
+    Args:
+        layout_BT: integer tensor [B, T]: group (frame) id >= 0 of a vision token, -1 for text. Ids need only
+            differ between the groups of a row; the tokens of a group need not be adjacent.
+        real_BT: tensor [B, T], nonzero on real tokens, zero on padding; None: no padding.
+        start: tokens already in the cache.
+
+    Raises:
+        ValueError: wrong rank, dtype or values.
+    """
+    if layout_BT.dim() != 2 or layout_BT.is_floating_point() or layout_BT.dtype == torch.bool:
+        raise ValueError(
+            f"layout has shape {tuple(layout_BT.shape)} and dtype {layout_BT.dtype}; expected an integer tensor "
+            "[batch, tokens] holding the frame id of each vision token and -1 for text."
+        )
+    layout = layout_BT.cpu().numpy()
+    if layout.size and layout.min() < TEXT:
+        raise ValueError(f"layout holds {int(layout.min())}; expected frame ids >= 0 and -1 for text.")
+    batch, length = layout.shape
+    real = None
+    if real_BT is not None:
+        real_np = real_BT.cpu().numpy().astype(bool)
+        if not real_np.all():
+            real = real_BT.to(layout_BT.device, torch.bool)
+            layout = np.where(real_np, layout, TEXT)
+            layout_BT = torch.from_numpy(layout).to(layout_BT.device)
+    row_lengths = np.full(batch, length) if real is None else real_np.sum(1)
+    table, sizes, group_rows = _group_table(layout)
+    last = np.arange(table.shape[1])[None] == sizes[:, None] - 1
+    device = layout_BT.device
+    return TokenGroups(
+        layout_BT.long(),
+        real,
+        torch.from_numpy(table).to(device),
+        torch.from_numpy(last).to(device),
+        sizes,
+        group_rows,
+        row_lengths.astype(np.int64),
+        start,
+    )
+
+
+def _group_table(layout: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    batch, length = layout.shape
+    flat = layout.reshape(-1)
+    positions = np.flatnonzero(flat != TEXT)
+    if len(positions) == 0:
+        return np.zeros((0, 1), np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64)
+    rows = positions // length
+    pairs = np.stack([rows, flat[positions]])
+    unique, group, sizes = np.unique(pairs, axis=1, return_inverse=True, return_counts=True)
+    group = group.reshape(-1)
+    order = np.argsort(group, kind="stable")
+    first = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    rank = np.arange(len(order)) - np.repeat(first, sizes)
+    table = np.full((len(sizes), int(sizes.max())), batch * length, np.int64)
+    table[group[order], rank] = positions[order]
+    return table, sizes.astype(np.int64), unique[0].astype(np.int64)
+
+
+@dataclass
+class Selection:
+    """The tokens a layer processes.
+
+    Attributes:
+        index_BS: LongTensor [B, S], kept positions of each row, ascending; padding slots repeat the last.
+        valid_BS: BoolTensor [B, S], False on padding slots; None when all rows keep S tokens.
+        keep_BT: BoolTensor [B, T], True on kept tokens.
+    """
+
+    index_BS: Tensor
+    valid_BS: Tensor | None
+    keep_BT: Tensor
+
+
+def select(scores_BT: Tensor, groups: TokenGroups, keep: float, force_last: bool = False) -> Selection:
+    """The k highest-scoring tokens of each group and all text, ties to the lower index, with no device sync.
+
+    Args:
+        scores_BT: float tensor [B, T]; only the scores of group tokens are read.
+        keep: ratio in (0, 1], k = max(1, round(keep * n)) per group.
+        force_last: the last token of each group is one of the k.
+    """
+    batch, length = groups.shape
+    budget = groups.budget(keep)
+    keep_flat = scores_BT.new_zeros(batch * length + 1, dtype=torch.bool)
+    text_BT = groups.layout_BT == TEXT
+    if groups.real_BT is not None and budget.slots < length:
+        text_BT = text_BT & groups.real_BT
+    keep_flat[:-1] = text_BT.reshape(-1)
+    if groups.has_vision:
+        keep_flat.scatter_(0, _chosen(scores_BT, groups, budget, force_last).reshape(-1), True)
+    keep_BT = keep_flat[:-1].view(batch, length)
+    rows = torch.tensor(budget.rows, device=scores_BT.device) if budget.ragged else None
+    return compact(keep_BT, budget.slots, rows)
+
+
+def _chosen(scores_BT: Tensor, groups: TokenGroups, budget: Budget, force_last: bool) -> Tensor:
+    """Flat positions [G, k_max] of the chosen tokens; unused entries hold B * T."""
+    outside = groups.table_GN.new_tensor(scores_BT.numel())
+    scores_GN = scores_BT.reshape(-1)[groups.table_GN.clamp(max=scores_BT.numel() - 1)]
+    unused_GN = groups.table_GN == outside
+    if force_last:
+        scores_GN = scores_GN.masked_fill(groups.last_GN, torch.inf)
+    scores_GN = scores_GN.masked_fill(unused_GN, -torch.inf)
+    order_GN = torch.sort(scores_GN, dim=1, descending=True, stable=True).indices[:, : budget.k_max]
+    chosen_GK = groups.table_GN.gather(1, order_GN)
+    taken_GK = torch.arange(budget.k_max, device=chosen_GK.device) < budget.k_G[:, None]
+    return torch.where(taken_GK, chosen_GK, outside)
+
+
+def compact(keep_BT: Tensor, slots: int, rows_B: Tensor | None) -> Selection:
+    """Turn a keep mask into ascending indices, given the host-known largest row (`slots`) and, where rows
+    differ, their lengths `rows_B`."""
+    batch, length = keep_BT.shape
+    positions_BT = torch.arange(length, device=keep_BT.device).expand(batch, length)
+    slot_BT = torch.where(keep_BT, keep_BT.cumsum(1) - 1, slots)
+    index_BS = positions_BT.new_zeros(batch, slots + 1).scatter_(1, slot_BT, positions_BT)[:, :slots]
+    if rows_B is None:
+        return Selection(index_BS, None, keep_BT)
+    slot_S = torch.arange(slots, device=keep_BT.device)
+    index_BS = index_BS.gather(1, torch.minimum(slot_S, (rows_B[:, None] - 1).clamp(min=0)))
+    return Selection(index_BS, slot_S < rows_B[:, None], keep_BT)
+
+
+class TokenRouter(nn.Module):
+    """The linear router: one score per token, mu = w . x, in fp32 (VideoLLM-MoD, LayerExpert).
+
+    Not an `nn.Linear`, so that peft's `all-linear` leaves it alone.
+
+    Args:
+        width: hidden width D.
+        gate: how the score multiplies the update of a kept token: `linear` (mu, the paper's), `sigmoid`,
+            `tanh` (1 + 0.2 * tanh(mu) with zero-initialised weights: the update starts unchanged; p-MoD), or
+            `none` (1).
+    """
+
+    def __init__(self, width: int, gate: str, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.gate_mode = gate
+        self.weight = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zeros for `tanh`; otherwise normal with standard deviation D ** -0.5, so that scores are of order 1."""
+        if self.gate_mode == "tanh":
+            nn.init.zeros_(self.weight)
+        else:
+            nn.init.normal_(self.weight, std=self.weight.shape[0] ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores in fp32, [..., D] -> [...]."""
+        return x.float() @ self.weight.float()
+
+    def extra_repr(self) -> str:
+        return f"width={self.weight.shape[0]}, gate={self.gate_mode}"
+
+
+def gate_of(scores: Tensor, mode: str) -> Tensor:
+    """The multiplier of a kept token's update, fp32, same shape as `scores`."""
+    if mode == "linear":
+        return scores
+    if mode == "sigmoid":
+        return torch.sigmoid(scores)
+    return 1 + 0.2 * torch.tanh(scores)
+
+
+def norm_scores(x_BTD: Tensor) -> Tensor:
+    """The L2 norm of each token in fp32: a router without parameters."""
+    return x_BTD.float().norm(dim=-1)
+
+
+def random_scores(groups: TokenGroups, seed: int, training: bool) -> Tensor:
+    """The control: scores [B, T] that know nothing. Fresh in training; in evaluation a hash of frame id and
+    place in the frame, so that chunked, padded and cached runs select the same tokens."""
+    batch, length = groups.shape
+    if training:
+        return torch.rand(batch, length, device=groups.layout_BT.device)
+    rank = torch.zeros(batch * length + 1, dtype=torch.long, device=groups.layout_BT.device)
+    if groups.has_vision:
+        ranks_N = torch.arange(groups.table_GN.shape[1], device=rank.device)
+        rank.scatter_(0, groups.table_GN.reshape(-1), ranks_N.repeat(groups.table_GN.shape[0]))
+    mixed = groups.layout_BT * 40503 + rank[:-1].view(batch, length) * 30011 + seed * 7919 + 1
+    for multiplier in (48271, 69621, 39373):
+        mixed = (mixed * multiplier) % 2147483647
+        mixed = mixed ^ (mixed >> 11)
+    return mixed.float()
+
+
+def uniform_scores(groups: TokenGroups, keep: float) -> Tensor:
+    """The control: k tokens at even distances in each group; scores [B, T], 1 on those, else 0."""
+    batch, length = groups.shape
+    scores = torch.zeros(batch * length + 1, device=groups.layout_BT.device)
+    if groups.has_vision:
+        sizes = torch.from_numpy(groups.sizes).to(scores.device)[:, None]
+        k = groups.budget(keep).k_G[:, None]
+        rank = torch.arange(groups.table_GN.shape[1], device=scores.device)
+        # the k ranks in the middle of k equal parts of the group
+        even = (((2 * rank + 2) * k + sizes) // (2 * sizes)) > (((2 * rank) * k + sizes) // (2 * sizes))
+        scores.scatter_(0, groups.table_GN.reshape(-1), even.float().reshape(-1))
+    return scores[:-1].view(batch, length)

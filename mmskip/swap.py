@@ -1,0 +1,157 @@
+"""Swapping the class of a module in place: the one mechanism by which methods change a model.
+
+A module keeps its parameters, keys, hooks and name; only its class becomes a cached subclass that puts a
+mixin in front of the original `forward` (the same idea as FSDP2's `fully_shard`).
+"""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+_INSTALLED = "_mmskip_installed"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One module to be changed: its site name, the mixin put in front of its class, the state the mixin
+    reads through `state_of`, and new children, whose names must begin with `mmskip_`."""
+
+    site: str
+    module: nn.Module
+    mixin: type
+    state: Any
+    children: dict[str, nn.Module] = field(default_factory=dict)
+
+
+def is_swapped(module: nn.Module) -> bool:
+    """Whether the current class of `module` is one of ours."""
+    return "_mmskip_base" in type(module).__dict__
+
+
+def state_of(module: nn.Module, mixin: type) -> Any:
+    """The state that `mixin` was installed with on `module`."""
+    return module.__dict__[_INSTALLED][mixin.__name__][0]
+
+
+def has_mixin(module: nn.Module, mixin: type) -> bool:
+    """Whether `mixin` is installed on `module`, whatever other classes (FSDP, ...) sit on top."""
+    return isinstance(module, mixin)
+
+
+def bind(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by the parameter names of the original `forward`."""
+    names: tuple[str, ...] = type(module)._mmskip_names  # type: ignore[attr-defined]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def check_swappable(module: nn.Module, site: str) -> None:
+    """Raise if swapping the class of `module` would have no effect on its calls.
+
+    Raises:
+        ValueError: the module carries a `forward` of its own that is neither accelerate's hook nor the
+            class's own method.
+    """
+    own = module.__dict__.get("forward")
+    if own is None or "_old_forward" in module.__dict__ or _is_class_forward(module, own):
+        return
+    raise ValueError(
+        f"{site} ({type(module).__name__}) has an instance-level `forward` ({own!r}): calls would bypass "
+        "mmskip silently. Apply mmskip before the tool that patched it, or remove that patch first."
+    )
+
+
+def _is_class_forward(module: nn.Module, forward: Any) -> bool:
+    return getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward
+
+
+@functools.cache
+def _subclass(mixin: type, base: type) -> type:
+    @functools.wraps(base.forward)  # type: ignore[attr-defined]
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return mixin.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    names = tuple(
+        p.name
+        for p in inspect.signature(base.forward).parameters.values()  # type: ignore[attr-defined]
+        if p.kind is p.POSITIONAL_OR_KEYWORD
+    )[1:]
+    namespace: dict[str, Any] = {
+        "__module__": base.__module__,
+        # transformers keys its output recorders on str(cls), and save_pretrained writes the class name
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_mmskip_base": base,
+        "_mmskip_mixin": mixin,
+        "_mmskip_names": names,
+    }
+    if "forward" in mixin.__dict__:
+        namespace["forward"] = forward
+    return type(base.__name__, (mixin, base), namespace)
+
+
+def _rebind_forward(module: nn.Module) -> None:
+    """Point a stored bound `forward` (accelerate keeps one) at the forward of the present class."""
+    own = module.__dict__.get("forward")
+    if "_old_forward" in module.__dict__:
+        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
+    elif getattr(own, "__self__", None) is module:
+        del module.__dict__["forward"]
+
+
+def swap(change: Change) -> None:
+    """Carry out one change."""
+    module = change.module
+    # the class first: it is the step that can fail, and nothing else has changed by then
+    module.__class__ = _subclass(change.mixin, type(module))  # type: ignore[arg-type]
+    module.__dict__.setdefault(_INSTALLED, {})[change.mixin.__name__] = (change.state, tuple(change.children))
+    for name, child in change.children.items():
+        module.add_module(name, child)
+    _rebind_forward(module)
+
+
+def unswap(module: nn.Module) -> None:
+    """Undo the latest change of `module`.
+
+    Raises:
+        RuntimeError: the present class is not ours (FSDP or another tool swapped it afterwards).
+    """
+    cls = type(module)
+    if not is_swapped(module):
+        raise RuntimeError(
+            f"{cls.__name__} was changed by another tool after mmskip (its class is {cls.__qualname__!r}, not "
+            "mmskip's); undo that first."
+        )
+    module.__class__ = cls._mmskip_base  # type: ignore[attr-defined]
+    installed = module.__dict__[_INSTALLED]
+    _, children = installed.pop(cls._mmskip_mixin.__name__)  # type: ignore[attr-defined]
+    if not installed:
+        del module.__dict__[_INSTALLED]
+    for name in children:
+        del module._modules[name]
+    _rebind_forward(module)
+
+
+def swap_all(changes: Sequence[Change], finish: Callable[[], None] = lambda: None) -> None:
+    """Carry out all changes, or none: whatever fails half-way is rolled back.
+
+    Raises:
+        ValueError: a module cannot be swapped (see `check_swappable`).
+    """
+    for change in changes:
+        if "forward" in change.mixin.__dict__:
+            check_swappable(change.module, change.site)
+    done: list[Change] = []
+    try:
+        for change in changes:
+            swap(change)
+            done.append(change)
+        finish()
+    except BaseException:
+        for change in reversed(done):
+            unswap(change.module)
+        raise
