@@ -82,3 +82,23 @@ def token_path(device: torch.device) -> Path:
     if indexing.index_select_cat_fwd is None or indexing.scaled_index_add_fwd is None:
         return Path("torch", "the index kernels of xFormers need Triton, which does not load here")
     return Path("xformers", "index_select_cat and scaled_index_add load")
+
+
+def attention_path(device: torch.device) -> Path:
+    """Choose the implementation of `ragged_attention` on a device.
+
+    Args:
+        device: the device the tensors live on.
+
+    Raises:
+        ValueError: if the environment variable `MMSKIP_OPS` holds an unknown value.
+    """
+    refused = _refuse_xformers(device)
+    if refused is not None:
+        return refused
+    fmha = import_xformers("ops.fmha")
+    if fmha is None:
+        return Path("torch", "xFormers cannot be imported")
+    if not any(op.is_available() for op in fmha.ALL_FW_OPS):
+        return Path("torch", "no attention kernel of xFormers fits this torch and device")
+    return Path("xformers", "memory_efficient_attention loads")

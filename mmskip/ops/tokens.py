@@ -34,7 +34,7 @@ def select_tokens(x_BTD: Tensor, index_BS: Tensor, valid_BS: Tensor | None = Non
         ValueError: shapes or dtypes do not fit; on a CPU also a position outside `0..T-1`.
     """
     _check(x_BTD, index_BS, valid_BS)
-    return _Select.apply(x_BTD, index_BS, valid_BS)  # type: ignore[no-untyped-call]
+    return _Select.apply(x_BTD, index_BS, valid_BS)
 
 
 def merge_tokens(
@@ -71,10 +71,9 @@ def merge_tokens(
         )
     if gate_BS is not None and (gate_BS.shape != index_BS.shape or not gate_BS.is_floating_point()):
         raise ValueError(
-            f"gate is {tuple(gate_BS.shape)} {gate_BS.dtype}; "
-            f"expected {tuple(index_BS.shape)} of a floating dtype"
+            f"gate is {tuple(gate_BS.shape)} {gate_BS.dtype}; expected {tuple(index_BS.shape)} of a floating dtype"
         )
-    return _Merge.apply(x_BTD, y_BSD, index_BS, gate_BS, valid_BS)  # type: ignore[no-untyped-call]
+    return _Merge.apply(x_BTD, y_BSD, index_BS, gate_BS, valid_BS)
 
 
 def select_tokens_naive(x_BTD: Tensor, index_BS: Tensor, valid_BS: Tensor | None = None) -> Tensor:
@@ -112,8 +111,7 @@ def merge_tokens_naive(
 def _check(x_BTD: Tensor, index_BS: Tensor, valid_BS: Tensor | None) -> None:
     if x_BTD.ndim != 3 or index_BS.ndim != 2 or x_BTD.shape[0] != index_BS.shape[0]:
         raise ValueError(
-            f"x is {tuple(x_BTD.shape)} and index {tuple(index_BS.shape)}; "
-            "expected [B, T, D] and [B, S] of the same B"
+            f"x is {tuple(x_BTD.shape)} and index {tuple(index_BS.shape)}; expected [B, T, D] and [B, S] of the same B"
         )
     if index_BS.dtype != torch.int64:
         raise ValueError(f"index is {index_BS.dtype}; expected torch.int64 (convert it with .long())")

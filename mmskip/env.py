@@ -1,0 +1,78 @@
+"""`python -m mmskip.env`: versions, device, and which implementation of each operation runs here, and why."""
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterable
+
+import torch
+
+from mmskip.ops import backend
+
+PACKAGES = (
+    "mmskip",
+    "torch",
+    "torchvision",
+    "transformers",
+    "peft",
+    "accelerate",
+    "timm",
+    "open-clip-torch",
+    "lightning",
+    "jsonargparse",
+    "datasets",
+    "decord",
+    "av",
+    "xformers",
+    "triton",
+)
+
+
+def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Installed version of each package, or `"not installed"`; nothing is imported."""
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words: name and memory in GiB of a CUDA device, processor and cores of a CPU."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{device}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    cores = os.cpu_count()
+    return f"{device}: {platform.processor() or platform.machine()}, {cores} cores, {torch.get_num_threads()} threads"
+
+
+def operation_paths(device: torch.device) -> dict[str, backend.Path]:
+    """Which implementation of each shared operation runs on a device.
+
+    Args:
+        device: the device asked about.
+
+    Returns:
+        Operation to `Path` (`name` is `"xformers"` or `"torch"`, `reason` says why).
+    """
+    return {
+        "select_tokens": backend.token_path(device),
+        "merge_tokens": backend.Path("torch", "xFormers has no merge that is exact at gate 1"),
+        "ragged_attention": backend.attention_path(device),
+    }
+
+
+def report() -> str:
+    """The whole report as text, one fact per line."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lines = [f"python {platform.python_version()} on {platform.system()} {platform.machine()}"]
+    lines += [f"{package} {version}" for package, version in package_versions().items()]
+    lines += [f"device {device_name(device)}"]
+    lines += [f"{name}: {path.name} ({path.reason})" for name, path in operation_paths(device).items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,54 @@
+"""`python -m mmskip.env` says what runs here, and never fails on a machine without a GPU or xFormers."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mmskip import env
+from mmskip.ops import backend
+
+
+def test_report_names_versions_device_and_paths():
+    text = env.report()
+    assert f"torch {torch.__version__.split('+')[0]}" in text
+    for operation in ("select_tokens", "merge_tokens", "ragged_attention"):
+        assert f"{operation}: " in text
+
+
+def test_a_cpu_runs_torch_and_says_why():
+    paths = env.operation_paths(torch.device("cpu"))
+    assert {path.name for path in paths.values()} == {"torch"}
+    assert "CUDA only" in paths["ragged_attention"].reason
+
+
+def test_missing_packages_are_said_to_be_missing():
+    assert env.package_versions(["mmskip-no-such-package"]) == {"mmskip-no-such-package": "not installed"}
+
+
+def test_the_variable_switches_xformers_off(monkeypatch):
+    monkeypatch.setenv(backend.ENV_VAR, "torch")
+    assert backend.attention_path(torch.device("cuda")) == backend.Path("torch", "MMSKIP_OPS=torch")
+
+
+def test_an_unknown_value_of_the_variable_is_refused(monkeypatch):
+    monkeypatch.setenv(backend.ENV_VAR, "fast")
+    with pytest.raises(ValueError, match="MMSKIP_OPS='fast': expected 'auto' or 'torch'"):
+        backend.token_path(torch.device("cpu"))
+
+
+def test_a_cuda_machine_without_xformers_falls_back_quietly(monkeypatch, caplog):
+    monkeypatch.setattr(backend, "import_xformers", lambda module: None)
+    with caplog.at_level(logging.WARNING):
+        assert backend.token_path(torch.device("cuda")).name == "torch"
+        assert backend.attention_path(torch.device("cuda")).name == "torch"
+    assert caplog.records == []
+
+
+def test_runs_as_a_module_without_warnings():
+    run = subprocess.run([sys.executable, "-m", "mmskip.env"], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert "device c" in run.stdout
+    assert "xformers" not in run.stderr.lower()

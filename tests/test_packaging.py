@@ -1,0 +1,112 @@
+"""The package in every form a user meets it: editable checkout, wheel, sdist, and the repository root as cwd."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib.metadata import metadata, version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LINKED = ("models", "datasets", "train")
+
+
+def run_python(code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter that sees `cwd` first, as `python train.py` does."""
+    return subprocess.run(
+        [sys.executable, "-W", "default", "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
+
+
+def source_files() -> set[str]:
+    """Python files of the package as they must appear in a distribution."""
+    paths = list((ROOT / "mmskip").rglob("*.py"))
+    for name in LINKED:
+        paths += (ROOT / "mmskip" / name).rglob("*.py")
+    return {path.relative_to(ROOT).as_posix() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory) -> Path:
+    """A folder with the wheel and the sdist, built offline from a copy of the tracked files."""
+    pytest.importorskip("build")
+    pytest.importorskip("setuptools", minversion="77")
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "mmskip", *LINKED):
+        subprocess.run(["cp", "-a", str(ROOT / name), str(source)], check=True)
+    out = source / "dist"
+    command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--sdist", "--outdir", str(out)]
+    built = subprocess.run([*command, str(source)], capture_output=True, text=True, timeout=300)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return out
+
+
+def test_links_lead_into_the_top_level_folders():
+    for name in LINKED:
+        link = ROOT / "mmskip" / name
+        assert os.readlink(link) == f"../{name}"
+        assert not (ROOT / name / "__init__.py").exists(), f"{name}/__init__.py would shadow other packages"
+
+
+def test_installed_metadata_matches_the_package():
+    import mmskip
+
+    assert version("mmskip") == mmskip.__version__
+    assert metadata("mmskip")["License-Expression"] == "Apache-2.0"
+
+
+def test_wheel_holds_every_source_file_under_the_package_name(distributions):
+    (wheel,) = distributions.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert source_files() <= names
+    assert {name.split("/")[0] for name in names if not name.startswith("mmskip-")} == {"mmskip"}
+
+
+def test_sdist_holds_every_source_file(distributions):
+    (sdist,) = distributions.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        members = archive.getmembers()
+    names = {member.name.split("/", 1)[1] for member in members if member.isfile() and "/" in member.name}
+    assert source_files() | {"LICENSE", "README.md", "pyproject.toml"} <= names
+
+
+def test_wheel_imports_without_the_checkout(distributions, tmp_path):
+    (wheel,) = distributions.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    found = run_python("import mmskip, mmskip.datasets, mmskip.models, mmskip.train; print(mmskip.__file__)", tmp_path)
+    assert found.stdout.strip() == str(tmp_path / "mmskip" / "__init__.py"), found.stderr
+
+
+def test_repository_root_does_not_shadow_hugging_face_datasets():
+    found = run_python(
+        "import datasets; datasets.Dataset.from_dict({'a': [1]}); from transformers import Trainer; print('ok')"
+    )
+    assert found.stdout.strip() == "ok", found.stderr
+
+
+def test_import_is_light_and_silent():
+    found = run_python("import sys, mmskip; print([name for name in ('lightning', 'xformers') if name in sys.modules])")
+    assert found.stdout.strip() == "[]", found.stderr
+    ours = [line for line in found.stderr.splitlines() if "mmskip" in line or "xformers" in line.lower()]
+    assert ours == []
+
+
+def test_everything_imports_by_the_package_name():
+    modules = sorted(name.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for name in source_files())
+    found = run_python(f"import importlib\nfor name in {modules}: importlib.import_module(name)")
+    assert found.returncode == 0, found.stderr
+
+
+def test_no_module_imports_the_top_level_folders_directly():
+    """`import models...` works at the repository root only, and loads a second copy of the module."""
+    wrong = []
+    for name in (*LINKED, "mmskip"):
+        for path in (ROOT / name).rglob("*.py"):
+            for line in path.read_text().splitlines():
+                words = line.split()
+                if words[:1] in (["from"], ["import"]) and words[1].split(".")[0] in ("models", "train"):
+                    wrong.append(f"{path}: {line}")
+    assert wrong == []
