@@ -22,8 +22,8 @@ def run_python(code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 
 def source_files() -> set[str]:
-    """Python files of the package as they must appear in a distribution."""
-    paths = list((ROOT / "mmskip").rglob("*.py"))
+    """Files of the package as they must appear in a distribution; `py.typed` tells type checkers to look in."""
+    paths = [*(ROOT / "mmskip").rglob("*.py"), ROOT / "mmskip" / "py.typed"]
     for name in LINKED:
         paths += (ROOT / "mmskip" / name).rglob("*.py")
     return {path.relative_to(ROOT).as_posix() for path in paths}
