@@ -1,0 +1,156 @@
+"""Building the language model of a video LLM: by name or from scratch, with LoRA and methods."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import peft
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+import mmskip
+from mmskip.registry import config_types
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters by peft; the base model is frozen.
+
+    Attributes:
+        r: rank, >= 1.
+        alpha: scale of the update times r.
+        dropout: in [0, 1).
+        target_modules: names of the linear layers; a single string is a regular expression or "all-linear".
+    """
+
+    r: int = 128
+    alpha: float = 256
+    dropout: float = 0.05
+    target_modules: str | list[str] = "all-linear"
+
+    def __post_init__(self) -> None:
+        if self.r < 1 or not 0 <= self.dropout < 1:
+            raise ValueError(f"LoRA needs r >= 1 and dropout in [0, 1), got r={self.r}, dropout={self.dropout}")
+
+
+def llm_config(llm: str | Mapping[str, Any]) -> PretrainedConfig:
+    """The configuration of a causal LM: of a name or folder, or from a dict with `model_type`.
+
+    Raises:
+        ValueError: a name that is neither in the local cache nor to be reached, an unknown `model_type` or an
+            unknown key of the dict.
+    """
+    if isinstance(llm, str):
+        try:
+            return AutoConfig.from_pretrained(llm)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"llm={llm!r} is not a local folder with a Hugging Face model, not in the local cache and not to be "
+                f"downloaded from here ({str(error).splitlines()[0]}). Give a folder, download it first (a gated model "
+                "needs its licence accepted and a login), or give a dict with a model_type for a model from scratch."
+            ) from error
+    values = dict(llm)
+    model_type = values.pop("model_type", None)
+    try:
+        defaults = AutoConfig.for_model(model_type)
+    except ValueError as error:
+        raise ValueError(
+            f"llm has model_type={model_type!r}; expected a causal LM that transformers knows, such as 'llama', "
+            "'qwen3' or 'mistral'"
+        ) from error
+    known = {*defaults.to_dict(), *getattr(defaults, "attribute_map", {})}
+    refuse_unknown("llm", values, known)
+    return AutoConfig.for_model(model_type, **values)
+
+
+def refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ValueError if `given` holds a name that is not in `known`, with the nearest ones."""
+    known = sorted(known)
+    for key in given:
+        if key not in known:
+            near = get_close_matches(key, known) or known
+            raise ValueError(f"{what} has the unknown key {key!r}; did you mean {', '.join(near)}?")
+
+
+def build_llm(
+    llm: str | Mapping[str, Any], config: PretrainedConfig, vocab_size: int, dtype: str, attention: str
+) -> PreTrainedModel:
+    """The causal LM itself, with room for `vocab_size` ids: weights by name, or random ones for a dict.
+
+    Raises:
+        ValueError: the architecture is no causal LM, or an unknown dtype.
+    """
+    kwargs: dict[str, Any] = {"dtype": torch_dtype(dtype), "attn_implementation": attention}
+    if isinstance(llm, str):
+        model = AutoModelForCausalLM.from_pretrained(llm, **kwargs)
+        if model.get_input_embeddings().weight.shape[0] < vocab_size:
+            model.resize_token_embeddings(vocab_size)
+        return model
+    config.vocab_size = vocab_size
+    # ids of a config's own defaults would point outside a small vocabulary
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+    return AutoModelForCausalLM.from_config(config, **kwargs)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The floating-point dtype of that name.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise ValueError(f"llm_dtype is {name!r}; expected one of {', '.join(dtypes)}")
+    return dtypes[name]
+
+
+def add_lora(llm: PreTrainedModel, lora: LoRA) -> None:
+    """Put LoRA adapters into `llm` in place; everything else of it is frozen, and adapters are kept in fp32.
+
+    Raises:
+        ValueError: no layer has one of the names.
+    """
+    config = peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    peft.inject_adapter_in_model(config, llm)
+    for parameter in llm.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def methods_to_dicts(methods: Sequence[Any] | None) -> list[dict[str, Any]]:
+    """Method configs as plain dicts (`class_path`, `init_args`), as they stand in YAML and checkpoints."""
+    return [
+        method
+        if isinstance(method, dict)
+        else {"class_path": f"mmskip.{type(method).__name__}", "init_args": method.to_dict()}
+        for method in methods or ()
+    ]
+
+
+def methods_from_dicts(methods: Sequence[dict[str, Any]]) -> list[Any]:
+    """The configs that `methods_to_dicts` wrote down.
+
+    Raises:
+        ValueError: an unknown method, or an unknown or bad setting of one.
+    """
+    types = config_types()
+    configs = []
+    for method in methods:
+        name = method["class_path"].rpartition(".")[2]
+        refuse_unknown("methods", [name], types)
+        configs.append(types[name].from_dict(method.get("init_args", {})))  # type: ignore[attr-defined]
+    return configs
+
+
+def apply_methods(llm: PreTrainedModel, configs: Sequence[Any]) -> None:
+    """Apply the configs in order, in place."""
+    for config in configs:
+        mmskip.apply_(llm, config)
+

@@ -1,0 +1,361 @@
+"""The streaming video LLM of VideoLLM-online and VideoLLM-MoD as a LightningModule.
+
+Shapes: B samples, T tokens, F frames of the whole batch, N tokens per frame, C feature channels, D width, P labelled
+positions, V vocabulary.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import mmskip
+from mmskip import MoDConfig
+from mmskip.models.connector import Connector, place_features
+from mmskip.models.language_model import (
+    LoRA,
+    add_lora,
+    apply_methods,
+    build_llm,
+    llm_config,
+    methods_from_dicts,
+    methods_to_dicts,
+)
+from mmskip.models.narrator import StreamState, TokenIds, Utterance, split_rows, stream_narrations
+from mmskip.models.scoring import score_turns
+from mmskip.models.streaming_loss import Positions, head_only_at, loss_sums
+from mmskip.train.metrics.narration import NarrationMetrics
+from mmskip.train.schedules import SCHEDULES, warmup_schedule
+
+SAME_MODEL = ("llm", "lora", "methods")
+
+
+class VideoLLM(LightningModule):
+    """A causal language model that watches a stream of frame features and narrates it.
+
+    Vision positions carry `connector(features)` instead of token embeddings. Batches are those of
+    `mmskip.datasets.turns.collate_narration`. The loss of an optimizer step is the summed cross-entropy of all its
+    labels (stream labels times `stream_weight`) over the number of these labels, over micro-batches and ranks.
+
+    Args:
+        llm: name or folder of a Hugging Face causal LM, or a dict with `model_type` and settings for one from scratch
+            (its vocabulary is the tokenizer's).
+        methods: configs applied in order after LoRA, e.g. `[MoDConfig(keep=0.2)]`; none: dense.
+        lora: adapters by peft, with the base model frozen; None: the whole model is trained.
+        llm_dtype: dtype of the language model's weights: float32, bfloat16 or float16.
+        attention: attention backend of transformers: sdpa, eager, ...
+        gradient_checkpointing: recompute each decoder layer in the backward pass.
+        stream_weight: factor on the loss of "stay silent or speak", >= 0.
+        lr: peak learning rate of AdamW, > 0.
+        weight_decay: on matrices only (not on norms, biases and embeddings), >= 0.
+        betas: of AdamW.
+        schedule: of the learning rate after warm-up: cosine, linear (both to 0) or constant.
+        warmup: share of all steps with a linearly rising rate, in [0, 1).
+        silent_threshold: when narrating, a silent token below this probability is set to zero.
+        max_new_tokens: longest narration when narrating, tokens.
+        feature_dim: channels C of the frame features; None: taken from the data module.
+        fps: frames per second of the samples; None: taken from the data module.
+        tokens: ids of the stream template (`TokenIds.to_dict`); None: taken from the data module's tokenizer.
+
+    Raises:
+        ValueError: a setting out of range, an `llm` that does not exist here, or a bad method config. Nothing has
+            been read, written or downloaded but the configuration of the language model then.
+    """
+
+    def __init__(
+        self,
+        llm: str | dict[str, Any],
+        methods: list[MoDConfig] | None = None,
+        lora: LoRA | None = None,
+        llm_dtype: str = "float32",
+        attention: str = "sdpa",
+        gradient_checkpointing: bool = False,
+        stream_weight: float = 1.0,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        schedule: str = "cosine",
+        warmup: float = 0.05,
+        silent_threshold: float = 0.725,
+        max_new_tokens: int = 100,
+        feature_dim: int | None = None,
+        fps: float | None = None,
+        tokens: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        _check_range("stream_weight", stream_weight, 0, math.inf)
+        _check_range("lr", lr, 1e-12, math.inf)
+        _check_range("warmup", warmup, 0, 0.999)
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {schedule!r}; expected one of {', '.join(SCHEDULES)}")
+        if isinstance(lora, Mapping):
+            lora = LoRA(**lora)
+        # dicts and lists only: a dataclass in the hyper-parameters breaks weights-only loading of the checkpoint
+        self._set_hparams(
+            {
+                "llm": llm if isinstance(llm, str) else dict(llm),
+                "methods": methods_to_dicts(methods),
+                "lora": None if lora is None else asdict(lora),
+                "llm_dtype": llm_dtype,
+                "attention": attention,
+                "gradient_checkpointing": gradient_checkpointing,
+                "stream_weight": stream_weight,
+                "lr": lr,
+                "weight_decay": weight_decay,
+                "betas": list(betas),
+                "schedule": schedule,
+                "warmup": warmup,
+                "silent_threshold": silent_threshold,
+                "max_new_tokens": max_new_tokens,
+                "feature_dim": feature_dim,
+                "fps": fps,
+                "tokens": tokens,
+            }
+        )
+        self._config = llm_config(llm)
+        self._methods = methods_from_dicts(self.hparams["methods"])
+        self._lora = lora
+        self._seed = torch.initial_seed() % 2**32
+        self.llm: PreTrainedModel | None = None
+        self.metrics = NarrationMetrics()
+        self.results: dict[str, float] = {}
+        if feature_dim is not None and tokens is not None:
+            self.configure_model()
+
+    # --- building -----------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Build the model, once. What the arguments left open is taken from the trainer's data module.
+
+        Raises:
+            ValueError: something is still open, or a method does not fit the language model.
+        """
+        if self.llm is not None:
+            return
+        data = self._trainer.datamodule if self._trainer is not None else None
+        if data is not None:
+            self.hparams["feature_dim"] = self.hparams["feature_dim"] or data.feature_dim
+            self.hparams["fps"] = self.hparams["fps"] or data.fps
+            self.hparams["tokens"] = self.hparams["tokens"] or TokenIds.of(data.tokenizer).to_dict()
+        if self.hparams["feature_dim"] is None or self.hparams["tokens"] is None:
+            raise ValueError(
+                "VideoLLM needs feature_dim and tokens: pass them, or run it by a Trainer with a data module that has "
+                "feature_dim, fps and tokenizer"
+            )
+        self._ids = TokenIds.from_dict(self.hparams["tokens"])
+        # what a data module did before must not change the initial weights, so the seed is set anew
+        torch.manual_seed(self._seed)
+        llm = build_llm(
+            self.hparams["llm"],
+            self._config,
+            self._ids.vocab_size,
+            self.hparams["llm_dtype"],
+            self.hparams["attention"],
+        )
+        self.connector = Connector(self.hparams["feature_dim"], llm.config.get_text_config().hidden_size)
+        if self._lora is not None:
+            add_lora(llm, self._lora)
+        apply_methods(llm, self._methods)
+        if self.hparams["gradient_checkpointing"]:
+            llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.llm = llm.train()
+
+    @property
+    def ids(self) -> TokenIds:
+        """The token ids of the stream template."""
+        return self._ids
+
+    # --- forward ------------------------------------------------------------------------------------------------
+
+    def embed(self, input_ids: Tensor, layout: Tensor, features: Tensor) -> Tensor:
+        """Token embeddings [B, T, D] with connected features at the vision positions (`layout >= 0`).
+
+        Args:
+            input_ids: LongTensor [B, T]; ids at vision positions are not looked at.
+            layout: LongTensor [B, T].
+            features: [F, N, C] with F * N vision positions.
+        """
+        assert self.llm is not None
+        vision = layout >= 0
+        embeds = self.llm.get_input_embeddings()(input_ids.masked_fill(vision, 0))
+        # the features of a cache may be stored in half precision
+        weight = self.connector[0].weight
+        return place_features(embeds, vision, self.connector(features.to(weight.dtype)))
+
+    def forward(self, batch: dict[str, Any], rows: Tensor, cols: Tensor) -> Tensor:
+        """Logits [P, V] behind the tokens at `[rows, cols]` of a batch."""
+        assert self.llm is not None
+        mask, layout = batch["attention_mask"], batch["layout"]
+        # a padding token may lie outside the vocabulary of a pretrained model
+        input_ids = batch["input_ids"].masked_fill(mask == 0, 0)
+        with head_only_at(self.llm, rows, cols):
+            out = self.llm(
+                inputs_embeds=self.embed(input_ids, layout, batch["features"]),
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                use_cache=False,
+                **self._routing(layout),
+            )
+        return out.logits
+
+    def _routing(self, layout: Tensor) -> dict[str, Tensor]:
+        assert self.llm is not None
+        return {"layout": layout} if mmskip.applied(self.llm) else {}
+
+    def loss_sums(self, batch: dict[str, Any]) -> Tensor:
+        """Sums [5] of one batch, see `mmskip.models.streaming_loss.loss_sums`; the first is differentiable."""
+        positions = Positions.of(batch["labels"], batch["layout"])
+        logits = self(batch, positions.rows, positions.cols)
+        return loss_sums(logits, positions, self.hparams["stream_weight"])
+
+    # --- training -----------------------------------------------------------------------------------------------
+
+    def on_train_epoch_start(self) -> None:
+        """Seed dropout by epoch and rank, so that a resumed run draws what the whole run would have drawn."""
+        step = 1 + self.current_epoch * self.trainer.world_size + self.global_rank
+        torch.manual_seed(self._seed + step)
+        self._sums = torch.zeros(5, device=self.device)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The summed loss of a micro-batch. Lightning divides by the number of micro-batches and DDP by that of ranks,
+        which is undone here; the division by the labels of the whole step follows in `on_before_optimizer_step`."""
+        sums = self.loss_sums(batch)
+        self._sums += sums.detach()
+        return sums[0] * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the gradients by the number of labels of the whole step, and log its losses."""
+        sums = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
+        self._sums = torch.zeros_like(self._sums)
+        loss, lm, stream, lm_count, stream_count = sums.unbind()
+        labels = (lm_count + stream_count).clamp(min=1)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.div_(labels.to(parameter.grad.dtype))
+        self.log("train/loss", loss / labels, prog_bar=True)
+        self.log("train/lm_loss", lm / lm_count.clamp(min=1))
+        self.log("train/stream_loss", stream / stream_count.clamp(min=1))
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with warm-up and decay of the learning rate per step; weight decay on matrices only."""
+        assert self.llm is not None
+        tables = {id(self.llm.get_input_embeddings().weight)}
+        decayed: list[Tensor] = []
+        plain: list[Tensor] = []
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                (decayed if parameter.ndim >= 2 and id(parameter) not in tables else plain).append(parameter)
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": self.hparams["weight_decay"]},
+                {"params": plain, "weight_decay": 0.0},
+            ],
+            lr=self.hparams["lr"],
+            betas=tuple(self.hparams["betas"]),
+            fused=True,
+        )
+        total = self.trainer.estimated_stepping_batches
+        schedule = warmup_schedule(self.hparams["schedule"], self.hparams["warmup"], total)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # --- evaluation ---------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the metrics anew."""
+        self.metrics.reset()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Score the turns of the batch."""
+        for uid, turns, scores in zip(batch["uid"], batch["turns"], score_turns(self, batch), strict=True):
+            self.metrics.update((uid, tuple(turns)), scores)
+
+    def on_validation_epoch_end(self) -> None:
+        """Average and log the narration metrics."""
+        self._log_metrics("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Start the metrics anew."""
+        self.metrics.reset()
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """As `validation_step`."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Average and log the narration metrics."""
+        self._log_metrics("test")
+
+    def _log_metrics(self, stage: str) -> None:
+        self.results = self.metrics.compute(self.hparams["fps"] or 1.0)
+        shown = ("lm_ppl", "lm_correctness", "time_diff", "fluency")
+        self.log_dict({f"{stage}/{name}": self.results[name] for name in shown}, prog_bar=stage == "val")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[tuple[str, list[Utterance]]]:
+        """The uid and the model's own narrations of each sample."""
+        return [(sample["uid"], self.narrate(sample)) for sample in split_rows(batch)]
+
+    @torch.no_grad()
+    def narrate(self, sample: dict[str, Any], threshold: float | None = None) -> list[Utterance]:
+        """Stream one sample through the model, frame by frame with a KV cache, and let it speak when it wants to.
+
+        Args:
+            sample: `input_ids` and `layout` [T] (only what stands before the first frame is read) and `features`
+                [F, N, C].
+            threshold: replaces `silent_threshold`.
+        """
+        assert self.llm is not None
+        first = int((sample["layout"] >= 0).int().argmax())
+        features = sample["features"].to(self.device)
+        was_training = self.training
+        self.eval()
+        step = StreamState(self.embed, self.llm, bool(mmskip.applied(self.llm)), features[:0])
+        said = stream_narrations(
+            step,
+            features,
+            sample["input_ids"][:first].tolist(),
+            self.ids,
+            self.hparams["silent_threshold"] if threshold is None else threshold,
+            self.hparams["max_new_tokens"],
+        )
+        self.train(was_training)
+        return said
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out the frozen weights of a language model that has a name: they can be had again by it."""
+        for name in self._frozen():
+            del checkpoint["state_dict"][name]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another model, and put back the frozen weights left out on saving.
+
+        Raises:
+            ValueError: the checkpoint was written with another language model, LoRA or method config.
+        """
+        saved = checkpoint["hyper_parameters"]
+        for key in SAME_MODEL:
+            if saved[key] != self.hparams[key]:
+                raise ValueError(
+                    f"the checkpoint was trained with {key}={saved[key]!r}, this model has "
+                    f"{key}={self.hparams[key]!r}; use the config.yaml of the checkpoint's run"
+                )
+        current = self.state_dict()
+        checkpoint["state_dict"].update({name: current[name] for name in self._frozen()})
+
+    def _frozen(self) -> Sequence[str]:
+        if not isinstance(self.hparams["llm"], str):
+            return []
+        return [name for name, value in self.named_parameters() if not value.requires_grad]
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; expected a number from {low} to {high}")

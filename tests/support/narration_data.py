@@ -1,0 +1,93 @@
+"""Small hand-made narration samples for the tests of models and training: random features, real template."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from mmskip.datasets.tokenizer import StreamTokens, train_tokenizer
+from mmskip.datasets.turns import Turn, build_sample, collate_narration
+from mmskip.models.narrator import TokenIds
+
+WORDS = ["red circle enters", "blue square leaves", "green star hides now", "red star"]
+FEATURES, TOKENS, FPS = 6, 5, 2.0
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+def tokenizer():
+    return train_tokenizer(WORDS)
+
+
+def stream_tokens() -> StreamTokens:
+    return StreamTokens.of(tokenizer())
+
+
+def token_ids() -> TokenIds:
+    return TokenIds.of(tokenizer())
+
+
+def sample(lengths: list[int], seed: int = 0) -> dict[str, Any]:
+    """A sample whose turns have `lengths` frames; frames and words differ by seed."""
+    generator = torch.Generator().manual_seed(seed)
+    turns, start = [], 1
+    for index, length in enumerate(lengths):
+        turns.append(Turn((start, start + length), WORDS[(seed + index) % len(WORDS)], (start + length - 1) / FPS))
+        start += length
+    features = torch.randn(start, TOKENS, FEATURES, generator=generator)
+    return build_sample(turns, features, stream_tokens(), f"video-{seed}")
+
+
+def text_only(seed: int = 0) -> dict[str, Any]:
+    """A sample that has labels but no frame."""
+    ids = torch.tensor([1, *token_ids().open, *stream_tokens().narration(WORDS[seed % len(WORDS)])])
+    labels = ids.clone()
+    labels[:2] = -100
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "layout": torch.full_like(ids, -1),
+        "features": torch.zeros(0, TOKENS, FEATURES),
+        "turns": [],
+        "uid": f"text-{seed}",
+    }
+
+
+def batch(*lengths: list[int], padding_side: str = "right") -> dict[str, Any]:
+    return collate_narration([sample(part, seed) for seed, part in enumerate(lengths)], 0, padding_side)
+
+
+class TinyData(LightningDataModule):
+    """Samples of uneven lengths, in an order that depends on the epoch."""
+
+    def __init__(self, batch_size: int = 2, samples: int = 8, shuffle: bool = True, text: bool = False):
+        super().__init__()
+        self.batch_size, self.shuffle = batch_size, shuffle
+        self.feature_dim, self.fps, self.tokenizer = FEATURES, FPS, tokenizer()
+        lengths = [[2, 3], [1, 1, 4], [5], [2, 2, 2], [3, 1], [1, 6], [4, 4], [2]]
+        self.samples = [sample(lengths[index % 8], index) for index in range(samples)]
+        if text:
+            self.samples[1::2] = [text_only(index) for index in range(1, samples, 2)]
+
+    def _loader(self, samples: list[dict[str, Any]], shuffle: bool) -> DataLoader:
+        return DataLoader(
+            samples,  # type: ignore[arg-type]
+            self.batch_size,
+            shuffle=shuffle,
+            collate_fn=lambda items: collate_narration(items, 0),
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(self.samples, self.shuffle)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(self.samples[:3], False)
+
+    test_dataloader = predict_dataloader = val_dataloader
