@@ -1,0 +1,89 @@
+"""The command line behind `train.py`. Lightning and transformers are imported only when there is something to run, so `--help` is quick."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+USAGE = """\
+usage: python train.py [fit|validate|test|predict] --config CONFIG [--KEY VALUE ...]
+
+Train (fit, the default) or evaluate a model. CONFIG is a YAML file; a bare name is looked up in configs/:
+{configs}
+
+  python train.py --config videollm_mod.yaml                        train, evaluate, write runs/videollm_mod/<time>/
+  python train.py --config videollm_mod.yaml --ckpt_path last       go on from the last checkpoint of that name
+  python train.py test --config videollm_mod.yaml                   test its last checkpoint
+  python train.py predict --config videollm_mod.yaml                write its narrations of the test set
+
+Any setting of the YAML can be overridden:
+  --trainer.max_epochs 3   --model.lr 5e-4   --model.methods.keep 0.5   --data.batch_size 4   --name my_run
+  python train.py fit --help         the settings of the trainer, checkpoints and runs
+  python train.py fit --model.help mmskip.models.video_llm.VideoLLM         the settings of a model
+  python train.py fit --data.help mmskip.datasets.narration.NarrationData   the settings of its data
+"""
+
+
+def find_config(name: str) -> Path:
+    """The file of a config: a path, or a name (with or without .yaml) in configs/.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
+    raise ValueError(f"there is no config {name!r}, neither here nor in configs/ (which has: {known})")
+
+
+def prepare_arguments(arguments: Sequence[str]) -> tuple[list[str], str]:
+    """Complete the arguments: `fit` where no subcommand is given, and paths for bare config names.
+
+    Returns:
+        The arguments, and the default name of the run: that of the last config file, or "run".
+
+    Raises:
+        ValueError: a config that does not exist.
+    """
+    done = list(arguments)
+    if not done or done[0] not in SUBCOMMANDS:
+        done.insert(0, "fit")
+    name = "run"
+    for index, argument in enumerate(done):
+        flag, equals, value = argument.partition("=")
+        if flag not in ("--config", "-c"):
+            continue
+        if equals:
+            path = find_config(value)
+            done[index] = f"{flag}={path}"
+        elif index + 1 < len(done):
+            path = find_config(done[index + 1])
+            done[index + 1] = str(path)
+        else:
+            continue
+        # the config saved by a run is called config.yaml: its folder's parent is the name of the run
+        name = path.resolve().parents[1].name if path.name == "config.yaml" else path.stem
+    return done, name
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; errors in arguments and data are one clear line and exit status 2.
+
+    Args:
+        arguments: without the program's name; None: those of the process.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if not given or given[0] in ("-h", "--help"):
+        configs = "\n".join(f"  {path.name}" for path in sorted(CONFIGS.glob("*.yaml")))
+        print(USAGE.format(configs=configs))
+        return
+    try:
+        completed, name = prepare_arguments(given)
+        from mmskip.train.runs import run
+
+        run(completed, name)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)

@@ -1,0 +1,145 @@
+"""One folder per run, on Lightning's command line interface."""
+
+import logging
+import os
+import re
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import set_parsing_settings
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from mmskip.registry import config_types
+from mmskip.train.checkpoints import WholeFileIO, last_checkpoint
+
+# Ranks started by Lightning inherit the environment of rank 0, and with it the folder.
+RUN_FOLDER = "MMSKIP_RUN_FOLDER"
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the complete config of a training run into its folder, fit for running it again."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write `config.yaml`, on fit only."""
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = self.config.clone()
+        # a run made again from this file starts from the beginning, as this one or its predecessor did
+        config["ckpt_path"] = None
+        partial = folder / ".config.yaml.part"
+        partial.write_text(self.parser.dump(config, skip_none=False))
+        os.replace(partial, folder / "config.yaml")
+
+
+class RunCLI(LightningCLI):
+    """Any model and data module of the project, by class_path in YAML; see `mmskip.train.cli`."""
+
+    def __init__(self, arguments: Sequence[str], default_name: str) -> None:
+        self.default_name = default_name
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            save_config_callback=SaveConfig,
+            seed_everything_default=0,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=list(arguments),
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The settings of runs and checkpoints."""
+        parser.add_argument(
+            "--name", type=str, default=self.default_name, help="Name of the run. Default: that of the config."
+        )
+        parser.add_argument(
+            "--runs_dir", type=str, default="runs", help="A run writes to <runs_dir>/<name>/<time>/."
+        )
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.filename": "last",
+                "checkpoint.enable_version_counter": False,
+                "checkpoint.auto_insert_metric_name": False,
+            }
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the given arguments, whatever those of the process are."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: hyper-parameters stored in a checkpoint must not beat YAML and command line. A model refuses a
+        checkpoint that does not fit it."""
+
+    def before_instantiate_classes(self) -> None:
+        """Find the checkpoint and choose the folder of the run.
+
+        Raises:
+            ValueError: a name that is no folder name, or no checkpoint where one is needed.
+        """
+        config = self.config[self.subcommand]
+        if not re.fullmatch(r"[\w.-]+", config.name):
+            raise ValueError(f"name is {config.name!r}; expected letters, digits, '_', '-' and '.'")
+        runs = Path(config.runs_dir) / config.name
+        if config.ckpt_path == "last" or (config.ckpt_path is None and self.subcommand != "fit"):
+            config.ckpt_path = str(last_checkpoint(runs))
+        elif config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
+            raise ValueError(f"ckpt_path={config.ckpt_path!r} is no file; give a checkpoint, or 'last'")
+        if config.ckpt_path is not None:
+            print(f"checkpoint: {config.ckpt_path}")
+        stamp = time.strftime("%Y%m%d-%H%M%S") + ("" if self.subcommand == "fit" else f"-{self.subcommand}")
+        self.folder = Path(os.environ.setdefault(RUN_FOLDER, str(_unused(runs / stamp))))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer that logs and saves into the folder of the run, unless the config says where."""
+        given = self._get(self.config_init, "trainer")
+        kwargs["default_root_dir"] = given.default_root_dir or str(self.folder)
+        if given.logger in (None, True):
+            kwargs["logger"] = [
+                TensorBoardLogger(self.folder, name="", version=""),
+                CSVLogger(self.folder, name="", version=""),
+            ]
+        plugins = given.plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins = [*plugins, WholeFileIO()]
+        return super().instantiate_trainer(plugins=plugins, **kwargs)
+
+
+def _unused(folder: Path) -> Path:
+    """The folder, with a number behind its name if it exists."""
+    names = [folder, *(folder.with_name(f"{folder.name}-{number}") for number in range(2, 1000))]
+    return next(path for path in names if not path.exists())
+
+
+def run(arguments: Sequence[str], name: str) -> None:
+    """Carry out one command.
+
+    Args:
+        arguments: subcommand and settings, see `mmskip.train.cli.prepare_arguments`.
+        name: of the run, unless the settings give one.
+    """
+    # method configs are dataclasses; this lets YAML give them as class_path and init_args
+    set_parsing_settings(subclasses_enabled=list(config_types().values()))
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not record.getMessage().startswith("💡")
+    )
+    inherited = RUN_FOLDER in os.environ
+    try:
+        RunCLI(arguments, name)
+    finally:
+        if not inherited:
+            os.environ.pop(RUN_FOLDER, None)
