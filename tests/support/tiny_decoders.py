@@ -1,0 +1,85 @@
+"""Tiny random decoders of many architectures, and batches for them."""
+
+import torch
+from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedModel
+
+VOCAB = 61
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WINDOW = 9
+DECODERS = {
+    "llama": {},
+    "qwen3": {"head_dim": 8},
+    "mistral": {"sliding_window": None},
+    "mistral_window": {"model_type": "mistral", "sliding_window": WINDOW},
+    "qwen3_mixed_window": {
+        "model_type": "qwen3",
+        "head_dim": 8,
+        "sliding_window": WINDOW,
+        "use_sliding_window": True,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "num_hidden_layers": 4,
+    },
+    "qwen2": {},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma2": {"head_dim": 8, "sliding_window": WINDOW, "attn": "eager"},
+    "gemma3_text": {"head_dim": 8, "sliding_window": WINDOW, "sliding_window_pattern": 2},
+    "phi3": {},
+    "olmo2": {},
+    "granite": {"residual_multiplier": 0.3, "embedding_multiplier": 2.0},
+    "smollm3": {},
+    "cohere": {},
+    "stablelm": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+}
+
+
+def tiny_decoder(name: str, seed: int = 0, **overrides) -> PreTrainedModel:
+    """A tiny random causal LM in evaluation mode, fp32."""
+    settings = {**_COMMON, **DECODERS[name], **overrides}
+    attention = settings.pop("attn", "sdpa")
+    config = CONFIG_MAPPING[settings.pop("model_type", name)](**settings)
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+def stream_layout(frames: int, tokens: int = 10, text: int = 1, lead: int = 2) -> torch.Tensor:
+    """Layout [T] of `lead` text tokens, then `frames` times `tokens` vision tokens and `text` text tokens."""
+    parts = [torch.full((lead,), -1)]
+    for frame in range(frames):
+        parts += [torch.full((tokens,), frame), torch.full((text,), -1)]
+    return torch.cat(parts)
+
+
+def randomize_routers(model: torch.nn.Module, seed: int = 1) -> None:
+    """Routers with random weights, so that selections differ between tokens and layers."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "mmskip_router" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+
+def routers_of(model: torch.nn.Module) -> dict[int, torch.Tensor]:
+    """Router weights by block index."""
+    blocks = model.get_decoder().layers
+    return {i: b.mmskip_router.weight for i, b in enumerate(blocks) if hasattr(b, "mmskip_router")}
+
+
+def pad_rows(rows: list[torch.Tensor], value: int, side: str) -> torch.Tensor:
+    """Stack rows of different lengths, [B, T]."""
+    length = max(len(row) for row in rows)
+    fills = [torch.full((length - len(row),), value) for row in rows]
+    pairs = zip(rows, fills, strict=True)
+    return torch.stack([torch.cat([row, fill] if side == "right" else [fill, row]) for row, fill in pairs])
