@@ -74,6 +74,11 @@ class GeneratedConfig:
         text = json.dumps({"format": _FORMAT, **asdict(self)}, sort_keys=True)
         return sha256(text.encode()).hexdigest()[:10]
 
+    def texts(self, split: str) -> Iterator[str]:
+        """The narrations of a split, without writing anything."""
+        for index in range(getattr(self, split)):
+            yield from (told.text for told in world_of(self, split, index).told)
+
 
 def generate(
     root: str | Path, config: GeneratedConfig | None = None, workers: int | None = None, progress: bool = True
@@ -113,9 +118,7 @@ def generate(
         for index in range(getattr(config, split))
         if not _video_path(root, split, index).exists()
     ]
-    with tqdm(
-        total=len(jobs), desc="generating videos", unit="video", disable=not progress or not jobs
-    ) as bar:
+    with tqdm(total=len(jobs), desc="generating videos", unit="video", disable=not progress or not jobs) as bar:
         for _ in _run(partial(_write_one, root, config), jobs, workers):
             bar.update()
     for split in open_splits:

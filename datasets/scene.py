@@ -84,9 +84,7 @@ class SceneConfig:
         if not self.gaps or min(self.gaps) < 0 or abs(sum(self.gaps) - 1) > 1e-6:
             raise ValueError(f"SceneConfig.gaps must be probabilities that sum to 1, got {self.gaps}")
         if len(self.weights) != len(_KINDS) or min(self.weights) < 0 or self.weights[0] == 0:
-            raise ValueError(
-                f"SceneConfig.weights needs 6 numbers >= 0, the first > 0 ({_KINDS}), got {self.weights}"
-            )
+            raise ValueError(f"SceneConfig.weights needs 6 numbers >= 0, the first > 0 ({_KINDS}), got {self.weights}")
 
 
 @dataclass(eq=False)

@@ -80,9 +80,7 @@ class StreamTokens:
             if getattr(tokenizer, name) is None:
                 raise ValueError(f"the tokenizer has no {name}; call prepare_tokenizer(tokenizer) first")
         if VISION not in tokenizer.get_vocab():
-            raise ValueError(
-                f"the tokenizer has no {VISION!r} token; call prepare_tokenizer(tokenizer) first"
-            )
+            raise ValueError(f"the tokenizer has no {VISION!r} token; call prepare_tokenizer(tokenizer) first")
         return cls(
             vision=tokenizer.convert_tokens_to_ids(VISION),
             silent=_single_id(tokenizer, SILENT),

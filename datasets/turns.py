@@ -104,9 +104,7 @@ def plan_turns(
         ValueError: fps <= 0, num_frames < 1 or a negative time.
     """
     if not fps > 0 or num_frames < 1:
-        raise ValueError(
-            f"plan_turns needs fps > 0 and num_frames >= 1, got fps={fps}, num_frames={num_frames}"
-        )
+        raise ValueError(f"plan_turns needs fps > 0 and num_frames >= 1, got fps={fps}, num_frames={num_frames}")
     dropped: Counter[str] = Counter()
     by_frame: dict[int, Narration] = {}
     for item in sorted(narrations, key=lambda narration: narration.time_s):
@@ -180,11 +178,7 @@ def split_turns(
     for turn in turns:
         text = per_turn + len(tokens.narration(turn.narration))
         frames = turn.frames[1] - turn.frames[0]
-        if (
-            used_frames + frames > frame_limit
-            or used_tokens + frames * per_frame + text > token_limit
-            or not samples
-        ):
+        if used_frames + frames > frame_limit or used_tokens + frames * per_frame + text > token_limit or not samples:
             room = min(frame_limit - 1, (token_limit - head - text) // per_frame)
             if room < 1:
                 counts["text too long"] += 1

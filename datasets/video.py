@@ -61,9 +61,7 @@ class Video:
     source_fps: float
 
 
-def sampling_times(
-    duration_s: float, fps: float, start_s: float = 0, end_s: float | None = None
-) -> np.ndarray:
+def sampling_times(duration_s: float, fps: float, start_s: float = 0, end_s: float | None = None) -> np.ndarray:
     """The grid start, start + 1/fps, ... below the end: float64 [F], seconds."""
     stop = duration_s if end_s is None else min(end_s, duration_s)
     return start_s + np.arange(max(math.ceil((stop - start_s) * fps - 1e-6), 0)) / fps
@@ -95,35 +93,61 @@ def read_video(
     Raises:
         VideoError: missing, zero-length, truncated, not a video, fps <= 0, or nothing between start and end.
     """
-    path = Path(path)
-    if not (fps > 0 and math.isfinite(fps)):
-        raise VideoError(f"fps must be a positive number of frames per second, got {fps}")
-    if size is not None and size < 1:
-        raise VideoError(f"size must be at least 1 pixel, got {size}")
-    if start_s < 0:
-        raise VideoError(f"start_s must be >= 0 s, got {start_s}")
-    scan = _scan(path)
-    times = sampling_times(scan.info.duration_s, fps, start_s, end_s)
-    if not len(times):
-        raise VideoError(
-            f"{path}: no frame between {start_s} s and {end_s} s; it is {scan.info.duration_s:.3f} s long"
-        )
-    # The tolerance keeps a frame whose timestamp is rounded just above its grid time.
-    indices = np.searchsorted(scan.starts_s, times + 1e-4, side="right") - 1
-    wanted, repeats = np.unique(np.maximum(indices, 0), return_inverse=True)
-    pieces = [_resize(chunk, size) for chunk in _decode(path, scan, wanted)]
-    frames = np.concatenate(pieces)
-    if len(frames) != len(wanted):
-        raise VideoError(
-            f"{path}: broken: only {len(frames)} of {len(wanted)} frames could be decoded; "
-            "copy the file again or leave it out"
-        )
-    return Video(frames[repeats], times, scan.info.duration_s, scan.info.source_fps)
+    stream = VideoStream(path, fps, size, start_s, end_s)
+    return Video(np.concatenate(list(stream)), stream.times_s, stream.info.duration_s, stream.info.source_fps)
 
 
-def write_video(
-    path: str | Path, frames: np.ndarray | Iterable[np.ndarray], fps: float, crf: int = 18
-) -> None:
+class VideoStream:
+    """The frames of `read_video` in chunks, for videos too long to be held: uint8 [<= 32, H, W, 3] each.
+
+    Arguments and errors as `read_video`; the file is scanned when the stream is made and decoded as it is iterated.
+
+    Attributes:
+        info: the whole file's `VideoInfo`.
+        times_s: float64 [F], the sampling times.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        fps: float,
+        size: int | None = None,
+        start_s: float = 0,
+        end_s: float | None = None,
+    ) -> None:
+        if not (fps > 0 and math.isfinite(fps)):
+            raise VideoError(f"fps must be a positive number of frames per second, got {fps}")
+        if size is not None and size < 1:
+            raise VideoError(f"size must be at least 1 pixel, got {size}")
+        if start_s < 0:
+            raise VideoError(f"start_s must be >= 0 s, got {start_s}")
+        self.path, self.size = Path(path), size
+        self._scan = _scan(self.path)
+        self.info = self._scan.info
+        self.times_s = sampling_times(self.info.duration_s, fps, start_s, end_s)
+        if not len(self.times_s):
+            raise VideoError(
+                f"{path}: no frame between {start_s} s and {end_s} s; it is {self.info.duration_s:.3f} s long"
+            )
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        # The tolerance keeps a frame whose timestamp is rounded just above its grid time.
+        indices = np.searchsorted(self._scan.starts_s, self.times_s + 1e-4, side="right") - 1
+        wanted, repeats = np.unique(np.maximum(indices, 0), return_counts=True)
+        done = 0
+        for chunk in _decode(self.path, self._scan, wanted):
+            frames = np.repeat(_resize(chunk, self.size), repeats[done : done + len(chunk)], axis=0)
+            done += len(chunk)
+            for begin in range(0, len(frames), _CHUNK):
+                yield frames[begin : begin + _CHUNK]
+        if done < len(wanted):
+            raise VideoError(
+                f"{self.path}: broken: only {done} of {len(wanted)} frames could be decoded; "
+                "copy the file again or leave it out"
+            )
+
+
+def write_video(path: str | Path, frames: np.ndarray | Iterable[np.ndarray], fps: float, crf: int = 18) -> None:
     """Write frames as an H.264 mp4 (yuv420p). The file appears whole or not at all.
 
     Args:
@@ -160,9 +184,7 @@ def write_video(
             for frame in _chain(first, iterator):
                 if frame.shape != first.shape:
                     raise VideoError(f"{path}: frames differ in shape: {first.shape} and {frame.shape}")
-                container.mux(
-                    stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
-                )
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
             container.mux(stream.encode())
         os.replace(partial, path)
     finally:
@@ -211,12 +233,7 @@ def _scan(path: Path) -> _Scan:
     duration = float(starts[-1]) + (packets[-1][1] * float(base) or step)
     # Containers round, and edit lists hide a few frames: only a plain gap means a cut file.
     slack = max(3 * step, 0.02 * stated)
-    if (
-        corrupt
-        or duration + slack < stated
-        or len(packets) + max(3, 0.02 * expected) < expected
-        or _cut_gif(path)
-    ):
+    if corrupt or duration + slack < stated or len(packets) + max(3, 0.02 * expected) < expected or _cut_gif(path):
         total = f"of {expected} frames" if expected else f"frames, {duration:.2f} of {stated:.2f} s"
         raise VideoError(
             f"{path}: truncated: {_count_decodable(path)} {total} can be decoded; copy the file again or leave it out"

@@ -52,14 +52,15 @@ class VisionTower(nn.Module):
         if grid < 1:
             raise ValueError(f"grid must be at least 1, got {grid}")
         kwargs = tower_kwargs or {}
-        self.name, self.pretrained, self.grid, self.seed = name, pretrained or tag is not None, grid, seed
-        self.tower_kwargs = dict(kwargs)
+        self.grid = grid
+        self.features_id = tower_id(name, pretrained, grid, image_size, tower_kwargs, seed)
+        load = pretrained or tag is not None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if library == "timm":
-                model, size, mean, std = _timm_model(model_name, self.pretrained, image_size, kwargs)
+                model, size, mean, std = _timm_model(model_name, load, image_size, kwargs)
             else:
-                model, size, mean, std = _open_clip_model(model_name, self.pretrained, tag, image_size, kwargs)
+                model, size, mean, std = _open_clip_model(model_name, load, tag, image_size, kwargs)
         self.model = model
         self.image_size: int = size
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -79,13 +80,6 @@ class VisionTower(nn.Module):
     def num_tokens(self) -> int:
         """N, tokens per frame."""
         return 1 + self.grid**2
-
-    @property
-    def features_id(self) -> str:
-        """Sixteen characters that name weights, input size and grid: equal ids, equal features."""
-        weights = "pretrained" if self.pretrained else f"seed {self.seed}"
-        parts = [self.name, weights, self.grid, self.image_size, self.tower_kwargs]
-        return sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def train(self, mode: bool = True) -> "VisionTower":
         """Stays in evaluation mode: the tower is frozen."""
@@ -131,6 +125,20 @@ class VisionTower(nn.Module):
         if getattr(self.model, "attn_pool", None) is not None:
             return self.model.attn_pool(out), patches
         return (out[:, 0] if prefix else patches.mean((2, 3))), patches
+
+
+def tower_id(
+    name: str,
+    pretrained: bool = False,
+    grid: int = 3,
+    image_size: int | None = None,
+    tower_kwargs: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> str:
+    """Sixteen characters that name weights, input size and grid: equal ids, equal features. Builds nothing."""
+    weights = "pretrained" if pretrained else f"seed {seed}"
+    parts = [name, weights, grid, image_size, tower_kwargs or {}]
+    return sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def check_tower_name(name: str) -> tuple[str, str, str | None]:

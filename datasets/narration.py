@@ -1,0 +1,378 @@
+"""The DataModule of streaming narration: the embedded generated set, or Ego4D-format narrations with their videos."""
+
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from mmskip.datasets.ego4d import PASSES, NarratedVideo, load_narrations
+from mmskip.datasets.features import count_frames, encode_videos, features_key, features_path, read_features
+from mmskip.datasets.generated import SPLITS, GeneratedConfig, generate
+from mmskip.datasets.tokenizer import StreamTokens, prepare_tokenizer, train_tokenizer
+from mmskip.datasets.turns import Turn, build_sample, collate_narration, plan_turns, split_turns
+from mmskip.models.vision_tower import VisionTower, check_tower_name, tower_id
+
+# The embedded set's tower: random weights, one patch per cell of the stage, one block.
+EMBEDDED_TOWER: dict[str, Any] = {
+    "name": "timm/vit_tiny_patch16_224",
+    "image_size": 96,
+    "tower_kwargs": {"depth": 1, "patch_size": 32, "embed_dim": 384, "num_heads": 6},
+}
+_EMBEDDED = GeneratedConfig()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sample of a split: which turns of which video."""
+
+    uid: str
+    video_uid: str
+    turns: tuple[Turn, ...]
+
+    @property
+    def first_frame(self) -> int:
+        """The video's frame that opens the sample."""
+        return self.turns[0].frames[0] - 1
+
+
+class NarrationDataset(Dataset[dict[str, Any]]):
+    """Samples of one split, tokenized on access (`mmskip.datasets.turns.build_sample`).
+
+    Args:
+        entries: the samples.
+        folder: the feature cache.
+        key: its `features_key`.
+        tokens: the tokenizer's stream tokens.
+        instruction: text behind `<bos>`.
+        blank: replace all features by zeros (the control that sees no video).
+    """
+
+    def __init__(
+        self,
+        entries: list[Entry],
+        folder: Path,
+        key: str,
+        tokens: StreamTokens,
+        instruction: str = "",
+        blank: bool = False,
+    ) -> None:
+        self.entries, self.folder, self.key = entries, folder, key
+        self.tokens, self.instruction, self.blank = tokens, instruction, blank
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        entry = self.entries[index]
+        features = read_features(features_path(self.folder, entry.video_uid), self.key)[entry.first_frame :]
+        if self.blank:
+            features = torch.zeros_like(features)
+        return build_sample(entry.turns, features, self.tokens, entry.uid, entry.first_frame, self.instruction)
+
+
+class NarrationData(LightningDataModule):
+    """Streaming narration of videos: batches of `collate_narration`.
+
+    Without `annotations` it is the embedded set, written under `root` on first use. Features of the frozen tower are
+    encoded once; tokenizer and features are kept under `root` as well.
+
+    Args:
+        root: folder for everything that is made here.
+        generated: settings of the embedded set.
+        annotations: Ego4D-format narration file per split ("train", "val", "test"); splits may be missing.
+        video_dir: folder of videos, one for all splits or one per split; with `annotations` only.
+        narration_passes: Ego4D's annotators to use.
+        tower: `timm/...` or `open_clip/...`; None: the embedded set's small random tower, whose size and arguments
+            then stand in for `image_size` and `tower_kwargs`.
+        tower_pretrained, grid, image_size, tower_kwargs, tower_seed: as for `VisionTower`.
+        encode_device: where the tower runs: "auto" (cuda if there is one), "cpu", "cuda".
+        tokenizer: name or folder of a Hugging Face tokenizer; None: a word-level one over the training narrations.
+        fps: sampling rate, frames per second, > 0.
+        batch_size, eval_batch_size: samples per batch and rank, in training and else (None: the same).
+        num_workers: loader processes.
+        max_frames, max_tokens: longest sample; longer videos are cut into several at turn borders.
+        min_words: shortest narration used, words.
+        padding_side: "right" or "left".
+        instruction: text put behind `<bos>` in every sample.
+        blank: replace features by zeros (control).
+        seed: of the order of training samples.
+
+    Raises:
+        ValueError: contradicting or impossible arguments, an unknown tower, missing files; before work starts.
+    """
+
+    def __init__(
+        self,
+        root: str = "data",
+        generated: GeneratedConfig = _EMBEDDED,
+        annotations: dict[str, str] | None = None,
+        video_dir: str | dict[str, str] | None = None,
+        narration_passes: list[str] | None = None,
+        tower: str | None = None,
+        tower_pretrained: bool = False,
+        grid: int = 3,
+        image_size: int | None = None,
+        tower_kwargs: dict[str, Any] | None = None,
+        tower_seed: int = 0,
+        encode_device: str = "auto",
+        tokenizer: str | None = None,
+        fps: float = 2.0,
+        batch_size: int = 4,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        max_frames: int | None = None,
+        max_tokens: int | None = None,
+        min_words: int = 2,
+        padding_side: str = "right",
+        instruction: str = "",
+        blank: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if padding_side not in ("right", "left"):
+            raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}")
+        if not fps > 0 or batch_size < 1:
+            raise ValueError(f"fps must be > 0 and batch_size >= 1, got fps={fps}, batch_size={batch_size}")
+        embedded = EMBEDDED_TOWER if tower is None else {}
+        self.tower_args: dict[str, Any] = {
+            "name": tower,
+            "pretrained": tower_pretrained,
+            "grid": grid,
+            "image_size": image_size,
+            "tower_kwargs": tower_kwargs,
+            "seed": tower_seed,
+        } | embedded
+        check_tower_name(self.tower_args["name"])
+        self.generated, self.annotations = generated, annotations
+        self.video_dir = _check_sources(annotations, video_dir)
+        self.passes = tuple(narration_passes or PASSES[:1])
+        self.encode_device, self.tokenizer_name = encode_device, tokenizer
+        self.fps, self.batch_size = fps, batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.num_workers, self.seed = num_workers, seed
+        self.max_frames, self.max_tokens, self.min_words = max_frames, max_tokens, min_words
+        self.padding_side, self.instruction, self.blank = padding_side, instruction, blank
+        self.folder = Path(root) / (f"embedded-{generated.id}" if annotations is None else "narrated")
+        self.features_key = features_key(tower_id(**self.tower_args), fps)
+        self.features_folder = self.folder / "features" / self.features_key
+        self.counts: dict[str, Counter[str]] = {}
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._shape: dict[str, int] | None = None
+        self._datasets: dict[str, NarrationDataset] = {}
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The prepared tokenizer. Loaded, or trained on the training narrations; needs no videos."""
+        if self._tokenizer is None:
+            self._tokenizer = self._make_tokenizer()
+        return self._tokenizer
+
+    @property
+    def tokens(self) -> StreamTokens:
+        """The tokenizer's stream tokens."""
+        return StreamTokens.of(self.tokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows an embedding needs for all tokens, added ones included."""
+        return len(self.tokenizer)
+
+    @property
+    def feature_dim(self) -> int:
+        """C, channels of a frame feature."""
+        return self._tower_shape()["dim"]
+
+    @property
+    def frame_tokens(self) -> int:
+        """N, tokens per frame."""
+        return 1 + self.tower_args["grid"] ** 2
+
+    def prepare_data(self) -> None:
+        """Generate, encode and write the tokenizer, as far as not done yet. Lightning calls it on one rank."""
+        if self.annotations is None:
+            generate(self.folder, self.generated)
+        videos = {(video.uid, video.path) for split in SPLITS for video in self._load(split) if self._has(split)}
+        todo = any(not features_path(self.features_folder, uid).exists() for uid, _ in videos)
+        if todo:
+            device = self.encode_device
+            if device == "auto":
+                device = "cuda" if torch.cuda.is_available() else "cpu"
+            tower = VisionTower(**self.tower_args)
+            self._write_shape(tower)
+            report = encode_videos(tower, sorted(videos), self.features_folder, self.fps, device)
+            if report.broken:
+                names = "; ".join(list(report.broken.values())[:3])
+                warnings.warn(f"{len(report.broken)} of {len(videos)} videos left out: {names}", stacklevel=2)
+        folder = self.folder / "tokenizer"
+        if self.tokenizer_name is None and not folder.exists():
+            partial_folder = folder.with_name(f".tokenizer.{os.getpid()}.part")
+            self.tokenizer.save_pretrained(partial_folder)
+            os.replace(partial_folder, folder)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read narrations and plan the samples of the splits a stage needs ("fit", "validate", "test", "predict")."""
+        needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+        for split in needed.get(stage or "", SPLITS):
+            if self._has(split) and split not in self._datasets:
+                self._datasets[split] = self._dataset(split)
+
+    def train_dataloader(self) -> DataLoader:
+        """Training batches; the order depends on seed and epoch only."""
+        dataset = self.dataset("train")
+        world, rank = self._ranks()
+        sampler: DistributedSampler = DistributedSampler(dataset, world, rank, shuffle=True, seed=self.seed)
+        return self._loader(dataset, sampler, self.batch_size)
+
+    def val_dataloader(self) -> DataLoader:
+        """Validation batches, in order; ranks share them without repeats."""
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        """Test batches, in order; ranks share them without repeats."""
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """The test batches."""
+        return self._eval_loader("test")
+
+    def dataset(self, split: str) -> NarrationDataset:
+        """The samples of a split, after `prepare_data`.
+
+        Raises:
+            ValueError: the split has no annotations.
+        """
+        if not self._has(split):
+            raise ValueError(f"no annotations for split {split!r}; given: {sorted(self.annotations or {})}")
+        if split not in self._datasets:
+            self._datasets[split] = self._dataset(split)
+        return self._datasets[split]
+
+    def _eval_loader(self, split: str) -> DataLoader:
+        dataset = self.dataset(split)
+        return self._loader(dataset, _UnrepeatedSampler(dataset, *self._ranks()), self.eval_batch_size)
+
+    def _loader(self, dataset: NarrationDataset, sampler: DistributedSampler, batch_size: int) -> DataLoader:
+        collate = partial(collate_narration, pad_token_id=self.tokens.pad, padding_side=self.padding_side)
+        return DataLoader(
+            dataset,
+            batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+
+    def _has(self, split: str) -> bool:
+        return self.annotations is None or split in self.annotations
+
+    def _load(self, split: str) -> list[NarratedVideo]:
+        if not self._has(split):
+            return []
+        if self.annotations is None:
+            source, videos = self.folder / split / "narrations.json", self.folder / split / "videos"
+        else:
+            source, videos = Path(self.annotations[split]), Path(self.video_dir[split])
+        loaded, report = load_narrations(source, videos, self.passes, check_videos=False)
+        self.counts[split] = Counter(report.counts)
+        return loaded
+
+    def _dataset(self, split: str) -> NarrationDataset:
+        entries: list[Entry] = []
+        tokens = self.tokens
+        videos = self._load(split)
+        counts = self.counts[split]
+        for video in videos:
+            cached = features_path(self.features_folder, video.uid)
+            if not cached.exists():
+                counts["corrupt video"] += 1
+                continue
+            turns, dropped = plan_turns(video.narrations, self.fps, count_frames(cached), self.min_words)
+            samples, cut = split_turns(
+                turns, tokens, self.frame_tokens, self.max_frames, self.max_tokens, self.instruction
+            )
+            counts.update(dropped)
+            counts.update(cut)
+            name = video.uid if len(self.passes) == 1 else f"{video.uid}/{video.annotator}"
+            for number, sample in enumerate(samples):
+                uid = name if len(samples) == 1 else f"{name}#{number}"
+                entries.append(Entry(uid, video.uid, tuple(sample)))
+        if not entries:
+            raise ValueError(f"split {split!r} has no usable sample ({dict(counts)}); run prepare_data first")
+        return NarrationDataset(entries, self.features_folder, self.features_key, tokens, self.instruction, self.blank)
+
+    def _make_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer_name is not None:
+            try:
+                return prepare_tokenizer(AutoTokenizer.from_pretrained(self.tokenizer_name))
+            except (OSError, ImportError) as error:
+                raise ValueError(
+                    f"tokenizer {self.tokenizer_name!r} is neither a local folder nor in the local cache: {error}"
+                ) from error
+        folder = self.folder / "tokenizer"
+        if folder.exists():
+            return AutoTokenizer.from_pretrained(folder)
+        if self.annotations is None:
+            texts: Iterator[str] = self.generated.texts("train")
+        else:
+            texts = (item.text for video in self._load("train") for item in video.narrations)
+        return prepare_tokenizer(train_tokenizer(texts))
+
+    def _tower_shape(self) -> dict[str, int]:
+        """Channels of the tower; read from the cache, so a finished cache needs no tower."""
+        path = self.features_folder / "tower.json"
+        if self._shape is None and path.exists():
+            self._shape = json.loads(path.read_text())["shape"]
+        if self._shape is None:
+            self._shape = {"dim": VisionTower(**self.tower_args).dim}
+        return self._shape
+
+    def _write_shape(self, tower: VisionTower) -> None:
+        self.features_folder.mkdir(parents=True, exist_ok=True)
+        path = self.features_folder / "tower.json"
+        partial_path = path.with_name(f".tower.{os.getpid()}.part")
+        partial_path.write_text(json.dumps({"tower": self.tower_args, "fps": self.fps, "shape": {"dim": tower.dim}}))
+        os.replace(partial_path, path)
+
+
+class _UnrepeatedSampler(DistributedSampler):
+    """Every sample once, dealt round the ranks in order. (Lightning leaves a DistributedSampler as it is.)"""
+
+    def __init__(self, dataset: Dataset, world: int, rank: int) -> None:
+        super().__init__(dataset, world, rank, shuffle=False)
+        self.indices = range(rank, len(dataset), world)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def _check_sources(annotations: dict[str, str] | None, video_dir: str | dict[str, str] | None) -> dict[str, str]:
+    """The video folder of every split; all files and folders must exist."""
+    if annotations is None:
+        if video_dir is not None:
+            raise ValueError(f"video_dir={video_dir!r} needs annotations as well")
+        return {}
+    if unknown := set(annotations) - set(SPLITS):
+        raise ValueError(f"annotations has unknown splits {sorted(unknown)}; known: {SPLITS}")
+    folders = video_dir if isinstance(video_dir, dict) else dict.fromkeys(annotations, video_dir or "")
+    for split, path in annotations.items():
+        if not Path(path).is_file():
+            raise ValueError(f"annotations[{split!r}]: no such file: {path}")
+        if not folders.get(split) or not Path(folders[split]).is_dir():
+            raise ValueError(f"video_dir for {split!r}: no such folder: {folders.get(split)!r}")
+    return folders
