@@ -122,9 +122,7 @@ def test_non_contiguous_inputs():
     turned_x = x.transpose(1, 2).contiguous().transpose(1, 2)
     turned_y = y.transpose(0, 1).contiguous().transpose(0, 1)
     assert torch.equal(select_tokens(turned_x, index, valid), select_tokens(x, index, valid))
-    assert torch.equal(
-        merge_tokens(turned_x, turned_y, index, gate, valid), merge_tokens(x, y, index, gate, valid)
-    )
+    assert torch.equal(merge_tokens(turned_x, turned_y, index, gate, valid), merge_tokens(x, y, index, gate, valid))
 
 
 def routed_layer(x: Tensor, weight: Tensor, gate: Tensor, index: Tensor, valid: Tensor) -> Tensor:
@@ -147,9 +145,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     weight = torch.randn(8, 8, dtype=torch.float64, requires_grad=True)
     args = (x, weight, gate, index, valid)
     want = gradients(routed_layer(*args), [x, weight, gate])
-    got = gradients(
-        torch.utils.checkpoint.checkpoint(routed_layer, *args, use_reentrant=False), [x, weight, gate]
-    )
+    got = gradients(torch.utils.checkpoint.checkpoint(routed_layer, *args, use_reentrant=False), [x, weight, gate])
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
