@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
@@ -44,8 +45,16 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{device}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    cores = os.cpu_count()
-    return f"{device}: {platform.processor() or platform.machine()}, {cores} cores, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{device}: {_processor_name()}, {os.cpu_count()} cores, {threads} threads"
+
+
+def _processor_name() -> str:
+    """The processor's model; Python alone knows only the architecture on Linux."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
 
 
 def operation_paths(device: torch.device) -> dict[str, backend.Path]:
