@@ -165,8 +165,7 @@ class StreamState:
 
 
 def split_rows(batch: dict[str, Any]) -> list[dict[str, Any]]:
-    """The samples of a batch, without their padding: dicts with `input_ids`, `layout` [T], `features` [F, N, C], and
-    `turns` with token indices of the unpadded row, `uid`."""
+    """The samples of a batch as they were before `collate_narration`, without padding."""
     rows: list[dict[str, Any]] = []
     done = 0
     frames = (batch["layout"].amax(1) + 1).tolist()
@@ -174,8 +173,7 @@ def split_rows(batch: dict[str, Any]) -> list[dict[str, Any]]:
         start = int(mask.int().argmax())
         rows.append(
             {
-                "input_ids": batch["input_ids"][row][mask],
-                "layout": batch["layout"][row][mask],
+                **{key: batch[key][row][mask] for key in ("input_ids", "labels", "layout")},
                 "features": batch["features"][done : done + frames[row]],
                 "turns": [turn.shifted(-start) for turn in batch["turns"][row]],
                 "uid": batch["uid"][row],

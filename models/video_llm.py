@@ -295,7 +295,8 @@ class VideoLLM(LightningModule):
     def _log_metrics(self, stage: str) -> None:
         self.results = self.metrics.compute(self.hparams["fps"] or 1.0)
         shown = ("lm_ppl", "lm_correctness", "time_diff", "fluency")
-        self.log_dict({f"{stage}/{name}": self.results[name] for name in shown}, prog_bar=stage == "val")
+        for name in shown:
+            self.log(f"{stage}/{name}", self.results[name], prog_bar=name in ("lm_ppl", "fluency"))
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[tuple[str, list[Utterance]]]:
         """The uid and the model's own narrations of each sample."""

@@ -12,7 +12,7 @@ from typing import Any
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -114,7 +114,10 @@ class RunCLI(LightningCLI):
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, WholeFileIO()]
-        return super().instantiate_trainer(plugins=plugins, **kwargs)
+        callbacks = given.callbacks or []
+        if not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            callbacks = [*callbacks, TQDMProgressBar()]
+        return super().instantiate_trainer(plugins=plugins, callbacks=callbacks, **kwargs)
 
 
 def _unused(folder: Path) -> Path:
@@ -134,6 +137,8 @@ def run(arguments: Sequence[str], name: str) -> None:
     set_parsing_settings(subclasses_enabled=list(config_types().values()))
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=r"The dirpath has changed from.*")
+    warnings.filterwarnings("ignore", message=r"Experiment logs directory .* exists and is not empty.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not record.getMessage().startswith("💡")
     )

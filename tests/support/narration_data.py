@@ -79,7 +79,7 @@ class TinyData(LightningDataModule):
     def _loader(self, samples: list[dict[str, Any]], shuffle: bool) -> DataLoader:
         return DataLoader(
             samples,  # type: ignore[arg-type]
-            self.batch_size,
+            batch_size=self.batch_size,
             shuffle=shuffle,
             collate_fn=lambda items: collate_narration(items, 0),
         )

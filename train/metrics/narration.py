@@ -12,7 +12,7 @@ Each is computed per turn, averaged over the turns of a sample, then over sample
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -93,6 +93,14 @@ class NarrationMetrics:
         if turns:
             self._samples[sample] = list(turns)
 
+    def gathered(self) -> dict[Hashable, list[TurnScore]]:
+        """The scored samples of all ranks (a collective call when several ranks run)."""
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+            return self._samples
+        parts: list[dict[Hashable, list[TurnScore]]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(parts, self._samples)
+        return {key: turns for part in parts for key, turns in part.items()}
+
     def compute(self, fps: float) -> dict[str, float]:
         """The means over all samples of all ranks (a collective call when several ranks run).
 
@@ -103,23 +111,23 @@ class NarrationMetrics:
             `lm_ppl`, `lm_correctness`, `time_diff` (seconds), `fluency` (NaN where no turn has what they need),
             `samples` and `turns` counted.
         """
-        samples = self._samples
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            parts: list[dict[Hashable, list[TurnScore]]] = [{} for _ in range(dist.get_world_size())]
-            dist.all_gather_object(parts, samples)
-            samples = {key: turns for part in parts for key, turns in part.items()}
-        scored = list(samples.values())
-        spoken = [[turn for turn in turns if turn.text_tokens] for turns in scored]
-        streamed = [[turn for turn in turns if turn.stream_tokens] for turns in scored]
-        both = [[turn for turn in turns if turn.text_tokens and turn.stream_tokens] for turns in scored]
-        return {
-            "lm_ppl": _mean([_mean([_exp(turn.nll / turn.text_tokens) for turn in turns]) for turns in spoken]),
-            "lm_correctness": _mean([_mean([t.correct / t.text_tokens for t in turns]) for turns in spoken]),
-            "time_diff": _mean([_mean([abs(t.frame_diff) / fps for t in turns]) for turns in streamed]),
-            "fluency": _mean([_mean([turn.fluency for turn in turns]) for turns in both]),
-            "samples": float(len(scored)),
-            "turns": float(sum(map(len, scored))),
-        }
+        return averages(self.gathered().values(), fps)
+
+
+def averages(samples: Iterable[Sequence[TurnScore]], fps: float) -> dict[str, float]:
+    """The means over the turns of each sample, and then over samples; see `NarrationMetrics.compute`."""
+    scored = list(samples)
+    spoken = [[turn for turn in turns if turn.text_tokens] for turns in scored]
+    streamed = [[turn for turn in turns if turn.stream_tokens] for turns in scored]
+    both = [[turn for turn in turns if turn.text_tokens and turn.stream_tokens] for turns in scored]
+    return {
+        "lm_ppl": _mean([_mean([_exp(turn.nll / turn.text_tokens) for turn in turns]) for turns in spoken]),
+        "lm_correctness": _mean([_mean([t.correct / t.text_tokens for t in turns]) for turns in spoken]),
+        "time_diff": _mean([_mean([abs(t.frame_diff) / fps for t in turns]) for turns in streamed]),
+        "fluency": _mean([_mean([turn.fluency for turn in turns]) for turns in both]),
+        "samples": float(len(scored)),
+        "turns": float(sum(map(len, scored))),
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,0 +1,90 @@
+"""What a method saves on one batch: counted from a trace, and measured against the same model without it."""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import mmskip
+from mmskip.trace import Trace
+
+if TYPE_CHECKING:
+    from mmskip.models.video_llm import VideoLLM
+
+
+def counted_savings(model: "VideoLLM", batch: dict[str, Any]) -> tuple[dict[str, Any], Trace]:
+    """Cost of one training step's forward and backward on `batch` (mmskip.cost), and the trace it was counted from."""
+    model.train()
+    with mmskip.trace(model.llm) as trace, torch.enable_grad():
+        model.loss_sums(batch)
+    return mmskip.cost(model.llm, trace).to_dict(), trace
+
+
+def streaming_savings(model: "VideoLLM", sample: dict[str, Any]) -> dict[str, Any]:
+    """Cost of narrating one sample frame by frame: FLOPs of all its forwards, KV bytes after the last."""
+    with mmskip.trace(model.llm) as trace:
+        model.narrate(sample)
+    return mmskip.cost(model.llm, trace).to_dict()
+
+
+def measured_speedup(model: "VideoLLM", batch: dict[str, Any], pairs: int = 15) -> dict[str, float]:
+    """Time of forward and backward of the dense model over that of this one.
+
+    The dense model is a copy of this one with all methods removed. Both run alternately in this process, each pair
+    gives one ratio.
+
+    Args:
+        model: its gradients are dropped.
+        batch: on the model's device.
+        pairs: number of ratios, at least 1.
+
+    Returns:
+        `speedup` (median), `low`, `high` (quartiles), `seconds` and `dense_seconds` (medians of one step).
+    """
+    own = model.llm
+    assert own is not None
+    own.zero_grad(set_to_none=True)
+    dense = mmskip.remove_(copy.deepcopy(own))
+    model.train()
+
+    def step(llm: Any) -> Callable[[], None]:
+        def run() -> None:
+            model.llm = llm
+            model.loss_sums(batch)[0].backward()
+            model.zero_grad(set_to_none=True)
+
+        return run
+
+    ours: list[float] = []
+    theirs: list[float] = []
+    try:
+        with torch.enable_grad():
+            for index in range(pairs + 2):
+                seconds, dense_seconds = _timed(step(own), model.device), _timed(step(dense), model.device)
+                if index >= 2:  # the first two pairs warm up
+                    ours.append(seconds)
+                    theirs.append(dense_seconds)
+    finally:
+        model.llm = own
+    ratios = [dense_time / time_ for dense_time, time_ in zip(theirs, ours, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4) if pairs > 1 else [ratios[0]] * 3
+    return {
+        "speedup": middle,
+        "low": low,
+        "high": high,
+        "seconds": statistics.median(ours),
+        "dense_seconds": statistics.median(theirs),
+    }
+
+
+def _timed(run: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
