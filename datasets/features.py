@@ -121,7 +121,7 @@ def count_frames(path: str | Path) -> int:
 
 
 def _is_current(cached: Path, key: str, video: Path) -> bool:
-    """Whether the cache holds this video. A video that is gone counts as unchanged: its features are all that is left."""
+    """Whether the cache holds this video. A video that is gone counts as unchanged: its features are what is left."""
     if not cached.exists():
         return False
     try:

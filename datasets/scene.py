@@ -3,7 +3,7 @@
 A world is planned in ticks (one tick = one sampled frame), told by narrations, and drawn at the video's own rate.
 Objects rest in the cells of a square stage. One event happens at a time, takes two ticks, and is narrated at the tick
 in the middle, when it can just be told from the frames: an object enters, leaves, moves to a neighbouring cell, hits
-a neighbour, hides behind the wall or comes out again.
+a neighbour, hides behind the wall or comes out again. The acting object glows and leaves a streak in that half.
 
 Shapes: S side of the frame in pixels; images are float32 [S, S, 3] in 0..1 until they are written.
 """
@@ -19,12 +19,13 @@ COLOURS = {
     "blue": (0.15, 0.3, 0.95),
     "yellow": (0.97, 0.87, 0.1),
     "purple": (0.65, 0.15, 0.85),
-    "white": (0.97, 0.97, 0.97),
+    "black": (0.03, 0.03, 0.03),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 SIZES = {"small": 0.2, "large": 0.32}  # half width, as a share of a cell
 SIDES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+_PALE = (0.8, 1.0, 1.0)
 _KINDS = ("enter", "leave", "move", "hit", "hide", "out")
 
 Cell = tuple[int, int]
@@ -44,6 +45,8 @@ class SceneConfig:
         gaps: probability of 2, 3, 4, ... ticks from one event to the next.
         weights: how often each event is chosen where it is possible: enter, leave, move, hit, hide, out.
         return_rate: share of entering objects that are of a kind which was there and left ("another ...").
+        cue: strength of the pale glow and streak of an object in the narrated half of its motion, 0 (events
+            show only in the difference of frames) to 1 (they show in one frame).
         jiggle: largest random displacement of resting objects, pixels of a 96-pixel frame.
         noise: strength of the pixel noise, 0..1.
         texture: strength of the background texture, 0..1.
@@ -59,6 +62,7 @@ class SceneConfig:
     gaps: tuple[float, ...] = (0.4, 0.3, 0.2, 0.1)
     weights: tuple[float, ...] = (2.0, 1.5, 1.0, 1.5, 1.5, 2.0)
     return_rate: float = 0.3
+    cue: float = 0.8
     jiggle: float = 1.0
     noise: float = 0.03
     texture: float = 0.15
@@ -73,6 +77,7 @@ class SceneConfig:
             "max_objects": (1, self.cells**2 - 2),
             "start_objects": (0, self.max_objects),
             "return_rate": (0, 1),
+            "cue": (0, 1),
             "jiggle": (0, 8),
             "noise": (0, 1),
             "texture": (0, 1),
@@ -89,7 +94,11 @@ class SceneConfig:
 
 @dataclass(eq=False)
 class Thing:
-    """One object of a world. `path` holds its place at the ticks where its motion changes, in cells."""
+    """One object of a world.
+
+    `path` holds its place at the ticks where its motion changes, in cells; `acts` the ticks at which it
+    starts to act.
+    """
 
     colour: str
     shape: str
@@ -97,6 +106,7 @@ class Thing:
     cell: Cell
     hidden: bool = False
     left: bool = False
+    acts: list[int] = field(default_factory=list)
     path: dict[float, Point] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
 
@@ -240,6 +250,7 @@ class _Director:
     def _play(self, event: _Event, tick: int) -> None:
         """Move the objects from `tick` to `tick + 2` and tell it at `tick + 1`."""
         thing, cell = event.thing, event.thing.cell
+        thing.acts.append(tick)
         target = _step(cell, event.way)
         cells: tuple[Cell, ...] = (cell,)
         if event.kind == "enter":
@@ -267,7 +278,7 @@ class _Director:
             cells = (cell, target)
         else:
             # Coming out is told while about half of the object is still behind the wall.
-            half = {"move": 0.5, "hide": 0.45, "out": 0.45}[event.kind]
+            half = {"move": 0.3, "hide": 0.45, "out": 0.45}[event.kind]
             thing.path |= {tick: cell, tick + 1: _along(cell, event.way, half), tick + 2: target}
             thing.cell, thing.hidden = target, event.kind == "hide"
             cells = (cell, target)
@@ -338,6 +349,7 @@ def draw_world(world: World, size: int, per_tick: int, rng: np.random.Generator)
             if place_now is not None:
                 shift = offset + rng.uniform(-jiggle, jiggle, 2)
                 x, y = (place_now[0] + 0.5) * cell + shift[0], (place_now[1] + 0.5) * cell + shift[1]
+                _paint_cue(image, thing, index / per_tick, (x, y), cell, config.cue)
                 _paint(image, thing.shape, x, y, thing.radius * cell, COLOURS[thing.colour])
         image = np.where(wall_mask, background, image)
         image += rng.normal(0, config.noise, (size, size, 1)).astype(np.float32)
@@ -375,7 +387,28 @@ def _wall_mask(size: int, cell: float, wall: Cell) -> np.ndarray:
     return inside[..., None]
 
 
-def _paint(image: np.ndarray, shape: str, x: float, y: float, radius: float, colour: Point | tuple) -> None:
+def _paint_cue(image: np.ndarray, thing: Thing, tick: float, at: Point, cell: float, strength: float) -> None:
+    """A glow around an object in the told half of an event, and a fading streak to where it came from."""
+    begin = next((start for start in thing.acts if start < tick <= start + 1), None)
+    now, before = _position(thing, tick), None if begin is None else _position(thing, begin)
+    if now is None or before is None or strength == 0:
+        return
+    back = ((before[0] - now[0]) * cell, (before[1] - now[1]) * cell)
+    for share in (0.9, 0.7, 0.5, 0.3):
+        x, y = at[0] + back[0] * share, at[1] + back[1] * share
+        _paint(image, "circle", x, y, 0.6 * thing.radius * cell, _PALE, strength * (1 - 0.6 * share))
+    _paint(image, "circle", at[0], at[1], 1.35 * thing.radius * cell, _PALE, strength)
+
+
+def _paint(
+    image: np.ndarray,
+    shape: str,
+    x: float,
+    y: float,
+    radius: float,
+    colour: tuple[float, float, float],
+    opacity: float = 1.0,
+) -> None:
     """Blend one filled shape into the image, antialiased, clipped at the border."""
     size = image.shape[0]
     reach = int(radius * 1.3) + 2
@@ -385,7 +418,7 @@ def _paint(image: np.ndarray, shape: str, x: float, y: float, radius: float, col
         return
     v = np.arange(top, bottom, dtype=np.float32)[:, None] + 0.5 - y
     u = np.arange(left, right, dtype=np.float32)[None, :] + 0.5 - x
-    cover = np.clip(0.5 - _distance(shape, u, v, radius), 0, 1)[..., None]
+    cover = opacity * np.clip(0.5 - _distance(shape, u, v, radius), 0, 1)[..., None]
     patch = image[top:bottom, left:right]
     patch += cover * (np.asarray(colour, dtype=np.float32) - patch)
 

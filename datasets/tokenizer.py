@@ -30,7 +30,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     """
     for text in (SILENT, SPEAK):
         _single_id(tokenizer, text)
-    missing = {}
+    missing: dict[str, Any] = {}
     if tokenizer.eos_token is None:
         missing["eos_token"] = "<eos>"
     if tokenizer.bos_token is None:
@@ -82,7 +82,7 @@ class StreamTokens:
         if VISION not in tokenizer.get_vocab():
             raise ValueError(f"the tokenizer has no {VISION!r} token; call prepare_tokenizer(tokenizer) first")
         return cls(
-            vision=tokenizer.convert_tokens_to_ids(VISION),
+            vision=tokenizer.get_vocab()[VISION],
             silent=_single_id(tokenizer, SILENT),
             speak=_single_id(tokenizer, SPEAK),
             open=tuple(_encode(tokenizer, OPEN)),
@@ -103,7 +103,8 @@ class StreamTokens:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Readable text of narration ids, without special tokens and outer blanks."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+        text: Any = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text.strip()
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:

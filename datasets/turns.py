@@ -236,7 +236,7 @@ def build_sample(
     writer.text(tokens.head(instruction))
     writer.text(tokens.open)
     writer.frame()
-    spans = []
+    spans: list[TurnSpan] = []
     next_frame = first_frame + 1
     for turn in turns:
         if turn.frames[0] != next_frame or turn.frames[1] <= next_frame:

@@ -5,6 +5,7 @@ Shapes: F frames, H and W pixels, G grid side, N = 1 + G * G tokens per frame, C
 
 import difflib
 import json
+import math
 from hashlib import sha256
 from typing import Any
 
@@ -37,6 +38,7 @@ class VisionTower(nn.Module):
 
     mean: Tensor
     std: Tensor
+    model: Any
 
     def __init__(
         self,
@@ -120,8 +122,8 @@ class VisionTower(nn.Module):
             patches = out if out.shape[1] == self.model.num_features else out.permute(0, 3, 1, 2)
             return patches.mean((2, 3)), patches
         prefix = getattr(self.model, "num_prefix_tokens", 0)
-        height, width = self.model.patch_embed.grid_size
-        patches = out[:, prefix:].transpose(1, 2).unflatten(2, (height, width))
+        side = math.isqrt(out.shape[1] - prefix)
+        patches = out[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
         if getattr(self.model, "attn_pool", None) is not None:
             return self.model.attn_pool(out), patches
         return (out[:, 0] if prefix else patches.mean((2, 3))), patches
@@ -183,7 +185,7 @@ def _timm_model(
     name: str, pretrained: bool, image_size: int | None, kwargs: dict[str, Any]
 ) -> tuple[nn.Module, int, tuple, tuple]:
     try:
-        model = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+        model: Any = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
     except Exception as error:  # any library between us and the weights may fail
         raise _unavailable(f"timm/{name}", error) from error
     cfg = model.pretrained_cfg
