@@ -20,17 +20,18 @@ GATES = ("linear", "sigmoid", "tanh", "none")
 
 @dataclass(frozen=True)
 class Budget:
-    """How many tokens of a forward a layer keeps at one keep ratio; all of it known on the host."""
+    """How many tokens of a forward a layer keeps at one keep ratio.
+
+    Attributes:
+        k_G: LongTensor [G], tokens kept of each group; `k_max` the largest, on the host.
+        slots: S, tokens kept of the fullest row, on the host.
+        rows_B: LongTensor [B], tokens kept of each row where rows differ; None where all keep S.
+    """
 
     k_G: Tensor
     k_max: int
-    rows: tuple[int, ...]
     slots: int
-
-    @property
-    def ragged(self) -> bool:
-        """Whether rows keep different numbers of tokens, so that some slots are padding."""
-        return any(n != self.slots for n in self.rows)
+    rows_B: Tensor | None
 
 
 @dataclass
@@ -58,6 +59,7 @@ class TokenGroups:
     row_lengths: np.ndarray
     start: int = 0
     _budgets: dict[float, Budget] = field(default_factory=dict)
+    _copies: dict[torch.device, "TokenGroups"] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -70,7 +72,8 @@ class TokenGroups:
         return len(self.sizes) > 0
 
     def budget(self, keep: float) -> Budget:
-        """Counts at a keep ratio: k = max(1, round(keep * n)) of a group's n tokens, every text token."""
+        """Counts at a keep ratio: k = max(1, round(keep * n)) of a group's n tokens, every text token. Counted once
+        per forward and ratio, on the host."""
         if keep not in self._budgets:
             self._budgets[keep] = self._count(keep)
         return self._budgets[keep]
@@ -85,24 +88,26 @@ class TokenGroups:
         if slots == length:
             # leaving padding out would save nothing, and keeping it leaves the call just as the base makes it
             rows = length - skipped
-        k_G = torch.from_numpy(k).to(self.layout_BT.device)
-        return Budget(k_G, int(k.max(initial=0)), tuple(rows.tolist()), slots)
+        device = self.layout_BT.device
+        rows_B = torch.from_numpy(rows).to(device) if bool((rows != slots).any()) else None
+        return Budget(torch.from_numpy(k).to(device), int(k.max(initial=0)), slots, rows_B)
 
     def to(self, device: torch.device) -> "TokenGroups":
-        """The same groups with their tensors on `device`."""
+        """The same groups with their tensors on `device`; copied once per device (models spread over several)."""
         if self.layout_BT.device == device:
             return self
-        moved = [t if t is None else t.to(device) for t in (self.layout_BT, self.real_BT)]
-        return TokenGroups(
-            moved[0],  # type: ignore[arg-type]
-            moved[1],
-            self.table_GN.to(device),
-            self.last_GN.to(device),
-            self.sizes,
-            self.group_rows,
-            self.row_lengths,
-            self.start,
-        )
+        if device not in self._copies:
+            self._copies[device] = TokenGroups(
+                self.layout_BT.to(device),
+                None if self.real_BT is None else self.real_BT.to(device),
+                self.table_GN.to(device),
+                self.last_GN.to(device),
+                self.sizes,
+                self.group_rows,
+                self.row_lengths,
+                self.start,
+            )
+        return self._copies[device]
 
 
 def token_groups(layout_BT: Tensor, real_BT: Tensor | None = None, start: int = 0) -> TokenGroups:
@@ -200,8 +205,7 @@ def select(scores_BT: Tensor, groups: TokenGroups, keep: float, force_last: bool
     if groups.has_vision:
         keep_flat.scatter_(0, _chosen(scores_BT, groups, budget, force_last).reshape(-1), True)
     keep_BT = keep_flat[:-1].view(batch, length)
-    rows = torch.tensor(budget.rows, device=scores_BT.device) if budget.ragged else None
-    return compact(keep_BT, budget.slots, rows)
+    return compact(keep_BT, budget.slots, budget.rows_B)
 
 
 def _chosen(scores_BT: Tensor, groups: TokenGroups, budget: Budget, force_last: bool) -> Tensor:
@@ -301,7 +305,7 @@ def uniform_scores(groups: TokenGroups, keep: float) -> Tensor:
     batch, length = groups.shape
     scores = torch.zeros(batch * length + 1, device=groups.layout_BT.device)
     if groups.has_vision:
-        sizes = torch.from_numpy(groups.sizes).to(scores.device)[:, None]
+        sizes = (groups.table_GN < batch * length).sum(1, keepdim=True)
         k = groups.budget(keep).k_G[:, None]
         rank = torch.arange(groups.table_GN.shape[1], device=scores.device)
         # the k ranks in the middle of k equal parts of the group

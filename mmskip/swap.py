@@ -38,11 +38,6 @@ def state_of(module: nn.Module, mixin: type) -> Any:
     return module.__dict__[_INSTALLED][mixin.__name__][0]
 
 
-def has_mixin(module: nn.Module, mixin: type) -> bool:
-    """Whether `mixin` is installed on `module`, whatever other classes (FSDP, ...) sit on top."""
-    return isinstance(module, mixin)
-
-
 def bind(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a call by the parameter names of the original `forward`."""
     names: tuple[str, ...] = type(module)._mmskip_names  # type: ignore[attr-defined]

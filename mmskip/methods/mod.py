@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmskip.families.hf_decoder import DecoderView, check_backend
+from mmskip.families.hf_decoder import DecoderView
+from mmskip.families.hf_subset import check_backend
 from mmskip.registry import register
 from mmskip.routers import (
     GATES,
@@ -176,8 +177,8 @@ def keep_ratios(config: MoDConfig, routed: Sequence[int], count: int) -> tuple[f
     if len(keep) == count:
         return tuple(float(keep[i]) for i in routed)
     raise ValueError(
-        f"keep has {len(keep)} values; expected {len(routed)}, one per routed block {list(routed)}, or {count}, one per "
-        "block of the model."
+        f"keep has {len(keep)} values; expected {len(routed)}, one per routed block {list(routed)}, or {count}, one "
+        "per block of the model."
     )
 
 
@@ -188,6 +189,10 @@ class MoDPolicy:
     config: MoDConfig
     keep: float
     index: int
+
+    def prepare(self, groups: TokenGroups) -> None:
+        """Count the tokens to be kept."""
+        groups.budget(self.keep)
 
     def select(self, block: nn.Module, x_BTD: Tensor, groups: TokenGroups) -> Selection:
         """The k best vision tokens of each frame, and all text."""

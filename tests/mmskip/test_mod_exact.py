@@ -80,7 +80,9 @@ def test_gradients_equal_the_naive_reference(name):
     for key, parameter in theirs.items():
         torch.testing.assert_close(ours[key].grad, parameter.grad, atol=1e-4, rtol=1e-4, msg=key)
     for i, weight in weights.items():
-        torch.testing.assert_close(ours[f"model.layers.{i}.mmskip_router.weight"].grad, weight.grad, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            ours[f"model.layers.{i}.mmskip_router.weight"].grad, weight.grad, atol=1e-4, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
@@ -99,7 +101,7 @@ def test_every_attention_backend_gives_the_same(name, attention):
 def test_an_unsupported_attention_backend_is_refused():
     model = tiny_decoder("llama")
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="flash_attention_2.*sdpa"):
+    with pytest.raises(ValueError, match=r"flash_attention_2.*sdpa"):
         mmskip.apply_(model, mmskip.MoDConfig())
 
 
@@ -154,7 +156,7 @@ def test_generate_with_and_without_a_cache_agree(name, how):
 
 @pytest.mark.parametrize("name", ["llama", "mistral_window"])
 def test_assisted_generation_rolls_the_cache_back_exactly(name):
-    model, base = routed(name)
+    model, _ = routed(name)
     ids, layout = example(2)
     call = {"layout": layout, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     plain = model.generate(ids, **call)
@@ -213,7 +215,9 @@ def test_padded_rows_go_on_from_their_cache_as_they_would_alone(name, side):
         ).logits
         for i, (row, layout) in enumerate(zip(rows, layouts, strict=True)):
             whole = torch.cat([row, more[0]])[None]
-            alone = model(whole, layout=torch.cat([layout, more_layout[0] + 50 * (more_layout[0] >= 0)])[None]).logits[0]
+            alone = model(whole, layout=torch.cat([layout, more_layout[0] + 50 * (more_layout[0] >= 0)])[None]).logits[
+                0
+            ]
             if side == "right" and name in ("mistral_window", "qwen3_mixed_window", "gemma3_text") and i == 1:
                 # transformers measures windows in padded places, so a gap inside the row shifts the base model too
                 continue
@@ -264,8 +268,10 @@ def test_bfloat16_follows_the_selections_of_its_own_scores():
     with torch.no_grad(), mmskip.trace(model) as rounded:
         out = model(ids, layout=layout).logits
     assert out.dtype == torch.bfloat16
-    same = [torch.equal(a.kept, b.kept) for a, b in zip(exact.forwards[0].layers, rounded.forwards[0].layers) if a.kept is not None]
-    if all(same):
+    pairs = zip(exact.forwards[0].layers, rounded.forwards[0].layers, strict=True)
+    flipped = [(a.kept != b.kept).float().mean().item() for a, b in pairs if a.kept is not None]
+    assert max(flipped) < 0.1, f"share of flipped selections per layer: {flipped}"
+    if not any(flipped):
         torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0.05)
 
 

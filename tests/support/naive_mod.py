@@ -60,7 +60,9 @@ def _kept(scores: Tensor, layout: Tensor, keep: float, force_last: bool) -> list
     for frame in sorted({int(f) for f in layout if f >= 0}):
         members = [t for t in range(len(layout)) if int(layout[t]) == frame]
         k = max(1, round(keep * len(members)))
-        best = sorted(members, key=lambda t: (-(float("inf") if force_last and t == members[-1] else scores[t].item()), t))
+        best = sorted(
+            members, key=lambda t: (-(float("inf") if force_last and t == members[-1] else scores[t].item()), t)
+        )
         kept += best[:k]
     return sorted(kept)
 

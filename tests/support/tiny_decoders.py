@@ -1,7 +1,7 @@
 """Tiny random decoders of many architectures, and batches for them."""
 
 import torch
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 VOCAB = 61
 _COMMON = {

@@ -1,0 +1,321 @@
+"""Running the blocks of a transformers decoder on a subset of the tokens, exactly.
+
+The root turns `layout=` into groups once per forward; each block selects, gathers positions, builds its own mask
+over its own cache layer, runs the original block and merges.
+
+Shape suffixes: B batch, T tokens of a call, D width, S tokens a block processes, K keys it attends to.
+"""
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mmskip.families.hf_cache import SlotCacheLayer, slot_layer
+from mmskip.ops.tokens import merge_tokens, select_tokens
+from mmskip.routers import TEXT, Selection, TokenGroups, token_groups
+from mmskip.swap import bind, state_of
+from mmskip.trace import begin_forward, report
+
+FORWARD_KEY = "mmskip_forward"
+BACKENDS = ("sdpa", "eager", "flex_attention")
+_PER_TOKEN = ("position_ids", "position_embeddings", "cache_position")
+_prompt_layout: ContextVar[tuple[nn.Module, Tensor] | None] = ContextVar("mmskip_prompt_layout", default=None)
+
+
+class TokenPolicy(Protocol):
+    """What a method says of one block: which tokens it processes and how their update is weighted."""
+
+    def prepare(self, groups: TokenGroups) -> None:
+        """Called once per forward before the blocks run: the place for whatever must be known on the host."""
+
+    def select(self, block: nn.Module, x_BTD: Tensor, groups: TokenGroups) -> Selection: ...
+
+    def gate(self, block: nn.Module, x_BSD: Tensor, selection: Selection, groups: TokenGroups) -> Tensor | None:
+        """Multiplier [B, S] of the update of the selected tokens; None means 1."""
+
+
+@dataclass(frozen=True)
+class BlockState:
+    """What a routed block needs to know of itself."""
+
+    policy: TokenPolicy
+    index: int
+    window: int | None
+    config: Any
+    site: str
+
+
+@dataclass
+class RootState:
+    """What the module that calls the blocks needs to know; `checked` after the first complete forward."""
+
+    policies: dict[int, TokenPolicy]
+    checked: bool = field(default=False)
+
+
+class Forward:
+    """What travels from the root to the routed blocks of one forward."""
+
+    __slots__ = ("groups", "ran", "segments_BT")
+
+    def __init__(self, groups: TokenGroups, segments_BT: Tensor | None) -> None:
+        self.groups = groups
+        self.segments_BT = segments_BT
+        self.ran: set[int] = set()
+
+
+def check_backend(config: Any) -> None:
+    """Raise unless routed blocks can build masks for the model's attention implementation."""
+    if config._attn_implementation not in BACKENDS:
+        raise ValueError(
+            f"attn_implementation is {config._attn_implementation!r}; routed blocks support {', '.join(BACKENDS)}. "
+            "Call model.set_attn_implementation('sdpa')."
+        )
+
+
+class LayoutRoot(nn.Module):
+    """Mixin of the module that calls the blocks: turns `layout=` into groups, once per forward."""
+
+    def forward(self, *args: Any, layout: Tensor | None = None, **kwargs: Any) -> Any:
+        state: RootState = state_of(self, LayoutRoot)
+        bound = bind(self, args, kwargs)
+        call = _read_call(self, state, bound, layout)
+        begin_forward(self, call.groups.layout_BT, call.groups.real_BT)
+        output = super().forward(*args, **kwargs, **{FORWARD_KEY: call})
+        missing = set(state.policies) - call.ran
+        if not state.checked and missing:
+            raise RuntimeError(
+                f"blocks {sorted(missing)} of {type(self).__name__} were claimed by mmskip but did not run; something "
+                "replaced or bypassed them after apply_."
+            )
+        state.checked = True
+        return output
+
+
+def _read_call(root: nn.Module, state: RootState, bound: dict[str, Any], layout: Tensor | None) -> Forward:
+    inputs = bound.get("inputs_embeds")
+    inputs = bound.get("input_ids") if inputs is None else inputs
+    if inputs is None:
+        raise ValueError("forward got neither input_ids nor inputs_embeds.")
+    batch, length = inputs.shape[:2]
+    cache = bound.get("past_key_values")
+    start = cache.get_seq_length() if cache is not None else 0
+    if not isinstance(start, int):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__} of fixed size; routed blocks store a different number of "
+            "tokens per row and need a DynamicCache."
+        )
+    if layout is None:
+        layout = _implied_layout(root, state, cache, start, (batch, length), inputs.device)
+    if tuple(layout.shape) != (batch, length):
+        raise ValueError(
+            f"layout has shape {tuple(layout.shape)}; expected {(batch, length)}, one entry per token of this call."
+        )
+    real = _real_tokens(bound.get("attention_mask"), batch, length)
+    groups = token_groups(layout, real, start).to(inputs.device)
+    _check_frames_whole(groups, _tail(cache, state))
+    for policy in state.policies.values():
+        policy.prepare(groups)
+    return Forward(groups, _segments(bound, real))
+
+
+def _implied_layout(
+    root: nn.Module, state: RootState, cache: Any, start: int, shape: tuple[int, int], device: torch.device
+) -> Tensor:
+    """The layout of a call without one: inside `generate`, the prompt's; one more token of a stream is text."""
+    batch, length = shape
+    given = _prompt_layout.get()
+    if given is not None and given[0] is root:
+        prompt = given[1].repeat_interleave(batch // given[1].shape[0], dim=0)
+        layout = prompt.new_full((batch, start + length), TEXT)
+        layout[:, : prompt.shape[1]] = prompt[:, : start + length]
+        return layout[:, start:]
+    if length == 1 and _tail(cache, state) is not None:
+        return torch.full((batch, 1), TEXT, device=device)
+    raise ValueError(
+        "mmskip needs a layout to tell vision tokens from text: pass layout=, an integer tensor [batch, tokens] with "
+        "the frame id of each vision token and -1 for text (all -1 for pure text)."
+    )
+
+
+def _tail(cache: Any, state: RootState) -> Tensor | None:
+    index = next(iter(state.policies))
+    if cache is None or len(cache.layers) <= index or not isinstance(cache.layers[index], SlotCacheLayer):
+        return None
+    return cache.layers[index].tail
+
+
+def _check_frames_whole(groups: TokenGroups, tail: Tensor | None) -> None:
+    """A frame must arrive in one call: its top-k cannot be taken in parts."""
+    if tail is None or not groups.has_vision:
+        return
+    first = groups.layout_BT[:, 0]
+    split = ((tail.to(first.device) == first) & (first != TEXT)).nonzero()
+    if len(split):
+        row = int(split[0])
+        raise ValueError(
+            f"frame {int(first[row])} of row {row} goes on from the previous call; pass all tokens of a frame in one "
+            "call, and give consecutive frames different ids."
+        )
+
+
+def _real_tokens(mask: Any, batch: int, length: int) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        kind = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask is {kind}; routed blocks need the 2-D padding mask [batch, past + tokens] (1 real, 0 "
+            "padding), from which they build their own."
+        )
+    if mask.shape[0] != batch or mask.shape[1] < length:
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; expected [{batch}, past + {length}].")
+    return mask[:, -length:]
+
+
+def _segments(bound: dict[str, Any], real: Tensor | None) -> Tensor | None:
+    """Sequence numbers [B, T] of packed sequences, told by transformers' rule (positions that do not go on)."""
+    positions = bound.get("position_ids")
+    if positions is None or positions.dim() != 2 or real is not None:
+        return None
+    breaks = torch.diff(positions, dim=-1, prepend=positions[:, :1] - 1) != 1
+    return breaks.cumsum(-1) if bool(breaks.any()) else None
+
+
+class LayoutGenerator(nn.Module):
+    """Mixin of a module with `generate`: takes `layout=` of the prompt and hands it to the decoder."""
+
+    def generate(self, *args: Any, layout: Tensor | None = None, **kwargs: Any) -> Any:
+        if layout is None:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        token = _prompt_layout.set((state_of(self, LayoutGenerator), layout))
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            _prompt_layout.reset(token)
+
+
+class SubsetBlock(nn.Module):
+    """Mixin of a block: runs the original block on the selected tokens only, each at its own position."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        state: BlockState = state_of(self, SubsetBlock)
+        bound = bind(self, args, kwargs)
+        call: Forward | None = bound.pop(FORWARD_KEY, None)
+        if call is None:
+            raise RuntimeError(
+                f"{state.site} got no layout: {type(self).__name__} was called outside the model that mmskip was "
+                "applied to, or a module in between drops unknown keywords."
+            )
+        x_BTD = bound.pop("hidden_states")
+        groups = call.groups.to(x_BTD.device)
+        selection = state.policy.select(self, x_BTD, groups)
+        x_BSD = select_tokens(x_BTD, selection.index_BS, selection.valid_BS)
+        gate_BS = state.policy.gate(self, x_BSD, selection, groups)
+        slots = _attend(state, call, groups, selection, bound, x_BSD)
+        for name in _PER_TOKEN:
+            if bound.get(name) is not None:
+                bound[name] = _gather_positions(bound[name], selection.index_BS)
+        output = super().forward(x_BSD, **bound)
+        y_BSD = output[0] if isinstance(output, tuple) else output
+        merged = merge_tokens(x_BTD, y_BSD, selection.index_BS, gate_BS, selection.valid_BS)
+        call.ran.add(state.index)
+        report(self, selection.keep_BT, selection.index_BS.shape[1], slots)
+        return (merged, *output[1:]) if isinstance(output, tuple) else merged
+
+
+def _gather_positions(value: Any, index_BS: Tensor) -> Any:
+    if isinstance(value, (tuple, list)):
+        return tuple(_gather_positions(v, index_BS) for v in value)
+    if value.dim() == 1:
+        return value[index_BS]
+    if value.shape[0] == 1:
+        return value[0][index_BS]
+    rows = torch.arange(len(index_BS), device=index_BS.device)[:, None]
+    return value[rows, index_BS]
+
+
+def _attend(
+    state: BlockState,
+    call: Forward,
+    groups: TokenGroups,
+    selection: Selection,
+    bound: dict[str, Any],
+    x_BSD: Tensor,
+) -> int:
+    """Announce the new entries to the cache, put the mask into `bound`; returns the number of keys K."""
+    check_backend(state.config)
+    index, valid = selection.index_BS, selection.valid_BS
+    if groups.real_BT is not None and index.shape[1] == groups.shape[1]:
+        real = groups.real_BT.gather(1, index)
+        valid = real if valid is None else valid & real
+    query = index + groups.start
+    total = groups.start + groups.shape[1]
+    key, key_valid, all_valid = query, valid, valid is None
+    cache = bound.get("past_key_values")
+    segments = None
+    if cache is not None:
+        layer = slot_layer(cache, state.index, state.window)
+        if layer.total != groups.start:
+            raise RuntimeError(
+                f"{state.site} holds {layer.total} tokens of the stream in its cache, the model {groups.start}; the "
+                "cache was filled or cropped outside this model."
+            )
+        key, key_valid, all_valid = layer.begin(query, valid, total, groups.layout_BT[:, -1])
+    elif call.segments_BT is not None:
+        segments = call.segments_BT.to(index.device).expand(groups.shape).gather(1, index)
+    cut = state.window is not None and total >= state.window
+    first = query.shape[1] == key.shape[1]
+    # padding slots come last, so in a first call causal order alone hides them
+    ordered = all_valid or (first and valid is selection.valid_BS)
+    plain = ordered and not cut and segments is None and (first or query.shape[1] == 1)
+    if plain and state.config._attn_implementation == "sdpa":
+        bound["attention_mask"] = None
+    else:
+        bound["attention_mask"] = _mask(state, query, key, key_valid, segments, x_BSD)
+    return key.shape[1]
+
+
+def _mask(
+    state: BlockState,
+    query_BS: Tensor,
+    key_BK: Tensor,
+    valid_BK: Tensor | None,
+    segments_BS: Tensor | None,
+    x_BSD: Tensor,
+) -> Any:
+    """The mask by which a query sees valid keys at or before its own slot, in its window and its sequence."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    window = state.window
+
+    def allowed(b: Any, h: Any, q: Any, k: Any) -> Any:
+        query, key = query_BS[b, q], key_BK[b, k]
+        seen = key <= query
+        if window is not None:
+            seen = seen & (query - key < window)
+        if valid_BK is not None:
+            seen = seen & valid_BK[b, k]
+        if segments_BS is not None:
+            seen = seen & (segments_BS[b, q] == segments_BS[b, k])
+        return seen
+
+    build: Callable[..., Any] = ALL_MASK_ATTENTION_FUNCTIONS[state.config._attn_implementation]
+    return build(
+        batch_size=query_BS.shape[0],
+        q_length=query_BS.shape[1],
+        kv_length=key_BK.shape[1],
+        q_offset=0,
+        kv_offset=0,
+        mask_function=allowed,
+        attention_mask=None,
+        allow_is_causal_skip=False,
+        dtype=x_BSD.dtype,
+        config=state.config,
+        use_vmap=False,
+        device=x_BSD.device,
+    )
