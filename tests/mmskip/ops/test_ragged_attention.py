@@ -1,5 +1,7 @@
 """Ragged attention: the padded path and the xFormers biases against the naive loop."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -137,6 +139,29 @@ def test_xformers_biases_say_the_same_as_our_mask(q_lens, kv_lens, window):
     mask = last_queries_mask(q_lens, kv_lens, window, torch.device("cpu"))
     blocks = [m[:n, :s] for m, n, s in zip(mask, q_lens, kv_lens, strict=True)]
     assert torch.equal(materialized, torch.block_diag(*blocks).bool())
+
+
+def materialized_attention(q: Tensor, k: Tensor, v: Tensor, attn_bias, scale: float | None) -> Tensor:
+    """What xFormers' memory_efficient_attention computes on `[1, M, H, K]`, from the materialised bias."""
+    assert q.shape[2:] == k.shape[2:] == v.shape[2:]
+    bias = attn_bias.materialize((q.shape[1], k.shape[1])).to(q.dtype)
+    scores = torch.einsum("bqhk,bshk->bhqs", q, k) * (scale or q.shape[-1] ** -0.5) + bias
+    return torch.einsum("bhqs,bshk->bqhk", scores.softmax(-1), v)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize(("q_lens", "kv_lens"), LENGTHS)
+def test_xformers_branch_matches_the_loop(monkeypatch, q_lens, kv_lens, window):
+    real = import_xformers("ops.fmha.attn_bias")
+    if real is None:
+        pytest.skip("xFormers is not installed")
+    fmha = SimpleNamespace(memory_efficient_attention=materialized_attention)
+    monkeypatch.setattr(attention, "_xformers_takes", lambda q, v: True)
+    monkeypatch.setattr(attention, "import_xformers", {"ops.fmha": fmha, "ops.fmha.attn_bias": real}.get)
+    inputs = make_case(q_lens, kv_lens)
+    fast = ragged_attention(*inputs, q_lens, kv_lens, window=window)
+    naive = ragged_attention_naive(*inputs, q_lens, kv_lens, window=window)
+    assert_parity(fast, naive, inputs, 1e-12)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmskip.ops import tokens
 from mmskip.ops.tokens import merge_tokens, merge_tokens_naive, select_tokens, select_tokens_naive
 
 SHAPES = [(1, 1, 1, 1), (1, 7, 5, 3), (3, 11, 4, 5), (2, 6, 8, 0), (2, 5, 3, 5)]
@@ -175,6 +176,46 @@ def test_bad_arguments_are_named(change, message):
     args = change({"y": y, "index": index, "gate": gate, "valid": valid})
     with pytest.raises(ValueError, match=message):
         merge_tokens(x, args["y"], args["index"], args["gate"], args["valid"])
+
+
+class FakeIndexing:
+    """The two index operations of xFormers on a CPU, with the demands its kernels make on their arguments."""
+
+    @staticmethod
+    def index_select_cat(sources: list[Tensor], indices: list[Tensor]) -> Tensor:
+        (source,), (index,) = sources, indices
+        assert source.ndim == 2
+        assert source.is_contiguous()
+        assert len(index) < len(source)
+        return source[index].flatten()
+
+    @staticmethod
+    def scaled_index_add(out: Tensor, index: Tensor, source: Tensor) -> Tensor:
+        assert out.ndim == source.ndim == 3
+        assert out.stride() == source.stride()
+        assert len(source) <= len(out)
+        for row, value in zip(index.tolist(), source, strict=True):
+            out[row] += value
+        return out
+
+
+@pytest.mark.parametrize("use_valid", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_xformers_branch_equals_the_torch_branch(monkeypatch, shape, use_valid):
+    x, y, gate, index, valid = make_case(*shape)
+    if not use_valid:
+        index, valid = torch.argsort(torch.rand(shape[0], shape[1]), dim=1)[:, : shape[3]], None
+
+    def route() -> tuple[Tensor, list[Tensor]]:
+        out = merge_tokens(x, select_tokens(x, index, valid) * y, index, gate, valid)
+        return out, gradients(out, [x, y, gate])
+
+    want, want_grads = route()
+    monkeypatch.setattr(tokens, "_use_xformers", lambda x: True)
+    monkeypatch.setattr(tokens, "import_xformers", lambda module: FakeIndexing)
+    got, got_grads = route()
+    assert torch.equal(got, want)
+    assert all(torch.equal(a, b) for a, b in zip(got_grads, want_grads, strict=True))
 
 
 @pytest.mark.gpu
