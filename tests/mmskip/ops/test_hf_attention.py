@@ -1,5 +1,6 @@
 """The ragged backend of transformers against its own sdpa backend."""
 
+import copy
 import subprocess
 import sys
 
@@ -28,10 +29,16 @@ def pair(request):
     """The same weights under sdpa and under the ragged backend."""
     name = register_attention()
     torch.manual_seed(0)
-    config = CONFIGS[request.param]
-    base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").double().eval()
-    ragged = AutoModelForCausalLM.from_config(config, attn_implementation=name).double().eval()
+    models = []
+    for implementation in ("sdpa", name):
+        # from_config keeps the very config it is given, and the model asks it for the implementation to use.
+        config = copy.deepcopy(CONFIGS[request.param])
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).double().eval()
+        models.append(model)
+    base, ragged = models
     ragged.load_state_dict(base.state_dict())
+    assert base.config._attn_implementation == "sdpa"
+    assert ragged.config._attn_implementation == name
     return base, ragged
 
 
