@@ -174,23 +174,24 @@ def split_turns(
     token_limit = math.inf if max_tokens is None else max_tokens
     counts: Counter[str] = Counter()
     samples: list[list[Turn]] = []
-    used_frames, used_tokens = math.inf, math.inf
+    used_frames, used_tokens = 1, head
+    fresh = True
     for turn in turns:
         text = per_turn + len(tokens.narration(turn.narration))
         frames = turn.frames[1] - turn.frames[0]
-        if used_frames + frames > frame_limit or used_tokens + frames * per_frame + text > token_limit or not samples:
+        if fresh or used_frames + frames > frame_limit or used_tokens + frames * per_frame + text > token_limit:
             room = min(frame_limit - 1, (token_limit - head - text) // per_frame)
             if room < 1:
                 counts["text too long"] += 1
                 # The frames of a dropped turn are skipped, so the next turn cannot continue this sample.
-                used_frames = math.inf
+                fresh = True
                 continue
             if frames > room:
                 counts["shortened"] += 1
                 frames = int(room)
                 turn = turn._replace(frames=(turn.frames[1] - frames, turn.frames[1]))
             samples.append([])
-            used_frames, used_tokens = 1, head
+            used_frames, used_tokens, fresh = 1, head, False
         samples[-1].append(turn)
         used_frames += frames
         used_tokens += frames * per_frame + text
