@@ -124,9 +124,7 @@ def dropped_patches(frames: np.ndarray, forward: ForwardRecord, row: int = 0, co
 def _faded(frame: np.ndarray, grid: np.ndarray) -> np.ndarray:
     """`frame` [H, W, 3] with each cell of `grid` [G, G] as vivid as its value in [0, 1]."""
     height, width = frame.shape[:2]
-    cells = grid[
-        np.arange(height)[:, None] * grid.shape[0] // height, np.arange(width)[None] * grid.shape[1] // width
-    ]
+    cells = grid[np.arange(height)[:, None] * grid.shape[0] // height, np.arange(width)[None] * grid.shape[1] // width]
     grey = 0.35 * frame.mean(axis=2, keepdims=True) + 0.65 * 200
     vivid = cells[..., None]
     return (vivid * frame + (1 - vivid) * grey).round().astype(np.uint8)
@@ -176,9 +174,7 @@ def _label_points(axes: Any, points: Sequence[tuple[float, float, str]]) -> None
     for x, y, label in sorted(points, key=lambda point: -point[1]):
         crowd = sum(abs(x - other_x) < 0.25 and abs(y - other_y) < near for other_x, other_y in placed)
         placed.append((x, y))
-        axes.annotate(
-            label, (x, y), xytext=(8, -3 - 11 * crowd), textcoords="offset points", fontsize=8, color=INK
-        )
+        axes.annotate(label, (x, y), xytext=(8, -3 - 11 * crowd), textcoords="offset points", fontsize=8, color=INK)
 
 
 def _quiet(axes: Any) -> None:

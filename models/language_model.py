@@ -83,8 +83,8 @@ def build_llm(
     """
     kwargs: dict[str, Any] = {"dtype": torch_dtype(dtype), "attn_implementation": attention}
     if isinstance(llm, str):
-        model = AutoModelForCausalLM.from_pretrained(llm, **kwargs)
-        if model.get_input_embeddings().weight.shape[0] < vocab_size:
+        model: Any = AutoModelForCausalLM.from_pretrained(llm, **kwargs)
+        if model.get_input_embeddings().num_embeddings < vocab_size:
             model.resize_token_embeddings(vocab_size)
         return model
     config.vocab_size = vocab_size
@@ -153,4 +153,3 @@ def apply_methods(llm: PreTrainedModel, configs: Sequence[Any]) -> None:
     """Apply the configs in order, in place."""
     for config in configs:
         mmskip.apply_(llm, config)
-

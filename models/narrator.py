@@ -5,7 +5,7 @@ Shapes: T tokens of a chunk, F frames, N tokens per frame, D width.
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,9 +59,8 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
-@dataclass(frozen=True)
-class Utterance:
-    """One narration of the model.
+class Utterance(NamedTuple):
+    """One narration of the model. (A named tuple: Lightning moves what a predict step returns.)
 
     Attributes:
         frame: index of the frame after which it was spoken.

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from transformers import PreTrainedModel
 
 import mmskip
 from mmskip import MoDConfig
@@ -121,7 +120,7 @@ class VideoLLM(LightningModule):
         self._methods = methods_from_dicts(self.hparams["methods"])
         self._lora = lora
         self._seed = torch.initial_seed() % 2**32
-        self.llm: PreTrainedModel | None = None
+        self.llm: Any = None
         self.metrics = NarrationMetrics()
         self.results: dict[str, float] = {}
         if feature_dim is not None and tokens is not None:
@@ -137,7 +136,7 @@ class VideoLLM(LightningModule):
         """
         if self.llm is not None:
             return
-        data = self._trainer.datamodule if self._trainer is not None else None
+        data = getattr(self._trainer, "datamodule", None)
         if data is not None:
             self.hparams["feature_dim"] = self.hparams["feature_dim"] or data.feature_dim
             self.hparams["fps"] = self.hparams["fps"] or data.fps
@@ -180,16 +179,14 @@ class VideoLLM(LightningModule):
             layout: LongTensor [B, T].
             features: [F, N, C] with F * N vision positions.
         """
-        assert self.llm is not None
         vision = layout >= 0
         embeds = self.llm.get_input_embeddings()(input_ids.masked_fill(vision, 0))
         # the features of a cache may be stored in half precision
-        weight = self.connector[0].weight
-        return place_features(embeds, vision, self.connector(features.to(weight.dtype)))
+        dtype = next(self.connector.parameters()).dtype
+        return place_features(embeds, vision, self.connector(features.to(dtype)))
 
     def forward(self, batch: dict[str, Any], rows: Tensor, cols: Tensor) -> Tensor:
         """Logits [P, V] behind the tokens at `[rows, cols]` of a batch."""
-        assert self.llm is not None
         mask, layout = batch["attention_mask"], batch["layout"]
         # a padding token may lie outside the vocabulary of a pretrained model
         input_ids = batch["input_ids"].masked_fill(mask == 0, 0)
@@ -204,7 +201,6 @@ class VideoLLM(LightningModule):
         return out.logits
 
     def _routing(self, layout: Tensor) -> dict[str, Tensor]:
-        assert self.llm is not None
         return {"layout": layout} if mmskip.applied(self.llm) else {}
 
     def loss_sums(self, batch: dict[str, Any]) -> Tensor:
@@ -216,14 +212,14 @@ class VideoLLM(LightningModule):
     # --- training -----------------------------------------------------------------------------------------------
 
     def on_train_epoch_start(self) -> None:
-        """Seed dropout by epoch and rank, so that a resumed run draws what the whole run would have drawn."""
-        step = 1 + self.current_epoch * self.trainer.world_size + self.global_rank
-        torch.manual_seed(self._seed + step)
+        """Start the sums of an optimizer step anew."""
         self._sums = torch.zeros(5, device=self.device)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The summed loss of a micro-batch. Lightning divides by the number of micro-batches and DDP by that of ranks,
         which is undone here; the division by the labels of the whole step follows in `on_before_optimizer_step`."""
+        # a resumed run must draw the dropout that the whole run would have drawn, and each rank its own
+        torch.manual_seed(hash((self._seed, self.current_epoch, batch_idx, self.global_rank)) % 2**63)
         sums = self.loss_sums(batch)
         self._sums += sums.detach()
         return sums[0] * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
@@ -244,7 +240,6 @@ class VideoLLM(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up and decay of the learning rate per step; weight decay on matrices only."""
-        assert self.llm is not None
         tables = {id(self.llm.get_input_embeddings().weight)}
         decayed: list[Tensor] = []
         plain: list[Tensor] = []
@@ -311,7 +306,6 @@ class VideoLLM(LightningModule):
                 [F, N, C].
             threshold: replaces `silent_threshold`.
         """
-        assert self.llm is not None
         first = int((sample["layout"] >= 0).int().argmax())
         features = sample["features"].to(self.device)
         was_training = self.training

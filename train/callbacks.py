@@ -71,7 +71,8 @@ class NarrationReport(Callback):
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metrics of the untrained model."""
-        if trainer.num_sanity_val_steps == float("inf"):
+        # a resumed run is checked too, but has the metrics of the untrained model from its checkpoint
+        if trainer.num_sanity_val_steps == float("inf") and not self.untrained:
             self.untrained = dict(_video_llm(pl_module).results)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -108,9 +109,8 @@ class NarrationReport(Callback):
         """Write the narrations of this rank."""
         suffix = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
         path = Path(trainer.default_root_dir) / f"predictions{suffix}.json"
-        if not trainer.fast_dev_run:
-            report.write_json({"predictions": self._predictions}, path)
-            print(f"narrations of {len(self._predictions)} samples: {path}")
+        report.write_json({"predictions": self._predictions}, path)
+        print(f"narrations of {len(self._predictions)} samples: {path}")
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
@@ -129,7 +129,7 @@ class NarrationReport(Callback):
         scored = model.metrics.gathered()
         if not trainer.is_global_zero or not loaders or not scored:
             return
-        folder = None if trainer.fast_dev_run else Path(trainer.default_root_dir)
+        folder = Path(trainer.default_root_dir)
         fps = model.hparams["fps"]
         rows = {"untrained model": self.untrained} if self.untrained and stage == "val" else {}
         if self.baseline:
@@ -149,7 +149,7 @@ class NarrationReport(Callback):
         if stage == "val":
             parts.append(f"training took {time.perf_counter() - self._started:.0f} s")
         results = {
-            "name": folder.parent.name if folder else "fast_dev_run",
+            "name": folder.parent.name,
             "label": label,
             "stage": stage,
             "task": report.task_id(scored),
@@ -157,13 +157,10 @@ class NarrationReport(Callback):
             "metrics": {"model": model.results, **{key: rows[key] for key in rows if key != "this model"}},
             "savings": savings,
         }
-        if folder is not None:
-            self._write(folder, results, figures, parts)
+        self._write(folder, results, figures, parts)
         print("\n\n".join(["", *parts]))
 
-    def _score_baseline(
-        self, trainer: Trainer, model: VideoLLM, samples: list[Any], fps: float
-    ) -> dict[str, float]:
+    def _score_baseline(self, trainer: Trainer, model: VideoLLM, samples: list[Any], fps: float) -> dict[str, float]:
         baseline = MajorityBaseline(model.ids.vocab_size)
         baseline.load_state_dict(self.baseline)
         tokens = StreamTokens.of(trainer.datamodule.tokenizer)  # type: ignore[attr-defined]

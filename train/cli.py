@@ -1,4 +1,4 @@
-"""The command line behind `train.py`. Lightning and transformers are imported only when there is something to run, so `--help` is quick."""
+"""The command line behind `train.py`; Lightning is imported only when there is something to run."""
 
 import sys
 from collections.abc import Sequence

@@ -64,7 +64,8 @@ def savings_lines(label: str, savings: Mapping[str, Any]) -> str:
             f"{1000 * measured['dense_seconds']:.0f} ms)"
         )
     lines.append(
-        f"  streaming      {_share(stream, 'flops')} of the FLOPs, {_share(stream, 'kv_bytes')} of the KV cache (counted)"
+        f"  streaming      {_share(stream, 'flops')} of the FLOPs, {_share(stream, 'kv_bytes')} of the "
+        "KV cache (counted)"
     )
     return "\n".join(lines)
 

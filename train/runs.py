@@ -54,6 +54,8 @@ class RunCLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            # an abbreviated key is a misspelt one
+            parser_kwargs={"allow_abbrev": False} | {name: {"allow_abbrev": False} for name in self.subcommands()},
             args=list(arguments),
         )
 
@@ -62,9 +64,7 @@ class RunCLI(LightningCLI):
         parser.add_argument(
             "--name", type=str, default=self.default_name, help="Name of the run. Default: that of the config."
         )
-        parser.add_argument(
-            "--runs_dir", type=str, default="runs", help="A run writes to <runs_dir>/<name>/<time>/."
-        )
+        parser.add_argument("--runs_dir", type=str, default="runs", help="A run writes to <runs_dir>/<name>/<time>/.")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
             {
@@ -115,7 +115,7 @@ class RunCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, WholeFileIO()]
         callbacks = given.callbacks or []
-        if not any(isinstance(callback, ProgressBar) for callback in callbacks):
+        if given.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks = [*callbacks, TQDMProgressBar()]
         return super().instantiate_trainer(plugins=plugins, callbacks=callbacks, **kwargs)
 
@@ -135,6 +135,8 @@ def run(arguments: Sequence[str], name: str) -> None:
     """
     # method configs are dataclasses; this lets YAML give them as class_path and init_args
     set_parsing_settings(subclasses_enabled=list(config_types().values()))
+    # what Lightning calls in other libraries, and hints that do not apply here
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=r"The dirpath has changed from.*")

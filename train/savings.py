@@ -45,7 +45,6 @@ def measured_speedup(model: "VideoLLM", batch: dict[str, Any], pairs: int = 15) 
         `speedup` (median), `low`, `high` (quartiles), `seconds` and `dense_seconds` (medians of one step).
     """
     own = model.llm
-    assert own is not None
     own.zero_grad(set_to_none=True)
     dense = mmskip.remove_(copy.deepcopy(own))
     model.train()

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from mmskip.datasets.tokenizer import StreamTokens, train_tokenizer
 from mmskip.datasets.turns import Turn, build_sample, collate_narration
@@ -77,10 +77,11 @@ class TinyData(LightningDataModule):
             self.samples[1::2] = [text_only(index) for index in range(1, samples, 2)]
 
     def _loader(self, samples: list[dict[str, Any]], shuffle: bool) -> DataLoader:
+        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
         return DataLoader(
             samples,  # type: ignore[arg-type]
             batch_size=self.batch_size,
-            shuffle=shuffle,
+            sampler=DistributedSampler(samples, world, rank, shuffle=shuffle),  # type: ignore[arg-type]
             collate_fn=lambda items: collate_narration(items, 0),
         )
 
