@@ -1,0 +1,91 @@
+"""Frame features on disk: encoded once, never mixed, broken files left out."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmskip.datasets.features import count_frames, encode_videos, features_key, features_path, read_features
+from mmskip.datasets.video import read_video, write_video
+from mmskip.models.vision_tower import VisionTower
+
+TINY = {"depth": 1, "embed_dim": 32, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def tower():
+    return VisionTower("timm/vit_tiny_patch16_224", image_size=32, grid=2, tower_kwargs=TINY)
+
+
+@pytest.fixture
+def videos(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (3, 24, 48, 64, 3), dtype=np.uint8)
+    paths = [tmp_path / f"{uid}.mp4" for uid in "abc"]
+    for path, frames in zip(paths, noise, strict=True):
+        write_video(path, frames, fps=4)
+    return [(path.stem, path) for path in paths]
+
+
+def encode(tower, videos, folder, fps=2.0):
+    return encode_videos(tower, videos, folder, fps, progress=False)
+
+
+def test_features_are_the_towers_own(tower, videos, tmp_path):
+    report = encode(tower, videos, tmp_path / "cache")
+    assert (report.encoded, report.reused, report.broken) == (3, 0, {})
+    uid, path = videos[0]
+    frames = torch.from_numpy(read_video(path, 2, 32).frames).permute(0, 3, 1, 2)
+    cached = features_path(tmp_path / "cache", uid)
+    assert torch.allclose(read_features(cached), tower(frames), atol=2e-3)
+    assert read_features(cached).shape == (12, 5, 32) and count_frames(cached) == 12
+    assert load_file(cached)["features"].dtype == torch.float16
+
+
+def test_a_second_run_does_nothing_and_an_interrupted_one_goes_on(tower, videos, tmp_path):
+    folder = tmp_path / "cache"
+    encode(tower, videos[:2], folder)
+    (folder / ".c.safetensors.1.part").write_bytes(b"left by a killed run")
+    report = encode(tower, videos, folder)
+    assert (report.encoded, report.reused) == (1, 2)
+    assert encode(tower, videos, folder).reused == 3
+
+
+def test_an_unreadable_cache_file_is_made_again(tower, videos, tmp_path):
+    folder = tmp_path / "cache"
+    encode(tower, videos, folder)
+    features_path(folder, "b").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="not a readable feature file"):
+        read_features(features_path(folder, "b"))
+    report = encode(tower, videos, folder)
+    assert (report.encoded, report.reused) == (1, 2)
+    read_features(features_path(folder, "b"))
+
+
+def test_a_changed_video_is_encoded_again_and_a_deleted_one_is_not_needed(tower, videos, tmp_path):
+    folder = tmp_path / "cache"
+    encode(tower, videos, folder)
+    write_video(videos[0][1], np.zeros((8, 48, 64, 3), np.uint8), fps=4)
+    videos[1][1].unlink()
+    report = encode(tower, videos, folder)
+    assert (report.encoded, report.reused) == (1, 2)
+    assert count_frames(features_path(folder, "a")) == 4
+
+
+def test_broken_videos_are_left_out_and_the_run_goes_on(tower, videos, tmp_path):
+    videos[1][1].write_bytes(videos[1][1].read_bytes()[:500])
+    report = encode(tower, videos, tmp_path / "cache")
+    assert report.encoded == 2 and set(report.broken) == {"b"} and "b.mp4" in report.broken["b"]
+    assert not features_path(tmp_path / "cache", "b").exists()
+
+
+def test_features_of_another_tower_or_rate_are_never_taken(tower, videos, tmp_path):
+    folder = tmp_path / "cache"
+    encode(tower, videos[:1], folder)
+    key = features_key(tower.features_id, 2.0)
+    cached = features_path(folder, "a")
+    assert read_features(cached, key).shape[0] == 12
+    with pytest.raises(ValueError, match="another tower, size or rate"):
+        read_features(cached, features_key(tower.features_id, 4.0))
+    other = VisionTower("timm/vit_tiny_patch16_224", image_size=32, grid=2, tower_kwargs=TINY, seed=1)
+    assert features_key(other.features_id, 2.0) != key
+    assert encode(other, videos[:1], folder).encoded == 1, "in the same folder it is replaced, not reused"
