@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule
 from torch.utils.data import DataLoader, DistributedSampler
 
 from mmskip.datasets.tokenizer import StreamTokens, train_tokenizer
@@ -92,3 +92,20 @@ class TinyData(LightningDataModule):
         return self._loader(self.samples[:3], False)
 
     test_dataloader = predict_dataloader = val_dataloader
+
+
+class RecordGradients(Callback):
+    """Writes the loss and the final gradients of every optimizer step, on rank 0, at the end of the run."""
+
+    def __init__(self, path: str):
+        self.path, self.steps = path, []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step > len(self.steps):
+            gradients = {name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None}
+            loss = float(trainer.callback_metrics["train/loss"])
+            self.steps.append({"loss": loss, "gradients": gradients})
+
+    def on_train_end(self, trainer, pl_module):
+        if trainer.is_global_zero:
+            torch.save(self.steps, self.path)

@@ -1,0 +1,87 @@
+"""Every recipe in configs/ parses as it stands and runs, with its sizes made tiny."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from narration_data import LLAMA
+
+from mmskip.datasets.generated import GeneratedConfig, generate
+from mmskip.train.cli import CONFIGS, main
+from mmskip.train.runs import RunCLI
+
+RECIPES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+TOWER = {"depth": 1, "patch_size": 32, "embed_dim": 12, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def small_set(tmp_path_factory) -> Path:
+    """Six generated videos with their narrations, in the format of Ego4D."""
+    root = tmp_path_factory.mktemp("set")
+    folder = root / f"embedded-{(config := GeneratedConfig(train=3, val=2, test=1)).id}"
+    generate(folder, config)
+    return root
+
+
+def tiny(recipe: str, root: Path) -> list[str]:
+    """Overrides that make a recipe small and independent of anything to download."""
+    config = yaml.safe_load((CONFIGS / recipe).read_text())
+    overrides = [
+        f"--model.llm={json.dumps(LLAMA)}",
+        "--model.max_new_tokens=4",
+        f"--data.root={root}",
+        "--trainer.fast_dev_run=2",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+    ]
+    if "annotations" in config["data"]["init_args"]:
+        (generated,) = root.glob("embedded-*")
+        splits = {split: str(generated / split / "narrations.json") for split in ("train", "val")}
+        videos = {split: str(generated / split / "videos") for split in ("train", "val")}
+        return [
+            *overrides,
+            "--data.tower=timm/vit_tiny_patch16_224",
+            "--data.image_size=96",
+            f"--data.tower_kwargs={json.dumps(TOWER)}",
+            "--data.tokenizer=null",
+            "--data.num_workers=0",
+            f"--data.annotations={json.dumps(splits)}",
+            f"--data.video_dir={json.dumps(videos)}",
+        ]
+    return [*overrides, "--data.generated.train=3", "--data.generated.val=2", "--data.generated.test=1"]
+
+
+def test_there_are_recipes():
+    assert {"videollm_mod.yaml", "videollm_dense.yaml", "videollm_mod_ego4d.yaml"} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_runs(recipe, small_set, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "data"
+    shutil.copytree(small_set, root)
+    main(["--config", recipe, *tiny(recipe, root)])
+    printed = capsys.readouterr().out
+    assert "majority baseline" in printed
+    assert "this model" in printed
+
+
+def settings(recipe: str) -> dict:
+    return yaml.safe_load((CONFIGS / recipe).read_text())
+
+
+def test_the_dense_twin_differs_in_its_methods_only():
+    routed, dense = settings("videollm_mod.yaml"), settings("videollm_dense.yaml")
+    assert routed["model"]["init_args"].pop("methods") != dense["model"]["init_args"].pop("methods") == []
+    assert routed == dense
+
+
+def test_the_papers_recipe_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(RunCLI, "_run_subcommand", lambda *args: pytest.fail("work started"))
+    with pytest.raises(SystemExit) as stop:
+        main(["--config", "videollm_mod_ego4d.yaml", f"--model.llm={json.dumps(LLAMA)}"])
+    assert stop.value.code == 2
+    assert "narration_train.json" in capsys.readouterr().err

@@ -1,0 +1,88 @@
+"""The report of a run: its texts, and which runs it compares."""
+
+import json
+import math
+
+import pytest
+
+from mmskip.datasets.turns import TurnSpan
+from mmskip.train import report
+from mmskip.train.callbacks import NarrationReport
+from mmskip.train.schedules import warmup_schedule
+
+
+def results(name: str, ppl: float, task: str = "t", measured: float | None = 2.0) -> dict:
+    savings = {"training_step": {"flops": 6.0, "dense_flops": 10.0}}
+    if measured:
+        savings["measured"] = {"speedup": measured}
+    metrics = {"model": {"lm_ppl": ppl}}
+    return {"name": name, "label": "x", "stage": "val", "task": task, "metrics": metrics, "savings": savings}
+
+
+def test_narrations_stand_beside_the_truth_at_their_times():
+    turns = [
+        TurnSpan((1, 3), (5, 8), (9, 12), "red circle enters", 2.0),
+        TurnSpan((3, 5), (1, 2), (3, 4), "it hides", 3.0),
+    ]
+    lines = report.narration_lines("v", turns, [(1, "a star"), (4, "it hides")], start_s=1.0, fps=2.0).splitlines()
+    assert [line.split() for line in lines[2:]] == [
+        ["1.5", "s", "a", "star"],
+        ["2.0", "s", "red", "circle", "enters"],
+        ["3.0", "s", "it", "hides", "it", "hides"],
+    ]
+    assert lines[2].index("a star") == lines[4].rindex("it hides")  # one column
+
+
+def test_points_are_the_newest_run_of_each_name_on_the_same_samples(tmp_path):
+    for name, time, ppl, task in (
+        ("dense", "1", 3.0, "t"),
+        ("dense", "2", 2.5, "t"),
+        ("random", "1", 4.0, "t"),
+        ("other_data", "1", 1.0, "u"),
+        ("own", "1", 9.0, "t"),
+    ):
+        report.write_json(
+            results(name, ppl, task, None if name == "random" else 1.0), tmp_path / name / time / "results.json"
+        )
+    own = results("own", 2.6)
+    points = report.comparable_points(own, tmp_path / "own" / "2", tmp_path)
+    found = {point["label"]: (point["value"], point["counted"], point["measured"]) for point in points}
+    assert found == {"dense (x)": (2.5, 0.6, 1.0), "random (x)": (4.0, 0.6, None), "own (x)": (2.6, 0.6, 0.5)}
+    assert [point["label"] for point in points if point.get("highlight")] == ["own (x)"]
+
+
+def test_files_are_written_whole(tmp_path, monkeypatch):
+    path = tmp_path / "a" / "results.json"
+    report.write_json({"x": 1}, path)
+    monkeypatch.setattr("os.replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        report.write_json({"x": 2}, path)
+    assert json.loads(path.read_text()) == {"x": 1}
+
+
+def test_labels_say_what_differs():
+    assert report.model_label([]) == "dense"
+    method = {"class_path": "mmskip.MoDConfig", "init_args": {"keep": 0.2, "router": "random", "seed": 0}}
+    assert report.model_label([method]) == "MoD keep=0.2 router=random"
+
+
+def test_report_refuses_impossible_numbers():
+    with pytest.raises(ValueError, match="samples >= 1"):
+        NarrationReport(samples=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "middle", "end"), [("cosine", 0.5, 0.0), ("linear", 0.5, 0.0), ("constant", 1.0, 1.0)]
+)
+def test_learning_rate_rises_and_falls(name, middle, end):
+    factor = warmup_schedule(name, warmup=0.2, total_steps=100)
+    assert factor(0) == pytest.approx(1 / 20)
+    assert factor(19) == 1.0
+    assert factor(60) == pytest.approx(middle)
+    assert factor(100) == pytest.approx(end)
+
+
+def test_a_run_without_end_needs_a_constant_rate():
+    assert warmup_schedule("constant", 0, math.inf)(10**6) == 1.0
+    with pytest.raises(ValueError, match="max_epochs"):
+        warmup_schedule("cosine", 0.05, math.inf)
