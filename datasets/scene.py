@@ -22,10 +22,9 @@ COLOURS = {
     "black": (0.03, 0.03, 0.03),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-SIZES = {"small": 0.2, "large": 0.32}  # half width, as a share of a cell
+SIZES = {"small": 0.2, "large": 0.34}  # half width, as a share of a cell
 SIDES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-_PALE = (0.8, 1.0, 1.0)
 _KINDS = ("enter", "leave", "move", "hit", "hide", "out")
 
 Cell = tuple[int, int]
@@ -45,11 +44,13 @@ class SceneConfig:
         gaps: probability of 2, 3, 4, ... ticks from one event to the next.
         weights: how often each event is chosen where it is possible: enter, leave, move, hit, hide, out.
         return_rate: share of entering objects that are of a kind which was there and left ("another ...").
-        cue: strength of the pale glow and streak of an object in the narrated half of its motion, 0 (events
-            show only in the difference of frames) to 1 (they show in one frame).
+        cue: strength of the glow and streak of an object in the narrated half of its motion, 0 (events show only in
+            the difference of frames) to 1 (they show in one frame).
+        rest: opacity of objects that do not act, 0..1; below 1 the acting one stands out.
         jiggle: largest random displacement of resting objects, pixels of a 96-pixel frame.
         noise: strength of the pixel noise, 0..1.
         texture: strength of the background texture, 0..1.
+        tint: how much redder the floor gets to the right and bluer to the bottom, 0..0.5: a place shows in its colour.
         specks: drifting small dots that mean nothing.
     """
 
@@ -63,9 +64,11 @@ class SceneConfig:
     weights: tuple[float, ...] = (2.0, 1.5, 1.0, 1.5, 1.5, 2.0)
     return_rate: float = 0.3
     cue: float = 0.8
+    rest: float = 0.6
     jiggle: float = 1.0
-    noise: float = 0.03
-    texture: float = 0.15
+    noise: float = 0.02
+    texture: float = 0.05
+    tint: float = 0.2
     specks: int = 6
 
     def __post_init__(self) -> None:
@@ -78,9 +81,11 @@ class SceneConfig:
             "start_objects": (0, self.max_objects),
             "return_rate": (0, 1),
             "cue": (0, 1),
+            "rest": (0, 1),
             "jiggle": (0, 8),
             "noise": (0, 1),
             "texture": (0, 1),
+            "tint": (0, 0.5),
             "specks": (0, 1000),
         }
         for name, (low, high) in limits.items():
@@ -187,6 +192,11 @@ class _Director:
     def _inside(self, cell: Cell) -> bool:
         return 0 <= cell[0] < self.config.cells and 0 <= cell[1] < self.config.cells
 
+    def _doors(self, cell: Cell) -> list[Cell]:
+        """The ways off the stage from a cell; a corner has only the one to its side."""
+        ways = [way for way in SIDES.values() if not self._inside(_step(cell, way))]
+        return ways[:1]
+
     def _at(self, cell: Cell) -> Thing | None:
         return next((thing for thing in self.present if thing.cell == cell and not thing.hidden), None)
 
@@ -217,8 +227,8 @@ class _Director:
         options: dict[str, list[_Event]] = {kind: [] for kind in _KINDS}
         if len(self.present) < self.config.max_objects:
             for cell in self._cells():
-                for way in SIDES.values():
-                    if self._free(cell) and not self._inside(_step(cell, way)):
+                for way in self._doors(cell):
+                    if self._free(cell):
                         options["enter"].append(_Event("enter", Thing("", "", "", cell), way))
         for thing in self.present:
             for way in SIDES.values():
@@ -227,7 +237,8 @@ class _Director:
                     if self._free(target):
                         options["out"].append(_Event("out", thing, way))
                 elif not self._inside(target):
-                    options["leave"].append(_Event("leave", thing, way))
+                    if way in self._doors(thing.cell):
+                        options["leave"].append(_Event("leave", thing, way))
                 elif target == self.wall:
                     options["hide"].append(_Event("hide", thing, way))
                 elif (other := self._at(target)) is not None:
@@ -349,8 +360,11 @@ def draw_world(world: World, size: int, per_tick: int, rng: np.random.Generator)
             if place_now is not None:
                 shift = offset + rng.uniform(-jiggle, jiggle, 2)
                 x, y = (place_now[0] + 0.5) * cell + shift[0], (place_now[1] + 0.5) * cell + shift[1]
-                _paint_cue(image, thing, index / per_tick, (x, y), cell, config.cue)
-                _paint(image, thing.shape, x, y, thing.radius * cell, COLOURS[thing.colour])
+                acting = _act_begin(thing, index / per_tick) is not None
+                if acting:
+                    _paint_cue(image, thing, index / per_tick, (x, y), cell, config.cue)
+                opacity = 1.0 if acting else config.rest
+                _paint(image, thing.shape, x, y, thing.radius * cell, COLOURS[thing.colour], opacity)
         image = np.where(wall_mask, background, image)
         image += rng.normal(0, config.noise, (size, size, 1)).astype(np.float32)
         yield (image.clip(0, 1) * 255).astype(np.uint8)
@@ -367,8 +381,8 @@ def _position(thing: Thing, tick: float) -> Point | None:
 
 
 def _texture(size: int, config: SceneConfig, wall: Cell, rng: np.random.Generator) -> np.ndarray:
-    """Smooth grey-brown patches, and the wall's bricks."""
-    coarse = rng.uniform(-1, 1, (7, 7, 3)).astype(np.float32)
+    """Smooth grey patches, and the wall's bricks."""
+    coarse = rng.uniform(-1, 1, (7, 7, 1)).astype(np.float32)
     at = np.linspace(0, 5.999, size)
     low, share = at.astype(int), (at % 1)[:, None, None].astype(np.float32)
     rows = coarse[low] * (1 - share) + coarse[low + 1] * share
@@ -376,6 +390,8 @@ def _texture(size: int, config: SceneConfig, wall: Cell, rng: np.random.Generato
     image = 0.4 + config.texture * (rows[:, low] * (1 - share) + rows[:, low + 1] * share)
     cell = size / config.cells
     y, x = np.mgrid[:size, :size]
+    place = np.stack([x / size - 0.5, np.zeros((size, size)), y / size - 0.5], axis=2)
+    image = image + config.tint * place.astype(np.float32)
     bricks = ((y % 6 < 1) | ((x + (y // 6 % 2) * 5) % 10 < 1)).astype(np.float32)[..., None]
     colour = np.array([0.3, 0.2, 0.12], dtype=np.float32) + 0.15 * bricks
     return np.where(_wall_mask(size, cell, wall), colour, image).astype(np.float32)
@@ -389,15 +405,22 @@ def _wall_mask(size: int, cell: float, wall: Cell) -> np.ndarray:
 
 def _paint_cue(image: np.ndarray, thing: Thing, tick: float, at: Point, cell: float, strength: float) -> None:
     """A glow around an object in the told half of an event, and a fading streak to where it came from."""
-    begin = next((start for start in thing.acts if start < tick <= start + 1), None)
-    now, before = _position(thing, tick), None if begin is None else _position(thing, begin)
+    begin, now = _act_begin(thing, tick), _position(thing, tick)
+    before = None if begin is None else _position(thing, begin)
     if now is None or before is None or strength == 0:
         return
     back = ((before[0] - now[0]) * cell, (before[1] - now[1]) * cell)
+    red, green, blue = COLOURS[thing.colour]
+    glow = (0.5 + 0.5 * red, 0.5 + 0.5 * green, 0.5 + 0.5 * blue)
     for share in (0.9, 0.7, 0.5, 0.3):
         x, y = at[0] + back[0] * share, at[1] + back[1] * share
-        _paint(image, "circle", x, y, 0.6 * thing.radius * cell, _PALE, strength * (1 - 0.6 * share))
-    _paint(image, "circle", at[0], at[1], 1.35 * thing.radius * cell, _PALE, strength)
+        _paint(image, "circle", x, y, 0.6 * thing.radius * cell, glow, strength * (1 - 0.6 * share))
+    _paint(image, "circle", at[0], at[1], 1.4 * thing.radius * cell, glow, strength)
+
+
+def _act_begin(thing: Thing, tick: float) -> int | None:
+    """The tick at which the event began whose told half a thing is in."""
+    return next((begin for begin in thing.acts if begin < tick <= begin + 1), None)
 
 
 def _paint(

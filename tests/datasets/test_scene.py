@@ -77,7 +77,7 @@ def test_a_scene_never_holds_too_many_objects_or_two_of_a_kind(many):
 
 
 def quiet(**changes):
-    return replace(CONFIG, noise=0, texture=0, specks=0, jiggle=0, **changes)
+    return replace(CONFIG, **({"noise": 0, "texture": 0, "tint": 0, "specks": 0, "jiggle": 0, "rest": 1} | changes))
 
 
 def colour_mass(image, colour):

@@ -1,0 +1,251 @@
+"""The DataModule: embedded set and Ego4D-format folders, from nothing to batches."""
+
+import json
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning import LightningModule, Trainer
+
+from mmskip.datasets.generated import GeneratedConfig
+from mmskip.datasets.narration import NarrationData
+from mmskip.datasets.scene import SceneConfig
+from mmskip.datasets.tokenizer import StreamTokens
+from mmskip.datasets.turns import IGNORE
+from mmskip.datasets.video import write_video
+
+SMALL = GeneratedConfig(train=5, val=3, test=2, image_size=32, scene=SceneConfig(ticks=12))
+TINY_TOWER = {
+    "tower": "timm/vit_tiny_patch16_224",
+    "image_size": 32,
+    "grid": 2,
+    "tower_kwargs": {"depth": 1, "embed_dim": 32, "num_heads": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    NarrationData(root=str(root), generated=SMALL, **TINY_TOWER).prepare_data()
+    return root
+
+
+def make(root, **kwargs):
+    return NarrationData(**({"root": str(root), "generated": SMALL, "batch_size": 2} | TINY_TOWER | kwargs))
+
+
+def ready(root, **kwargs):
+    data = make(root, **kwargs)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def test_from_nothing_to_batches(root):
+    data = ready(root)
+    batches = list(data.train_dataloader())
+    assert sum(len(batch["uid"]) for batch in batches) == 5
+    for batch in batches:
+        vision = int((batch["layout"] >= 0).sum())
+        assert batch["features"].shape == (vision // 5, 5, 32) and batch["features"].dtype == torch.float32
+        assert (batch["labels"] != IGNORE).any() and data.frame_tokens == 5 and data.feature_dim == 32
+    assert [len(list(loader)) for loader in (data.val_dataloader(), data.test_dataloader())] == [2, 1]
+    words = data.tokenizer.decode(batch["input_ids"][0][batch["layout"][0] < 0], skip_special_tokens=True)
+    assert batch["turns"][0][0].narration in words
+
+
+def test_what_a_model_needs_is_known_before_any_file_exists(tmp_path):
+    data = make(tmp_path)
+    assert (data.feature_dim, data.frame_tokens) == (32, 5)
+    assert data.vocab_size == len(data.tokenizer) and data.tokens.vision < data.vocab_size
+    assert not list(tmp_path.rglob("*.mp4"))
+
+
+def test_the_second_time_nothing_is_made_again(root, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("the tower was built although all features are there")
+
+    monkeypatch.setattr("mmskip.datasets.narration.VisionTower", never)
+    data = ready(root)
+    assert len(data.dataset("train")) == 5 and data.feature_dim == 32
+
+
+def test_vocabulary_is_the_same_before_and_after_saving(root, tmp_path):
+    assert StreamTokens.of(make(root).tokenizer) == StreamTokens.of(make(tmp_path).tokenizer)
+    assert make(root).tokenizer.get_vocab() == make(tmp_path).tokenizer.get_vocab()
+
+
+def test_blanked_data_differs_in_features_only(root):
+    seen, blank = (next(iter(ready(root, blank=blank).val_dataloader())) for blank in (False, True))
+    assert not blank["features"].any() and seen["features"].any()
+    assert blank["features"].shape == seen["features"].shape
+    assert torch.equal(seen["input_ids"], blank["input_ids"]) and torch.equal(seen["labels"], blank["labels"])
+
+
+def order(data, epoch):
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    return [uid for batch in loader for uid in batch["uid"]]
+
+
+def test_order_depends_on_seed_and_epoch_alone(root):
+    first = order(ready(root), 0)
+    torch.manual_seed(123)
+    assert order(ready(root), 0) == first
+    assert sorted(order(ready(root), 1)) == sorted(first)
+    orders = {tuple(order(ready(root, seed=seed), epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(orders) > 4
+
+
+def test_left_padding_reaches_the_batch(root):
+    batch = next(iter(ready(root, padding_side="left", batch_size=5).train_dataloader()))
+    assert batch["attention_mask"][:, -1].all() and not batch["attention_mask"].all()
+
+
+def test_long_videos_become_several_samples(root):
+    data = ready(root, max_frames=5)
+    dataset = data.dataset("train")
+    assert len(dataset) > 5 and data.counts["train"]["split"] == len(dataset) - 5
+    assert all(len(sample["features"]) <= 5 for sample in (dataset[index] for index in range(len(dataset))))
+    uids = [dataset[index]["uid"] for index in range(len(dataset))]
+    assert len(set(uids)) == len(uids)
+
+
+class Collect(LightningModule):
+    """Notes the samples it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen = {"train": [], "val": [], "test": []}
+
+    def training_step(self, batch, index):
+        self.seen["train"] += batch["uid"]
+        return self.weight.sum()
+
+    def validation_step(self, batch, index):
+        self.seen["val"] += batch["uid"]
+
+    def test_step(self, batch, index):
+        self.seen["test"] += batch["uid"]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_lightning_runs_it(root, tmp_path):
+    trainer = Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=tmp_path,
+    )
+    model = Collect()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*num_workers.*")
+        trainer.fit(model, datamodule=make(root))
+        trainer.test(model, datamodule=make(root), verbose=False)
+    assert model.seen["train"] == order(make(root), 0) + order(make(root), 1)
+    assert model.seen["val"] == [f"val-0000{index}" for index in range(3)] * 2
+    assert model.seen["test"] == ["test-00000", "test-00001"]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ranks_share_evaluation_without_repeats(root, world, monkeypatch):
+    data = ready(root)
+    shares = []
+    for rank in range(world):
+        monkeypatch.setattr(data, "_ranks", lambda rank=rank: (world, rank))
+        shares.append([uid for batch in data.val_dataloader() for uid in batch["uid"]])
+    assert sorted(uid for share in shares for uid in share) == ["val-00000", "val-00001", "val-00002"]
+    assert shares[0][0] == "val-00000"
+
+
+def record(time, text):
+    return {"timestamp_sec": time, "narration_text": text}
+
+
+@pytest.fixture
+def ego4d(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (24, 48, 64, 3), dtype=np.uint8)
+    videos = {}
+    for number, uid in enumerate(("one", "two", "cut")):
+        write_video(tmp_path / "videos" / f"{uid}.mp4", noise[: 24 - number], fps=4)
+        records = [
+            record(1.1, "#C C opens the door"),
+            record(3.0, "#C C looks around #unsure"),
+            record(99, "#C C late"),
+        ]
+        videos[uid] = {"narration_pass_1": {"narrations": records}, "status": "complete"}
+    videos["gone"] = videos["one"]
+    path = tmp_path / "videos" / "cut.mp4"
+    path.write_bytes(path.read_bytes()[:2000])
+    (tmp_path / "train.json").write_text(json.dumps({"videos": videos}))
+    (tmp_path / "val.json").write_text(json.dumps({"two": videos["two"]}))
+    return {
+        "annotations": {"train": str(tmp_path / "train.json"), "val": str(tmp_path / "val.json")},
+        "video_dir": str(tmp_path / "videos"),
+    }
+
+
+def test_ego4d_folder_with_faults_runs_and_counts_them(ego4d, tmp_path):
+    data = make(tmp_path / "out", **ego4d)
+    with pytest.warns(UserWarning, match=r"1 of 3 videos left out: .*cut\.mp4"):
+        data.prepare_data()
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert sorted(batch["uid"]) == ["one", "two"]
+    assert [span.narration for span in batch["turns"][0]] == ["C opens the door", "C looks around"]
+    assert [span.frames for span in batch["turns"][0]] == [(1, 4), (4, 7)]
+    counts = data.counts["train"]
+    assert (counts["corrupt video"], counts["video missing"], counts["past the end"]) == (1, 1, 2)
+    with pytest.raises(ValueError, match="no annotations for split 'test'"):
+        data.test_dataloader()
+
+
+def test_sources_are_checked_before_any_work(ego4d, tmp_path):
+    for change, message in [
+        ({"annotations": {"train": "nowhere.json"}}, r"annotations\['train'\]: no such file: nowhere.json"),
+        ({"video_dir": "nowhere"}, "no such folder: 'nowhere'"),
+        ({"video_dir": None}, "no such folder"),
+        ({"annotations": {"training": "x"}}, r"unknown splits \['training'\]"),
+        ({"annotations": None}, "needs annotations"),
+        ({"tower": "timm/no_such_model"}, "timm has no model"),
+        ({"padding_side": "middle"}, "padding_side"),
+        ({"fps": 0}, "fps must be > 0"),
+        ({"batch_size": 0}, "batch_size >= 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make(tmp_path / "out", **(ego4d | change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_hugging_face_tokenizers_by_folder_and_missing_ones(root, tmp_path):
+    make(root).tokenizer.save_pretrained(tmp_path / "mine")
+    assert make(root, tokenizer=str(tmp_path / "mine")).vocab_size == make(root).vocab_size
+    with pytest.raises(ValueError, match="neither a local folder nor in the local cache"):
+        _ = make(root, tokenizer=str(tmp_path / "nothing")).tokenizer
+
+
+def test_without_features_setup_says_what_to_do(root, tmp_path):
+    shutil.copytree(root, tmp_path / "copy", ignore=shutil.ignore_patterns("features"))
+    with pytest.raises(ValueError, match="run prepare_data first"):
+        make(tmp_path / "copy").setup("fit")
+
+
+def test_settings_come_from_yaml():
+    parser = ArgumentParser()
+    parser.add_class_arguments(NarrationData, "data")
+    config = parser.parse_string("data:\n  batch_size: 3\n  generated:\n    train: 7\n    scene:\n      ticks: 20\n")
+    data = parser.instantiate(config).data
+    assert (data.batch_size, data.generated.train, data.generated.scene.ticks) == (3, 7, 20)
+    assert data.generated.val == GeneratedConfig().val
+    with pytest.raises(SystemExit):
+        parser.parse_string("data:\n  generated:\n    trian: 7\n")
