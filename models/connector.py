@@ -1,10 +1,14 @@
 """From the features of a frozen vision tower to the token embeddings of a language model."""
 
+import torch
 from torch import Tensor, nn
 
 
 class Connector(nn.Sequential):
-    """The two-layer connector of VideoLLM-online and VideoLLM-MoD: Linear, GELU, Linear.
+    """The two-layer connector of VideoLLM-online and VideoLLM-MoD: Linear, GELU, Linear, on standardised features.
+
+    The features of a tower share a large common part (of a random tower most of their size), under which a small
+    connector hardly sees what differs; so each channel is standardised by fixed statistics first (`standardise_by`).
 
     Args:
         feature_dim: channels C of the frame features.
@@ -14,8 +18,22 @@ class Connector(nn.Sequential):
     as DDP needs.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, feature_dim: int, hidden_size: int) -> None:
         super().__init__(nn.Linear(feature_dim, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
+        self.register_buffer("mean", torch.zeros(feature_dim))
+        self.register_buffer("std", torch.ones(feature_dim))
+
+    def standardise_by(self, mean: Tensor, std: Tensor) -> None:
+        """Use these statistics [C]; channels that never change stay as they are."""
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(std > 1e-6, std, 1.0))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Token embeddings of frame features."""
+        return super().forward((features - self.mean) / self.std)
 
 
 def place_features(embeds: Tensor, vision: Tensor, features: Tensor) -> Tensor:

@@ -157,6 +157,9 @@ class VideoLLM(LightningModule):
             self.hparams["attention"],
         )
         self.connector = Connector(self.hparams["feature_dim"], llm.config.get_text_config().hidden_size)
+        statistics = getattr(data, "feature_statistics", None)
+        if statistics is not None:
+            self.connector.standardise_by(*statistics())
         if self._lora is not None:
             add_lora(llm, self._lora)
         apply_methods(llm, self._methods)
@@ -211,8 +214,8 @@ class VideoLLM(LightningModule):
 
     # --- training -----------------------------------------------------------------------------------------------
 
-    def on_train_epoch_start(self) -> None:
-        """Start the sums of an optimizer step anew."""
+    def on_train_start(self) -> None:
+        """Start the sums of the first optimizer step."""
         self._sums = torch.zeros(5, device=self.device)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

@@ -117,8 +117,9 @@ class NarrationReport(Callback):
     def _fit_baseline(self, trainer: Trainer, model: VideoLLM) -> MajorityBaseline:
         baseline = MajorityBaseline(model.ids.vocab_size)
         tokens = StreamTokens.of(trainer.datamodule.tokenizer)  # type: ignore[attr-defined]
+        # a loader of its own: the one in use may have begun an epoch
         with torch.random.fork_rng():
-            for index, batch in enumerate(trainer.train_dataloader or ()):
+            for index, batch in enumerate(trainer.datamodule.train_dataloader()):  # type: ignore[attr-defined]
                 if index == self.baseline_batches:
                     break
                 for turn in (turn for turns in batch["turns"] for turn in turns):

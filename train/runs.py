@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from mmskip.registry import config_types
-from mmskip.train.checkpoints import WholeFileIO, last_checkpoint
+from mmskip.train.checkpoints import Resume, WholeFileIO, last_checkpoint
 
 # Ranks started by Lightning inherit the environment of rank 0, and with it the folder.
 RUN_FOLDER = "MMSKIP_RUN_FOLDER"
@@ -38,6 +38,12 @@ class SaveConfig(SaveConfigCallback):
         partial = folder / ".config.yaml.part"
         partial.write_text(self.parser.dump(config, skip_none=False))
         os.replace(partial, folder / "config.yaml")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say how an interrupted training run goes on."""
+        last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and last.is_file():
+            print(f"\ninterrupted; to go on from {last}, give the same arguments and --ckpt_path last")
 
 
 class RunCLI(LightningCLI):
@@ -114,7 +120,7 @@ class RunCLI(LightningCLI):
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, WholeFileIO()]
-        callbacks = given.callbacks or []
+        callbacks = [*(given.callbacks or []), Resume()]
         if given.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks = [*callbacks, TQDMProgressBar()]
         return super().instantiate_trainer(plugins=plugins, callbacks=callbacks, **kwargs)

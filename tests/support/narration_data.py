@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule
 from torch.utils.data import DataLoader, DistributedSampler
 
+from mmskip.datasets.resumable import ResumableLoader
 from mmskip.datasets.tokenizer import StreamTokens, train_tokenizer
 from mmskip.datasets.turns import Turn, build_sample, collate_narration
 from mmskip.models.narrator import TokenIds
@@ -78,7 +79,7 @@ class TinyData(LightningDataModule):
 
     def _loader(self, samples: list[dict[str, Any]], shuffle: bool) -> DataLoader:
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
-        return DataLoader(
+        return ResumableLoader(
             samples,  # type: ignore[arg-type]
             batch_size=self.batch_size,
             sampler=DistributedSampler(samples, world, rank, shuffle=shuffle),  # type: ignore[arg-type]

@@ -44,7 +44,7 @@ class Interrupt(Callback):
     """Ctrl-C in the middle of an epoch."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if (trainer.current_epoch, batch_idx) == (1, 2):
+        if (trainer.current_epoch, batch_idx) == (1, 3):
             raise KeyboardInterrupt
 
 
@@ -176,29 +176,34 @@ def test_a_run_leaves_one_folder_that_can_be_tested_predicted_and_run_again(here
     assert (again / "config.yaml").read_text() == (folder / "config.yaml").read_text().replace("tiny", "again")
 
 
-def test_an_interrupted_run_resumes_with_the_loss_curve_of_a_whole_one(here):
-    options = ["--model.lora.r=2", "--model.lora.dropout=0.3", "--model.lora.target_modules=all-linear"]
+@pytest.mark.parametrize(("saving", "step"), [([], 4), (["--checkpoint.every_n_train_steps=2"], 6)])
+def test_an_interrupted_run_resumes_with_the_loss_curve_of_a_whole_one(here, saving, step, capsys):
+    """From the last epoch, or from the middle of one."""
+    options = ["--model.lora.r=2", "--model.lora.dropout=0.3", "--model.lora.target_modules=all-linear", *saving]
     main(["--config", "tiny.yaml", "--name", "whole", *options])
     with pytest.raises(SystemExit):
         main(["--config", "tiny.yaml", "--name", "part", f"--trainer.callbacks+={__name__}.Interrupt", *options])
+    assert "--ckpt_path last" in capsys.readouterr().out
     first = only("runs/part/*", here)
-    kept = torch.load(first / "checkpoints/last.ckpt", weights_only=True)
-    assert kept["epoch"] == 0
+    assert torch.load(first / "checkpoints/last.ckpt", weights_only=True)["global_step"] == step
     main(["--config", "tiny.yaml", "--name", "part", "--ckpt_path", "last", *options])
     (second,) = set((here / "runs/part").iterdir()) - {first}
     whole = losses(only("runs/whole/*", here))
-    assert losses(first)[:4] == whole[:4]
-    assert losses(second) == whole[4:]
+    assert losses(first) == whole[: len(losses(first))]
+    assert losses(second) == whole[step:]
     final, resumed = (
         torch.load(only(f"runs/{path}/checkpoints/last.ckpt", here), weights_only=True)["state_dict"]
         for path in ("whole/*", f"part/{second.name}")
     )
     for name, value in final.items():
         assert torch.equal(value, resumed[name])
-    report = json.loads((second / "results.json").read_text())
-    whole_report = json.loads((only("runs/whole/*", here) / "results.json").read_text())
-    assert report["metrics"] == whole_report["metrics"]
-    assert "null" in [line.split()[-1] for line in (second / "config.yaml").read_text().splitlines() if "ckpt" in line]
+    reports = [
+        json.loads((only(f"runs/{run}", here) / "results.json").read_text())
+        for run in ("whole/*", f"part/{second.name}")
+    ]
+    assert reports[0]["metrics"] == reports[1]["metrics"]
+    config = yaml.safe_load((second / "config.yaml").read_text())
+    assert config["ckpt_path"] is None  # run again, it starts from the beginning
 
 
 def test_a_checkpoint_of_another_method_is_refused(here, capsys):
