@@ -6,23 +6,6 @@ from pathlib import Path
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
-USAGE = """\
-usage: python train.py [fit|validate|test|predict] --config CONFIG [--KEY VALUE ...]
-
-Train (fit, the default) or evaluate a model. CONFIG is a YAML file; a bare name is looked up in configs/:
-{configs}
-
-  python train.py --config videollm_mod.yaml                        train, evaluate, write runs/videollm_mod/<time>/
-  python train.py --config videollm_mod.yaml --ckpt_path last       go on from the last checkpoint of that name
-  python train.py test --config videollm_mod.yaml                   test its last checkpoint
-  python train.py predict --config videollm_mod.yaml                write its narrations of the test set
-
-Any setting of the YAML can be overridden:
-  --trainer.max_epochs 3   --model.lr 5e-4   --model.methods.keep 0.5   --data.batch_size 4   --name my_run
-  python train.py fit --help         the settings of the trainer, checkpoints and runs
-  python train.py fit --model.help mmskip.models.video_llm.VideoLLM         the settings of a model
-  python train.py fit --data.help mmskip.datasets.narration.NarrationData   the settings of its data
-"""
 
 
 def find_config(name: str) -> Path:
@@ -75,10 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: without the program's name; None: those of the process.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
-    if not given or given[0] in ("-h", "--help"):
-        configs = "\n".join(f"  {path.name}" for path in sorted(CONFIGS.glob("*.yaml")))
-        print(USAGE.format(configs=configs))
-        return
     try:
         completed, name = prepare_arguments(given)
         from mmskip.train.runs import run

@@ -6,6 +6,7 @@ import pytest
 import torch
 from narration_data import FEATURES, FPS, LLAMA, TOKENS, TinyData, batch, sample, stream_tokens, text_only, token_ids
 from torch.nn import functional as F
+from transformers import AutoConfig
 
 import mmskip
 from mmskip.datasets.turns import collate_narration
@@ -273,9 +274,12 @@ def test_bad_settings_are_refused(kwargs, message):
         VideoLLM(**settings).configure_model()
 
 
-def test_an_unknown_name_is_refused_before_anything_is_built(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="llm='no/such-model' is not a local folder"):
+def test_a_name_that_cannot_be_had_is_refused_before_anything_is_built(monkeypatch):
+    def offline(name):
+        raise OSError("We couldn't connect\nand more")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", offline)
+    with pytest.raises(ValueError, match="llm='no/such-model' is not a local folder.*We couldn't connect"):
         VideoLLM("no/such-model")
 
 

@@ -93,11 +93,18 @@ def test_an_unknown_config_lists_the_known_ones(capsys):
     assert "videollm_mod.yaml" in error
 
 
-def test_help_shows_the_commands_without_loading_lightning():
-    code = "import sys; from mmskip.train.cli import main; main(['--help']); sys.exit('lightning' in sys.modules)"
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_help_shows_the_commands_without_loading_torch(arguments):
+    code = f"""
+import runpy, sys
+sys.argv = ["train.py", *{arguments}]
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+sys.exit("torch" in sys.modules)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "python train.py --config videollm_mod.yaml" in done.stdout
+    assert "videollm_mod_ego4d.yaml" in done.stdout
 
 
 @pytest.mark.parametrize(
