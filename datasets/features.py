@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -87,7 +87,7 @@ def encode_videos(
             report.broken[uid] = str(error)
             continue
         metadata = {"key": key, "duration_s": repr(stream.info.duration_s), "bytes": str(path.stat().st_size)}
-        _save(features_path(folder, uid), torch.cat(chunks), metadata)
+        _save(features_path(folder, uid), {_TENSOR: torch.cat(chunks).contiguous()}, metadata)
         report.encoded += 1
     return report
 
@@ -114,6 +114,37 @@ def read_features(path: str | Path, key: str | None = None) -> Tensor:
         raise ValueError(f"{path}: not a readable feature file ({error}); delete it and encode again") from error
 
 
+def write_statistics(path: str | Path, files: Sequence[Path]) -> None:
+    """Mean and standard deviation of every channel over all frames and tokens of some feature files, to a file.
+
+    Raises:
+        ValueError: no files.
+    """
+    if not files:
+        raise ValueError("feature statistics need at least one feature file, got none")
+    count, total, square = 0, torch.zeros(()), torch.zeros(())
+    for file in files:
+        rows = read_features(file).flatten(0, 1).double()
+        count, total, square = count + len(rows), total + rows.sum(0), square + rows.square().sum(0)
+    mean = total / count
+    std = (square / count - mean.square()).clamp(min=0).sqrt()
+    # A channel that never varies is left near zero instead of being blown up.
+    _save(Path(path), {"mean": mean.float(), "std": std.float().clamp(min=1e-3)}, {})
+
+
+def read_statistics(path: str | Path) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [C] from `write_statistics`.
+
+    Raises:
+        ValueError: missing or unreadable.
+    """
+    try:
+        tensors = load_file(str(path))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: no readable feature statistics ({error}); run prepare_data first") from error
+    return tensors["mean"], tensors["std"]
+
+
 def count_frames(path: str | Path) -> int:
     """Number of frames in a feature file, without reading the features."""
     with safe_open(str(path), "pt") as file:
@@ -133,10 +164,10 @@ def _is_current(cached: Path, key: str, video: Path) -> bool:
     return metadata.get("key") == key and same_video
 
 
-def _save(path: Path, features: Tensor, metadata: dict[str, str]) -> None:
+def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file({_TENSOR: features.contiguous()}, str(partial), metadata=metadata)
+        save_file(tensors, str(partial), metadata=metadata)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

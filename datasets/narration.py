@@ -12,11 +12,20 @@ from typing import Any
 
 import torch
 from lightning import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mmskip.datasets.ego4d import PASSES, NarratedVideo, load_narrations
-from mmskip.datasets.features import count_frames, encode_videos, features_key, features_path, read_features
+from mmskip.datasets.features import (
+    count_frames,
+    encode_videos,
+    features_key,
+    features_path,
+    read_features,
+    read_statistics,
+    write_statistics,
+)
 from mmskip.datasets.generated import SPLITS, GeneratedConfig, generate
 from mmskip.datasets.tokenizer import StreamTokens, prepare_tokenizer, train_tokenizer
 from mmskip.datasets.turns import Turn, build_sample, collate_narration, plan_turns, split_turns
@@ -29,6 +38,7 @@ EMBEDDED_TOWER: dict[str, Any] = {
     "tower_kwargs": {"depth": 1, "patch_size": 32, "embed_dim": 384, "num_heads": 6},
 }
 _EMBEDDED = GeneratedConfig()
+_STATISTICS_VIDEOS = 100
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,7 @@ class NarrationDataset(Dataset[dict[str, Any]]):
         key: its `features_key`.
         tokens: the tokenizer's stream tokens.
         instruction: text behind `<bos>`.
+        statistics: mean and standard deviation [C] taken off every feature; None: features as they are.
         blank: replace all features by zeros (the control that sees no video).
     """
 
@@ -64,8 +75,10 @@ class NarrationDataset(Dataset[dict[str, Any]]):
         key: str,
         tokens: StreamTokens,
         instruction: str = "",
+        statistics: tuple[Tensor, Tensor] | None = None,
         blank: bool = False,
     ) -> None:
+        self.statistics = statistics
         self.entries, self.folder, self.key = entries, folder, key
         self.tokens, self.instruction, self.blank = tokens, instruction, blank
 
@@ -75,6 +88,8 @@ class NarrationDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         entry = self.entries[index]
         features = read_features(features_path(self.folder, entry.video_uid), self.key)[entry.first_frame :]
+        if self.statistics is not None:
+            features = (features - self.statistics[0]) / self.statistics[1]
         if self.blank:
             features = torch.zeros_like(features)
         return build_sample(entry.turns, features, self.tokens, entry.uid, entry.first_frame, self.instruction)
@@ -104,6 +119,8 @@ class NarrationData(LightningDataModule):
         min_words: shortest narration used, words.
         padding_side: "right" or "left".
         instruction: text put behind `<bos>` in every sample.
+        standardize: give every feature channel mean 0 and deviation 1 over the training videos. The tokens of a tower
+            share most of their length; without it a model learns to see late.
         blank: replace features by zeros (control).
         seed: of the order of training samples.
 
@@ -135,6 +152,7 @@ class NarrationData(LightningDataModule):
         min_words: int = 2,
         padding_side: str = "right",
         instruction: str = "",
+        standardize: bool = True,
         blank: bool = False,
         seed: int = 0,
     ) -> None:
@@ -161,7 +179,8 @@ class NarrationData(LightningDataModule):
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers, self.seed = num_workers, seed
         self.max_frames, self.max_tokens, self.min_words = max_frames, max_tokens, min_words
-        self.padding_side, self.instruction, self.blank = padding_side, instruction, blank
+        self.padding_side, self.instruction = padding_side, instruction
+        self.standardize, self.blank = standardize, blank
         self.folder = Path(root) / (f"embedded-{generated.id}" if annotations is None else "narrated")
         self.features_key = features_key(tower_id(**self.tower_args), fps)
         self.features_folder = self.folder / "features" / self.features_key
@@ -197,6 +216,16 @@ class NarrationData(LightningDataModule):
         """N, tokens per frame."""
         return 1 + self.tower_args["grid"] ** 2
 
+    def feature_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation [C] of the features of up to 64 videos (of the training split, if there is
+        one), after `prepare_data`."""
+        split = next(split for split in SPLITS if self._has(split))
+        uids = list(dict.fromkeys(entry.video_uid for entry in self.dataset(split).entries))[:64]
+        features = torch.cat(
+            [read_features(features_path(self.features_folder, uid), self.features_key).flatten(0, 1) for uid in uids]
+        ).float()
+        return features.mean(0), features.std(0)
+
     def prepare_data(self) -> None:
         """Generate, encode and write the tokenizer, as far as not done yet. Lightning calls it on one rank."""
         if self.annotations is None:
@@ -213,6 +242,7 @@ class NarrationData(LightningDataModule):
             if report.broken:
                 names = "; ".join(list(report.broken.values())[:3])
                 warnings.warn(f"{len(report.broken)} of {len(videos)} videos left out: {names}", stacklevel=2)
+        self._write_statistics()
         folder = self.folder / "tokenizer"
         if self.tokenizer_name is None and not folder.exists():
             partial_folder = folder.with_name(f".tokenizer.{os.getpid()}.part")
@@ -311,7 +341,22 @@ class NarrationData(LightningDataModule):
                 entries.append(Entry(uid, video.uid, tuple(sample)))
         if not entries:
             raise ValueError(f"split {split!r} has no usable sample ({dict(counts)}); run prepare_data first")
-        return NarrationDataset(entries, self.features_folder, self.features_key, tokens, self.instruction, self.blank)
+        statistics = read_statistics(self._statistics_path) if self.standardize else None
+        return NarrationDataset(
+            entries, self.features_folder, self.features_key, tokens, self.instruction, statistics, self.blank
+        )
+
+    @property
+    def _statistics_path(self) -> Path:
+        return self.features_folder / "statistics"
+
+    def _write_statistics(self) -> None:
+        """Over the first training videos (of the first split there is, without training): enough, and quick."""
+        split = next(split for split in SPLITS if self._has(split))
+        paths = (features_path(self.features_folder, video.uid) for video in self._load(split))
+        files = [path for path in paths if path.exists()][:_STATISTICS_VIDEOS]
+        if self.standardize and not self._statistics_path.exists():
+            write_statistics(self._statistics_path, files)
 
     def _make_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer_name is not None:

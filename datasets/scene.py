@@ -21,8 +21,8 @@ COLOURS = {
     "purple": (0.65, 0.15, 0.85),
     "black": (0.03, 0.03, 0.03),
 }
-SHAPES = ("circle", "square", "triangle", "star", "cross")
-SIZES = {"small": 0.2, "large": 0.34}  # half width, as a share of a cell
+SHAPES = ("circle", "ring", "bar", "post", "triangle", "cross", "star")
+SIZES = {"small": 0.22, "large": 0.36}  # half width, as a share of a cell
 SIDES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 _KINDS = ("enter", "leave", "move", "hit", "hide", "out")
@@ -38,7 +38,7 @@ class SceneConfig:
     Attributes:
         ticks: length, sampled frames, >= 8.
         cells: cells per side of the stage, >= 3. Objects are smaller than a cell.
-        colours, shapes: how many of each exist, 2..6 and 2..5.
+        colours, shapes: how many of each exist, 2..6 and 2..7; later shapes are harder to tell apart.
         start_objects: objects on the stage at the start (their entering is never told), 0..max_objects.
         max_objects: most objects at a time, hidden ones included, 1..cells * cells - 2.
         gaps: probability of 2, 3, 4, ... ticks from one event to the next.
@@ -57,7 +57,7 @@ class SceneConfig:
     ticks: int = 48
     cells: int = 3
     colours: int = 6
-    shapes: int = 5
+    shapes: int = 4
     start_objects: int = 2
     max_objects: int = 4
     gaps: tuple[float, ...] = (0.4, 0.3, 0.2, 0.1)
@@ -346,7 +346,7 @@ def draw_world(world: World, size: int, per_tick: int, rng: np.random.Generator)
     cell = size / config.cells
     background = _texture(size, config, world.wall, rng)
     wall_mask = _wall_mask(size, cell, world.wall)
-    offsets = rng.uniform(-0.06, 0.06, (len(world.things), 2)) * cell
+    offsets = rng.uniform(-0.05, 0.05, (len(world.things), 2)) * cell
     specks = rng.uniform(0, size, (config.specks, 2))
     drift = rng.normal(0, 0.01 * size, (config.specks, 2))
     greys = rng.uniform(0.2, 0.9, config.specks)
@@ -444,14 +444,18 @@ def _paint(
     cover = opacity * np.clip(0.5 - _distance(shape, u, v, radius), 0, 1)[..., None]
     patch = image[top:bottom, left:right]
     patch += cover * (np.asarray(colour, dtype=np.float32) - patch)
+    if shape == "ring":
+        _paint(image, "circle", x, y, 0.55 * radius, (0.95, 0.95, 0.95), opacity)
 
 
 def _distance(shape: str, u: np.ndarray, v: np.ndarray, radius: float) -> np.ndarray:
-    """About the signed distance to the outline in pixels, negative inside; areas of all shapes are alike."""
-    if shape == "circle":
+    """About the signed distance to the outline in pixels, negative inside."""
+    if shape in ("circle", "ring"):
         return np.hypot(u, v) - radius
-    if shape == "square":
-        return np.maximum(abs(u), abs(v)) - 0.87 * radius
+    if shape == "bar":
+        return np.maximum(abs(u) - 1.15 * radius, abs(v) - 0.5 * radius)
+    if shape == "post":
+        return np.maximum(abs(u) - 0.5 * radius, abs(v) - 1.15 * radius)
     if shape == "triangle":
         return np.maximum(0.89 * abs(u) + 0.45 * v - 0.55 * radius, v - 0.95 * radius)
     if shape == "cross":

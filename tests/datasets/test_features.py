@@ -5,7 +5,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmskip.datasets.features import count_frames, encode_videos, features_key, features_path, read_features
+from mmskip.datasets.features import (
+    count_frames,
+    encode_videos,
+    features_key,
+    features_path,
+    read_features,
+    read_statistics,
+    write_statistics,
+)
 from mmskip.datasets.video import read_video, write_video
 from mmskip.models.vision_tower import VisionTower
 
@@ -89,3 +97,17 @@ def test_features_of_another_tower_or_rate_are_never_taken(tower, videos, tmp_pa
     other = VisionTower("timm/vit_tiny_patch16_224", image_size=32, grid=2, tower_kwargs=TINY, seed=1)
     assert features_key(other.features_id, 2.0) != key
     assert encode(other, videos[:1], folder).encoded == 1, "in the same folder it is replaced, not reused"
+
+
+def test_statistics_are_those_of_all_rows(tower, videos, tmp_path):
+    folder = tmp_path / "cache"
+    encode(tower, videos, folder)
+    files = [features_path(folder, uid) for uid, _ in videos]
+    write_statistics(folder / "statistics", files)
+    mean, std = read_statistics(folder / "statistics")
+    rows = torch.cat([read_features(file) for file in files]).flatten(0, 1)
+    assert torch.allclose(mean, rows.mean(0), atol=1e-4) and torch.allclose(std, rows.std(0), rtol=0.02)
+    with pytest.raises(ValueError, match="run prepare_data first"):
+        read_statistics(folder / "none")
+    with pytest.raises(ValueError, match="at least one feature file"):
+        write_statistics(folder / "none", [])

@@ -85,6 +85,17 @@ def test_blanked_data_differs_in_features_only(root):
     assert torch.equal(seen["input_ids"], blank["input_ids"]) and torch.equal(seen["labels"], blank["labels"])
 
 
+def test_features_are_standardised_by_the_training_videos(root):
+    def rows(**kwargs):
+        dataset = ready(root, **kwargs).dataset("train")
+        return torch.cat([dataset[index]["features"] for index in range(len(dataset))]).flatten(0, 1)
+
+    plain, standard = rows(standardize=False), rows()
+    assert plain.mean(0).abs().mean() > 0.1
+    assert standard.mean(0).abs().max() < 0.2 and (standard.std(0) - 1).abs().mean() < 0.1
+    assert torch.allclose((plain - plain.mean(0)) / plain.std(0), standard, atol=0.5)
+
+
 def order(data, epoch):
     loader = data.train_dataloader()
     loader.sampler.set_epoch(epoch)
