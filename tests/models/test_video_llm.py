@@ -279,7 +279,7 @@ def test_a_name_that_cannot_be_had_is_refused_before_anything_is_built(monkeypat
         raise OSError("We couldn't connect\nand more")
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", offline)
-    with pytest.raises(ValueError, match="llm='no/such-model' is not a local folder.*We couldn't connect"):
+    with pytest.raises(ValueError, match=r"llm='no/such-model' is not a local folder.*We couldn't connect"):
         VideoLLM("no/such-model")
 
 

@@ -89,7 +89,11 @@ def test_two_ranks_of_train_py_equal_one(tmp_path):
             "max_epochs": 1,
             "log_every_n_steps": 1,
             "enable_progress_bar": False,
-            "callbacks": [{"class_path": "narration_data.RecordGradients", "init_args": {"path": "gradients.pt"}}],
+            "num_sanity_val_steps": 0,
+            "callbacks": [
+                {"class_path": "narration_data.RecordGradients", "init_args": {"path": "gradients.pt"}},
+                {"class_path": "mmskip.train.callbacks.NarrationReport", "init_args": {"pairs": 0}},
+            ],
         },
         "model": {
             "class_path": "mmskip.models.video_llm.VideoLLM",
@@ -117,3 +121,4 @@ def test_two_ranks_of_train_py_equal_one(tmp_path):
     (folder,) = (tmp_path / "runs/two").iterdir()
     alone, together = validation(tmp_path / "one"), validation(folder)
     assert together == pytest.approx(alone, rel=1e-3)
+    assert done.stdout.count("Narration metrics on val") == 1

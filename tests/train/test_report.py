@@ -16,7 +16,16 @@ def results(name: str, ppl: float, task: str = "t", measured: float | None = 2.0
     if measured:
         savings["measured"] = {"speedup": measured}
     metrics = {"model": {"lm_ppl": ppl}}
-    return {"name": name, "label": "x", "stage": "val", "task": task, "metrics": metrics, "savings": savings}
+    methods = [] if name == "dense" else [{}]
+    return {
+        "name": name,
+        "label": "x",
+        "stage": "val",
+        "task": task,
+        "methods": methods,
+        "metrics": metrics,
+        "savings": savings,
+    }
 
 
 def test_narrations_stand_beside_the_truth_at_their_times():
@@ -42,7 +51,8 @@ def test_points_are_the_newest_run_of_each_name_on_the_same_samples(tmp_path):
         ("own", "1", 9.0, "t"),
     ):
         report.write_json(
-            results(name, ppl, task, None if name == "random" else 1.0), tmp_path / name / time / "results.json"
+            results(name, ppl, task, None if name in ("random", "dense") else 1.0),
+            tmp_path / name / time / "results.json",
         )
     own = results("own", 2.6)
     points = report.comparable_points(own, tmp_path / "own" / "2", tmp_path)
