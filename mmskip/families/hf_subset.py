@@ -21,7 +21,7 @@ from mmskip.swap import bind, state_of
 from mmskip.trace import begin_forward, report
 
 FORWARD_KEY = "mmskip_forward"
-BACKENDS = ("sdpa", "eager", "flex_attention")
+BACKENDS = ("sdpa", "eager", "flex_attention", "mmskip_ragged")
 _PER_TOKEN = ("position_ids", "position_embeddings", "cache_position")
 _prompt_layout: ContextVar[tuple[nn.Module, Tensor] | None] = ContextVar("mmskip_prompt_layout", default=None)
 
