@@ -157,9 +157,8 @@ class VideoLLM(LightningModule):
             self.hparams["attention"],
         )
         self.connector = Connector(self.hparams["feature_dim"], llm.config.get_text_config().hidden_size)
-        statistics = getattr(data, "feature_statistics", None)
-        if statistics is not None:
-            self.connector.standardise_by(*statistics())
+        if hasattr(data, "feature_statistics") and not data.standardize:
+            self.connector.standardise_by(*data.feature_statistics())
         if self._lora is not None:
             add_lora(llm, self._lora)
         apply_methods(llm, self._methods)
