@@ -1,8 +1,11 @@
 """The command line behind `train.py`; Lightning is imported only when there is something to run."""
 
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+
+import mmskip
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -52,7 +55,7 @@ def prepare_arguments(arguments: Sequence[str]) -> tuple[list[str], str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; errors in arguments and data are one clear line and exit status 2.
+    """Run the command line; what is wrong with arguments or data is one clear line and exit status 2.
 
     Args:
         arguments: without the program's name; None: those of the process.
@@ -64,5 +67,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         run(completed, name)
     except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
+        told = _told(error)
+        if told is None:
+            raise
+        sys.stderr.write(f"error: {told}\n")
         sys.exit(2)
+
+
+def _told(error: BaseException | None) -> str | None:
+    """The message of the error in this chain that our own code raised: it says all. (The parser wraps what a
+    constructor raises.) None: there is none, so the traceback is needed."""
+    folders = [Path(mmskip.__file__).parent, *(CONFIGS.parent / name for name in ("models", "datasets", "train"))]
+    while error is not None:
+        origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        if isinstance(error, ValueError) and any(folder.resolve() in origin.parents for folder in folders):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None

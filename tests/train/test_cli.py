@@ -146,6 +146,12 @@ def test_mistakes_are_one_clear_line_before_anything_is_written(here, arguments,
     assert not (here / "runs").exists()
 
 
+def test_an_error_from_elsewhere_keeps_its_traceback(here, monkeypatch):
+    monkeypatch.setattr("mmskip.models.video_llm.loss_sums", lambda *args: json.loads("not ours"))
+    with pytest.raises(json.JSONDecodeError):
+        main(["--config", "tiny.yaml"])
+
+
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
