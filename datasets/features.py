@@ -92,12 +92,13 @@ def encode_videos(
     return report
 
 
-def read_features(path: str | Path, key: str | None = None) -> Tensor:
+def read_features(path: str | Path, key: str | None = None, frames: slice = slice(None)) -> Tensor:
     """The features of one video, float32 [F, N, C].
 
     Args:
         path: from `features_path`.
         key: the expected `features_key`; None: not checked.
+        frames: the frames to read; the others are not touched.
 
     Raises:
         ValueError: missing, unreadable, or made by another tower or at another rate.
@@ -109,7 +110,7 @@ def read_features(path: str | Path, key: str | None = None) -> Tensor:
                 raise ValueError(
                     f"{path} holds features {found}, not {key}: another tower, size or rate made it; delete it"
                 )
-            return file.get_tensor(_TENSOR).float()
+            return file.get_slice(_TENSOR)[frames].float()
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a readable feature file ({error}); delete it and encode again") from error
 

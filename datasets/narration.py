@@ -27,6 +27,7 @@ from mmskip.datasets.features import (
     write_statistics,
 )
 from mmskip.datasets.generated import SPLITS, GeneratedConfig, generate
+from mmskip.datasets.resumable import ResumableLoader
 from mmskip.datasets.tokenizer import StreamTokens, prepare_tokenizer, train_tokenizer
 from mmskip.datasets.turns import Turn, build_sample, collate_narration, plan_turns, split_turns
 from mmskip.models.vision_tower import VisionTower, check_tower_name, tower_id
@@ -87,7 +88,8 @@ class NarrationDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         entry = self.entries[index]
-        features = read_features(features_path(self.folder, entry.video_uid), self.key)[entry.first_frame :]
+        frames = slice(entry.first_frame, entry.turns[-1].frames[1])
+        features = read_features(features_path(self.folder, entry.video_uid), self.key, frames)
         if self.statistics is not None:
             features = (features - self.statistics[0]) / self.statistics[1]
         if self.blank:
@@ -293,14 +295,7 @@ class NarrationData(LightningDataModule):
 
     def _loader(self, dataset: NarrationDataset, sampler: DistributedSampler, batch_size: int) -> DataLoader:
         collate = partial(collate_narration, pad_token_id=self.tokens.pad, padding_side=self.padding_side)
-        return DataLoader(
-            dataset,
-            batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=collate,
-            persistent_workers=self.num_workers > 0,
-        )
+        return ResumableLoader(dataset, batch_size, sampler=sampler, num_workers=self.num_workers, collate_fn=collate)
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)

@@ -46,6 +46,7 @@ def test_features_are_the_towers_own(tower, videos, tmp_path):
     cached = features_path(tmp_path / "cache", uid)
     assert torch.allclose(read_features(cached), tower(frames), atol=2e-3)
     assert read_features(cached).shape == (12, 5, 32) and count_frames(cached) == 12
+    assert torch.equal(read_features(cached, frames=slice(3, 7)), read_features(cached)[3:7])
     assert load_file(cached)["features"].dtype == torch.float16
 
 

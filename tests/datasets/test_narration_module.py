@@ -168,6 +168,16 @@ def test_lightning_runs_it(root, tmp_path):
     assert model.seen["test"] == ["test-00000", "test-00001"]
 
 
+def test_training_goes_on_in_the_middle_of_an_epoch(root):
+    whole = order(ready(root), 1)
+    first, second = ready(root).train_dataloader(), ready(root).train_dataloader()
+    first.sampler.set_epoch(1)
+    taken = next(iter(first))["uid"]
+    second.load_state_dict(first.state_dict())
+    second.sampler.set_epoch(1)
+    assert taken + [uid for batch in second for uid in batch["uid"]] == whole
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_ranks_share_evaluation_without_repeats(root, world, monkeypatch):
     data = ready(root)
