@@ -136,7 +136,7 @@ class VideoLLM(LightningModule):
         """
         if self.llm is not None:
             return
-        data = getattr(self._trainer, "datamodule", None)
+        data: Any = getattr(self._trainer, "datamodule", None)
         if data is not None:
             self.hparams["feature_dim"] = self.hparams["feature_dim"] or data.feature_dim
             self.hparams["fps"] = self.hparams["fps"] or data.fps
