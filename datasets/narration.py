@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +246,7 @@ class NarrationData(LightningDataModule):
                 names = "; ".join(list(report.broken.values())[:3])
                 warnings.warn(f"{len(report.broken)} of {len(videos)} videos left out: {names}", stacklevel=2)
         self._write_statistics()
-        folder = self.folder / "tokenizer"
+        folder = self._tokenizer_folder
         if self.tokenizer_name is None and not folder.exists():
             partial_folder = folder.with_name(f".tokenizer.{os.getpid()}.part")
             self.tokenizer.save_pretrained(partial_folder)
@@ -353,6 +354,14 @@ class NarrationData(LightningDataModule):
         if self.standardize and not self._statistics_path.exists():
             write_statistics(self._statistics_path, files)
 
+    @property
+    def _tokenizer_folder(self) -> Path:
+        """Other annotations have other words, so their tokenizer lies elsewhere."""
+        if self.annotations is None:
+            return self.folder / "tokenizer"
+        files = [(split, path, Path(path).stat().st_size) for split, path in sorted(self.annotations.items())]
+        return self.folder / f"tokenizer-{sha256(repr((files, self.passes)).encode()).hexdigest()[:10]}"
+
     def _make_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer_name is not None:
             try:
@@ -361,9 +370,8 @@ class NarrationData(LightningDataModule):
                 raise ValueError(
                     f"tokenizer {self.tokenizer_name!r} is neither a local folder nor in the local cache: {error}"
                 ) from error
-        folder = self.folder / "tokenizer"
-        if folder.exists():
-            return AutoTokenizer.from_pretrained(folder)
+        if self._tokenizer_folder.exists():
+            return AutoTokenizer.from_pretrained(self._tokenizer_folder)
         if self.annotations is None:
             texts: Iterator[str] = self.generated.texts("train")
         else:

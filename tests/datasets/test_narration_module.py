@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -229,6 +230,20 @@ def test_ego4d_folder_with_faults_runs_and_counts_them(ego4d, tmp_path):
     assert (counts["corrupt video"], counts["video missing"], counts["past the end"]) == (1, 1, 2)
     with pytest.raises(ValueError, match="no annotations for split 'test'"):
         data.test_dataloader()
+
+
+def test_other_annotations_in_the_same_folder_get_their_own_words(ego4d, tmp_path):
+    with pytest.warns(UserWarning, match="left out"):
+        make(tmp_path / "out", **ego4d).prepare_data()
+    path = Path(ego4d["annotations"]["train"])
+    content = json.loads(path.read_text())
+    content["videos"]["one"]["narration_pass_1"]["narrations"].append(record(5.0, "#C C juggles"))
+    path.write_text(json.dumps(content))
+    data = make(tmp_path / "out", **ego4d)
+    assert "juggles" in data.tokenizer.get_vocab()
+    with pytest.warns(UserWarning, match="left out"):
+        data.prepare_data()
+    assert "juggles" in make(tmp_path / "out", **ego4d).tokenizer.get_vocab()
 
 
 def test_sources_are_checked_before_any_work(ego4d, tmp_path):
