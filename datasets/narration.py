@@ -11,8 +11,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -31,6 +33,7 @@ from mmskip.datasets.generated import SPLITS, GeneratedConfig, generate
 from mmskip.datasets.resumable import ResumableLoader
 from mmskip.datasets.tokenizer import StreamTokens, prepare_tokenizer, train_tokenizer
 from mmskip.datasets.turns import Turn, build_sample, collate_narration, plan_turns, split_turns
+from mmskip.datasets.video import read_video
 from mmskip.models.vision_tower import VisionTower, check_tower_name, tower_id
 
 # The embedded set's tower: random weights, one patch per cell of the stage, one block.
@@ -40,16 +43,18 @@ EMBEDDED_TOWER: dict[str, Any] = {
     "tower_kwargs": {"depth": 1, "patch_size": 32, "embed_dim": 384, "num_heads": 6},
 }
 _EMBEDDED = GeneratedConfig()
+PICTURE_SIZE = 224
 _STATISTICS_VIDEOS = 100
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One sample of a split: which turns of which video."""
+    """One sample of a split: which turns of which video (`path`: its file)."""
 
     uid: str
     video_uid: str
     turns: tuple[Turn, ...]
+    path: Path
 
     @property
     def first_frame(self) -> int:
@@ -66,7 +71,6 @@ class NarrationDataset(Dataset[dict[str, Any]]):
         key: its `features_key`.
         tokens: the tokenizer's stream tokens.
         instruction: text behind `<bos>`.
-        statistics: mean and standard deviation [C] taken off every feature; None: features as they are.
         blank: replace all features by zeros (the control that sees no video).
     """
 
@@ -77,10 +81,8 @@ class NarrationDataset(Dataset[dict[str, Any]]):
         key: str,
         tokens: StreamTokens,
         instruction: str = "",
-        statistics: tuple[Tensor, Tensor] | None = None,
         blank: bool = False,
     ) -> None:
-        self.statistics = statistics
         self.entries, self.folder, self.key = entries, folder, key
         self.tokens, self.instruction, self.blank = tokens, instruction, blank
 
@@ -91,8 +93,6 @@ class NarrationDataset(Dataset[dict[str, Any]]):
         entry = self.entries[index]
         frames = slice(entry.first_frame, entry.turns[-1].frames[1])
         features = read_features(features_path(self.folder, entry.video_uid), self.key, frames)
-        if self.statistics is not None:
-            features = (features - self.statistics[0]) / self.statistics[1]
         if self.blank:
             features = torch.zeros_like(features)
         return build_sample(entry.turns, features, self.tokens, entry.uid, entry.first_frame, self.instruction)
@@ -110,8 +110,8 @@ class NarrationData(LightningDataModule):
         annotations: Ego4D-format narration file per split ("train", "val", "test"); splits may be missing.
         video_dir: folder of videos, one for all splits or one per split; with `annotations` only.
         narration_passes: Ego4D's annotators to use.
-        tower: `timm/...` or `open_clip/...`; None: the embedded set's small random tower, whose size and arguments
-            then stand in for `image_size` and `tower_kwargs`.
+        tower: `timm/...` or `open_clip/...`; None: the embedded set's small random tower, of given size and
+            arguments.
         tower_pretrained, grid, image_size, tower_kwargs, tower_seed: as for `VisionTower`.
         encode_device: where the tower runs: "auto" (cuda if there is one), "cpu", "cuda".
         tokenizer: name or folder of a Hugging Face tokenizer; None: a word-level one over the training narrations.
@@ -122,8 +122,6 @@ class NarrationData(LightningDataModule):
         min_words: shortest narration used, words.
         padding_side: "right" or "left".
         instruction: text put behind `<bos>` in every sample.
-        standardize: give every feature channel mean 0 and deviation 1 over the training videos. The tokens of a tower
-            share most of their length; without it a model learns to see late.
         blank: replace features by zeros (control).
         seed: of the order of training samples.
 
@@ -155,7 +153,6 @@ class NarrationData(LightningDataModule):
         min_words: int = 2,
         padding_side: str = "right",
         instruction: str = "",
-        standardize: bool = True,
         blank: bool = False,
         seed: int = 0,
     ) -> None:
@@ -164,6 +161,8 @@ class NarrationData(LightningDataModule):
             raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}")
         if not fps > 0 or batch_size < 1:
             raise ValueError(f"fps must be > 0 and batch_size >= 1, got fps={fps}, batch_size={batch_size}")
+        if tower is None and (image_size or tower_kwargs or tower_pretrained):
+            raise ValueError("image_size, tower_kwargs and tower_pretrained need a tower; name one, or leave them out")
         embedded = EMBEDDED_TOWER if tower is None else {}
         self.tower_args: dict[str, Any] = {
             "name": tower,
@@ -183,7 +182,7 @@ class NarrationData(LightningDataModule):
         self.num_workers, self.seed = num_workers, seed
         self.max_frames, self.max_tokens, self.min_words = max_frames, max_tokens, min_words
         self.padding_side, self.instruction = padding_side, instruction
-        self.standardize, self.blank = standardize, blank
+        self.blank = blank
         self.folder = Path(root) / (f"embedded-{generated.id}" if annotations is None else "narrated")
         self.features_key = features_key(tower_id(**self.tower_args), fps)
         self.features_folder = self.folder / "features" / self.features_key
@@ -219,18 +218,15 @@ class NarrationData(LightningDataModule):
         """N, tokens per frame."""
         return 1 + self.tower_args["grid"] ** 2
 
-    def feature_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation [C] of the features of up to 64 videos (of the training split, if there is
-        one), after `prepare_data`."""
-        split = next(split for split in SPLITS if self._has(split))
-        uids = list(dict.fromkeys(entry.video_uid for entry in self.dataset(split).entries))[:64]
-        features = torch.cat(
-            [read_features(features_path(self.features_folder, uid), self.features_key).flatten(0, 1) for uid in uids]
-        ).float()
-        return features.mean(0), features.std(0)
+    def feature_statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [C] of the training features, after `prepare_data`. A model standardises by them
+        (and keeps them in its checkpoint): the tokens of a tower share a large common part."""
+        return read_statistics(self._statistics_path)
 
     def prepare_data(self) -> None:
         """Generate, encode and write the tokenizer, as far as not done yet. Lightning calls it on one rank."""
+        # A tower that cannot be had must fail before hundreds of videos are written.
+        tower = None if self._shape_path.exists() else VisionTower(**self.tower_args)
         if self.annotations is None:
             generate(self.folder, self.generated)
         videos = {(video.uid, video.path) for split in SPLITS for video in self._load(split) if self._has(split)}
@@ -239,7 +235,7 @@ class NarrationData(LightningDataModule):
             device = self.encode_device
             if device == "auto":
                 device = "cuda" if torch.cuda.is_available() else "cpu"
-            tower = VisionTower(**self.tower_args)
+            tower = tower or VisionTower(**self.tower_args)
             self._write_shape(tower)
             report = encode_videos(tower, sorted(videos), self.features_folder, self.fps, device)
             if report.broken:
@@ -290,13 +286,29 @@ class NarrationData(LightningDataModule):
             self._datasets[split] = self._dataset(split)
         return self._datasets[split]
 
+    def frames(self, uid: str, limit: int) -> np.ndarray:
+        """The first `limit` frames of the sample `uid`, uint8 [F, S, S, 3], cut as the tower sees them: for pictures.
+
+        Raises:
+            ValueError: no split that was set up has the sample, or its video cannot be read any more.
+        """
+        entries = {entry.uid: entry for dataset in self._datasets.values() for entry in dataset.entries}
+        if uid not in entries:
+            raise ValueError(f"no sample {uid!r} in the splits {sorted(self._datasets)}")
+        entry = entries[uid]
+        start_s = entry.first_frame / self.fps
+        size = self.tower_args["image_size"] or PICTURE_SIZE
+        return read_video(entry.path, self.fps, size, start_s, start_s + limit / self.fps).frames[:limit]
+
     def _eval_loader(self, split: str) -> DataLoader:
         dataset = self.dataset(split)
         return self._loader(dataset, _UnrepeatedSampler(dataset, *self._ranks()), self.eval_batch_size)
 
     def _loader(self, dataset: NarrationDataset, sampler: DistributedSampler, batch_size: int) -> DataLoader:
         collate = partial(collate_narration, pad_token_id=self.tokens.pad, padding_side=self.padding_side)
-        return ResumableLoader(dataset, batch_size, sampler=sampler, num_workers=self.num_workers, collate_fn=collate)
+        return ResumableLoader(
+            dataset, batch_size=batch_size, sampler=sampler, num_workers=self.num_workers, collate_fn=collate
+        )
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
@@ -334,13 +346,13 @@ class NarrationData(LightningDataModule):
             name = video.uid if len(self.passes) == 1 else f"{video.uid}/{video.annotator}"
             for number, sample in enumerate(samples):
                 uid = name if len(samples) == 1 else f"{name}#{number}"
-                entries.append(Entry(uid, video.uid, tuple(sample)))
+                entries.append(Entry(uid, video.uid, tuple(sample), video.path))
         if not entries:
             raise ValueError(f"split {split!r} has no usable sample ({dict(counts)}); run prepare_data first")
-        statistics = read_statistics(self._statistics_path) if self.standardize else None
-        return NarrationDataset(
-            entries, self.features_folder, self.features_key, tokens, self.instruction, statistics, self.blank
-        )
+        if counts:
+            report = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
+            rank_zero_info(f"{split}: {len(entries)} samples; left out or changed: {report}")
+        return NarrationDataset(entries, self.features_folder, self.features_key, tokens, self.instruction, self.blank)
 
     @property
     def _statistics_path(self) -> Path:
@@ -351,7 +363,7 @@ class NarrationData(LightningDataModule):
         split = next(split for split in SPLITS if self._has(split))
         paths = (features_path(self.features_folder, video.uid) for video in self._load(split))
         files = [path for path in paths if path.exists()][:_STATISTICS_VIDEOS]
-        if self.standardize and not self._statistics_path.exists():
+        if not self._statistics_path.exists():
             write_statistics(self._statistics_path, files)
 
     @property
@@ -378,18 +390,21 @@ class NarrationData(LightningDataModule):
             texts = (item.text for video in self._load("train") for item in video.narrations)
         return prepare_tokenizer(train_tokenizer(texts))
 
+    @property
+    def _shape_path(self) -> Path:
+        return self.features_folder / "tower.json"
+
     def _tower_shape(self) -> dict[str, int]:
         """Channels of the tower; read from the cache, so a finished cache needs no tower."""
-        path = self.features_folder / "tower.json"
-        if self._shape is None and path.exists():
-            self._shape = json.loads(path.read_text())["shape"]
+        if self._shape is None and self._shape_path.exists():
+            self._shape = json.loads(self._shape_path.read_text())["shape"]
         if self._shape is None:
             self._shape = {"dim": VisionTower(**self.tower_args).dim}
         return self._shape
 
     def _write_shape(self, tower: VisionTower) -> None:
         self.features_folder.mkdir(parents=True, exist_ok=True)
-        path = self.features_folder / "tower.json"
+        path = self._shape_path
         partial_path = path.with_name(f".tower.{os.getpid()}.part")
         partial_path.write_text(json.dumps({"tower": self.tower_args, "fps": self.fps, "shape": {"dim": tower.dim}}))
         os.replace(partial_path, path)

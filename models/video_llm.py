@@ -157,7 +157,7 @@ class VideoLLM(LightningModule):
             self.hparams["attention"],
         )
         self.connector = Connector(self.hparams["feature_dim"], llm.config.get_text_config().hidden_size)
-        if hasattr(data, "feature_statistics") and not data.standardize:
+        if hasattr(data, "feature_statistics"):
             self.connector.standardise_by(*data.feature_statistics())
         if self._lora is not None:
             add_lora(llm, self._lora)

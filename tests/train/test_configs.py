@@ -68,6 +68,20 @@ def test_recipe_runs(recipe, small_set, tmp_path, monkeypatch, capsys):
     assert "this model" in printed
 
 
+def test_the_embedded_recipe_trains_tests_predicts_and_draws_its_frames(small_set, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(small_set, tmp_path / "data")
+    options = [option for option in tiny("videollm_mod.yaml", tmp_path / "data") if "fast_dev_run" not in option]
+    main(["--config", "videollm_mod.yaml", *options, "--trainer.max_epochs=1", "--data.num_workers=1"])
+    main(["test", "--config", "videollm_mod.yaml", *options])
+    main(["predict", "--config", "videollm_mod.yaml", *options])
+    trained, predicted, tested = sorted((tmp_path / "runs/videollm_mod").iterdir(), key=lambda path: path.name[15:])
+    for folder in (trained, tested):
+        assert {"dropped_patches.png", "keep_map.png", "results.json"} <= {path.name for path in folder.iterdir()}
+    predictions = json.loads((predicted / "predictions.json").read_text())["predictions"]
+    assert len(predictions) == 1
+
+
 def settings(recipe: str) -> dict:
     return yaml.safe_load((CONFIGS / recipe).read_text())
 
