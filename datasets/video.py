@@ -180,9 +180,9 @@ def write_video(path: str | Path, frames: np.ndarray | Iterable[np.ndarray], fps
             stream: Any = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             stream.codec_context.thread_count = 1
-            # x264's lookahead thread makes the bytes differ from run to run.
-            single = "threads=1:lookahead-threads=1:sync-lookahead=0"
-            stream.options = {"preset": "veryfast", "crf": str(crf), "x264-params": single}
+            # With its macroblock tree x264 writes other bytes from run to run.
+            exact = "threads=1:lookahead-threads=1:sync-lookahead=0:mbtree=0"
+            stream.options = {"preset": "veryfast", "crf": str(crf), "x264-params": exact}
             for frame in _chain(first, iterator):
                 if frame.shape != first.shape:
                     raise VideoError(f"{path}: frames differ in shape: {first.shape} and {frame.shape}")
