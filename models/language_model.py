@@ -9,7 +9,6 @@ import peft
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-import mmskip
 from mmskip.registry import config_types
 
 
@@ -147,9 +146,3 @@ def methods_from_dicts(methods: Sequence[dict[str, Any]]) -> list[Any]:
         refuse_unknown("methods", [name], types)
         configs.append(types[name].from_dict(method.get("init_args", {})))  # type: ignore[attr-defined]
     return configs
-
-
-def apply_methods(llm: PreTrainedModel, configs: Sequence[Any]) -> None:
-    """Apply the configs in order, in place."""
-    for config in configs:
-        mmskip.apply_(llm, config)

@@ -19,7 +19,6 @@ from mmskip.models.connector import Connector, place_features
 from mmskip.models.language_model import (
     LoRA,
     add_lora,
-    apply_methods,
     build_llm,
     llm_config,
     methods_from_dicts,
@@ -161,7 +160,8 @@ class VideoLLM(LightningModule):
             self.connector.standardise_by(*data.feature_statistics())
         if self._lora is not None:
             add_lora(llm, self._lora)
-        apply_methods(llm, self._methods)
+        for method in self._methods:
+            mmskip.apply_(llm, method)
         if self.hparams["gradient_checkpointing"]:
             llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.llm = llm.train()
@@ -339,7 +339,9 @@ class VideoLLM(LightningModule):
         """
         saved = checkpoint["hyper_parameters"]
         for key in SAME_MODEL:
-            if saved[key] != self.hparams[key]:
+            # a named model may lie in another folder now
+            named = isinstance(saved[key], str) and isinstance(self.hparams[key], str)
+            if saved[key] != self.hparams[key] and not named:
                 raise ValueError(
                     f"the checkpoint was trained with {key}={saved[key]!r}, this model has "
                     f"{key}={self.hparams[key]!r}; use the config.yaml of the checkpoint's run"
