@@ -53,7 +53,7 @@ class Resume(Callback):
         """Save the final state as last.ckpt, beside the run's other checkpoints."""
         saving = trainer.checkpoint_callback
         if isinstance(saving, ModelCheckpoint) and saving.dirpath is not None:
-            trainer.save_checkpoint(Path(saving.dirpath) / "last.ckpt")
+            trainer.save_checkpoint(Path(saving.dirpath) / "last.ckpt", weights_only=False)
 
 
 def last_checkpoint(runs: Path) -> Path:
