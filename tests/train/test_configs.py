@@ -79,7 +79,7 @@ def test_the_embedded_recipe_trains_tests_predicts_and_draws_its_frames(small_se
     for folder in (trained, tested):
         assert {"dropped_patches.png", "keep_map.png", "results.json"} <= {path.name for path in folder.iterdir()}
     predictions = json.loads((predicted / "predictions.json").read_text())["predictions"]
-    assert len(predictions) == 1
+    assert {item["uid"].split("#")[0] for item in predictions} == {"test-00000"}
 
 
 def settings(recipe: str) -> dict:
