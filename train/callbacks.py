@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 import mmskip
 from mmskip import viz
@@ -22,8 +23,8 @@ PICTURED_FRAMES, MEASURED_SAMPLES = 16, 2
 
 
 class NarrationReport(Callback):
-    """Prints and writes, at the end of fit and test: the narration metrics beside those of the untrained model and of
-    a majority baseline, narrations beside the truth, savings and pictures; after predict: all narrations.
+    """Prints and writes, at the end of fit, validate and test: the narration metrics beside those of the untrained
+    model and of a majority baseline, narrations beside the truth, savings and pictures; after predict: all narrations.
 
     Files in the folder of the run: `report.txt`, `results.json`, `keep_map.png`, `dropped_patches.png`,
     `quality_compute.png`; `predictions.json`.
@@ -84,6 +85,11 @@ class NarrationReport(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report on the validation set."""
         self._report(trainer, _video_llm(pl_module), "val", trainer.val_dataloaders)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report on the validation set, where validating is all there is to do."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._report(trainer, _video_llm(pl_module), "val", trainer.val_dataloaders)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report on the test set."""
@@ -147,7 +153,7 @@ class NarrationReport(Callback):
         parts = [f"Narration metrics on {stage} ({counts})", report.metrics_table(rows), *narrated]
         if model.hparams["methods"]:
             parts.append(report.savings_lines(label, savings))
-        if stage == "val":
+        if self._started:
             parts.append(f"training took {time.perf_counter() - self._started:.0f} s")
         results = {
             "name": folder.parent.name,

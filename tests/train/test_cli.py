@@ -178,6 +178,10 @@ def test_a_run_leaves_one_folder_that_can_be_tested_predicted_and_run_again(here
     assert tested["metrics"]["model"] == pytest.approx(results["metrics"]["model"])
     assert not list(here.glob("runs/tiny/*-test/config.yaml"))
 
+    main(["validate", "--config", "tiny.yaml"])
+    validated = json.loads((only("runs/tiny/*-validate", here) / "results.json").read_text())
+    assert validated["metrics"] == results["metrics"]
+
     main(["predict", "--config", "tiny.yaml"])
     predictions = json.loads((only("runs/tiny/*-predict", here) / "predictions.json").read_text())["predictions"]
     assert [item["uid"] for item in predictions] == ["video-0", "video-1", "video-2"]
