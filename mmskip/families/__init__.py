@@ -1,10 +1,13 @@
 """Families: the only code that knows a model library. Each names the sites of a model."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
+
+from mmskip.routers import Selection, TokenGroups
+from mmskip.swap import Change
 
 _FAMILIES = ("hf_decoder",)
 
@@ -14,6 +17,37 @@ class View(Protocol):
 
     family: str
     root: nn.Module
+
+
+class TokenPolicy(Protocol):
+    """What a method says of one block: which tokens it processes and how their update is weighted."""
+
+    def prepare(self, groups: TokenGroups) -> None:
+        """Called once per forward before the blocks run: the place for whatever must be known on the host."""
+
+    def select(self, block: nn.Module, x_BTD: Tensor, groups: TokenGroups) -> Selection:
+        """The tokens that the block processes."""
+
+    def gate(self, block: nn.Module, x_BSD: Tensor, selection: Selection, groups: TokenGroups) -> Tensor | None:
+        """Multiplier [B, S] of the update of the selected tokens; None means 1."""
+
+
+class TokenView(View, Protocol):
+    """A model whose blocks can process a subset of the tokens."""
+
+    blocks: tuple[nn.Module, ...]
+
+    @property
+    def width(self) -> int:
+        """Hidden width D."""
+
+    def attention_types(self) -> tuple[str, ...]:
+        """The kind of attention of each block; lengths and masks are read at the first block of a kind."""
+
+    def subset_changes(
+        self, policies: Mapping[int, TokenPolicy], children: Mapping[int, dict[str, nn.Module]]
+    ) -> list[Change]:
+        """The changes by which the blocks in `policies` process a subset of the tokens of every call."""
 
 
 def find(model: nn.Module, among: Sequence[str] = _FAMILIES) -> Any:

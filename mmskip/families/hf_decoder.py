@@ -7,14 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from mmskip.families.hf_subset import (
-    BlockState,
-    LayoutGenerator,
-    LayoutRoot,
-    RootState,
-    SubsetBlock,
-    TokenPolicy,
-)
+from mmskip.families import TokenPolicy
+from mmskip.families.hf_subset import BlockState, LayoutGenerator, LayoutRoot, RootState, SubsetBlock, check_backend
 from mmskip.swap import Change
 
 _BLOCK_ARGUMENTS = {
@@ -114,7 +108,12 @@ class DecoderView:
     def subset_changes(
         self, policies: Mapping[int, TokenPolicy], children: Mapping[int, dict[str, nn.Module]]
     ) -> list[Change]:
-        """The changes by which the blocks in `policies` process a subset of the tokens of every call."""
+        """The changes by which the blocks in `policies` process a subset of the tokens of every call.
+
+        Raises:
+            ValueError: routed blocks cannot build masks for the model's attention implementation.
+        """
+        check_backend(self.config)
         changes = [
             Change(
                 self.site(i),

@@ -9,11 +9,12 @@ Shape suffixes: B batch, T tokens of a call, D width, S tokens a block processes
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mmskip.families import TokenPolicy
 from mmskip.families.hf_cache import SlotCacheLayer, slot_layer
 from mmskip.ops.tokens import merge_tokens, select_tokens
 from mmskip.routers import TEXT, Selection, TokenGroups, token_groups
@@ -24,18 +25,6 @@ FORWARD_KEY = "mmskip_forward"
 BACKENDS = ("sdpa", "eager", "flex_attention", "mmskip_ragged")
 _PER_TOKEN = ("position_ids", "position_embeddings", "cache_position")
 _prompt_layout: ContextVar[tuple[nn.Module, Tensor] | None] = ContextVar("mmskip_prompt_layout", default=None)
-
-
-class TokenPolicy(Protocol):
-    """What a method says of one block: which tokens it processes and how their update is weighted."""
-
-    def prepare(self, groups: TokenGroups) -> None:
-        """Called once per forward before the blocks run: the place for whatever must be known on the host."""
-
-    def select(self, block: nn.Module, x_BTD: Tensor, groups: TokenGroups) -> Selection: ...
-
-    def gate(self, block: nn.Module, x_BSD: Tensor, selection: Selection, groups: TokenGroups) -> Tensor | None:
-        """Multiplier [B, S] of the update of the selected tokens; None means 1."""
 
 
 @dataclass(frozen=True)

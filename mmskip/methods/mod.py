@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmskip.families.hf_decoder import DecoderView
-from mmskip.families.hf_subset import check_backend
+from mmskip.families import TokenView
 from mmskip.registry import register
 from mmskip.routers import (
     GATES,
@@ -238,9 +237,8 @@ def _check_learning(block: nn.Module, index: int) -> None:
 
 
 @register(MoDConfig, "hf_decoder")
-def route_decoder(config: MoDConfig, view: DecoderView) -> list[Change]:
+def route_decoder(config: MoDConfig, view: TokenView) -> list[Change]:
     """The changes that route the blocks of a decoder."""
-    check_backend(view.config)
     routed = routed_layers(config.layers, view.attention_types())
     ratios = keep_ratios(config, routed, len(view.blocks))
     policies = {i: MoDPolicy(config, ratio, i) for i, ratio in zip(routed, ratios, strict=True)}
