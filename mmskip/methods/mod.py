@@ -51,6 +51,9 @@ class MoDConfig:
             gradient). Used by the linear router only.
         always_keep: `"last"`: the last vision token of each frame, where a stream decides to speak, is one of the
             k; `"none"`: it competes like the others.
+        noise: scale of the Gumbel noise added to the linear router's scores in training, >= 0. At 1 the kept tokens are
+            a sample without replacement in proportion to exp(mu), so that every token is tried and can be learned
+            from; 0 (the paper): always the best k. Evaluation never adds noise.
         keep_floor: least keep ratio of the cosine schedule, in (0, 1].
         seed: of the random router, >= 0.
     """
@@ -60,6 +63,7 @@ class MoDConfig:
     router: str = "linear"
     gate: str = "tanh"
     always_keep: str = "none"
+    noise: float = 0.0
     keep_floor: float = 0.1
     seed: int = 0
 
@@ -70,6 +74,8 @@ class MoDConfig:
                 object.__setattr__(self, name, tuple(value))
         _check_keep(self.keep)
         _check_ratio("keep_floor", self.keep_floor)
+        if isinstance(self.noise, bool) or not isinstance(self.noise, (int, float)) or not 0 <= self.noise < math.inf:
+            raise ValueError(f"noise is {self.noise!r}; expected a number >= 0.")
         _check_layers(self.layers)
         for name, choices in (("router", ROUTERS), ("gate", GATES), ("always_keep", ("none", "last"))):
             if getattr(self, name) not in choices:
@@ -202,7 +208,10 @@ class MoDPolicy:
     def _scores(self, block: nn.Module, x_BTD: Tensor, groups: TokenGroups) -> Tensor:
         kind = self.config.router
         if kind == "linear":
-            return block.mmskip_router(x_BTD)  # type: ignore[operator]
+            mu_BT = block.mmskip_router(x_BTD)  # type: ignore[operator]
+            if self.config.noise and block.training:
+                mu_BT = mu_BT - self.config.noise * torch.empty_like(mu_BT).exponential_().log()
+            return mu_BT
         if kind == "norm":
             return norm_scores(x_BTD)
         if kind == "random":

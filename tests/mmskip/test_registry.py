@@ -141,6 +141,7 @@ def test_a_change_by_another_tool_on_top_blocks_remove():
         ({"gate": "relu"}, "linear, sigmoid, tanh, none"),
         ({"always_keep": "first"}, "none, last"),
         ({"keep_floor": 0}, "keep_floor is 0"),
+        ({"noise": -1}, "noise is -1"),
         ({"seed": -1}, "seed is -1"),
     ],
 )

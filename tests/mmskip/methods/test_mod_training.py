@@ -174,3 +174,25 @@ def test_a_patched_forward_is_refused():
     with pytest.raises(ValueError, match=r"block\.1.*instance-level `forward`"):
         mmskip.apply_(model, mmskip.MoDConfig())
     assert mmskip.applied(model) == []
+
+
+def test_noise_explores_in_training_only_and_prefers_high_scores():
+    model = mmskip.apply_(tiny_decoder("llama"), mmskip.MoDConfig(layers=(1,), noise=1.0))
+    # hidden states of a tiny random model are small: scores of order 1 need large weights
+    model.model.layers[1].mmskip_router.weight.data.normal_(std=20.0, generator=torch.Generator().manual_seed(0))
+    example = batch(rows=1, frames=40)
+    del example["labels"]
+
+    def kept():
+        with torch.no_grad(), mmskip.trace(model) as trace:
+            model(**example)
+        return trace.forwards[0].layers[1].kept
+
+    best = kept()
+    assert torch.equal(best, kept())
+    model.train()
+    first, second = kept(), kept()
+    assert not torch.equal(first, second) and first.sum() == best.sum()
+    vision = example["layout"] >= 0
+    agreement = ((first & best)[vision].sum() / best[vision].sum()).item()
+    assert 0.3 < agreement < 1, f"{agreement:.2f} of the best tokens were kept; chance is 0.2"
