@@ -45,7 +45,7 @@ class GeneratedConfig:
         scene: difficulty.
     """
 
-    train: int = 400
+    train: int = 800
     val: int = 40
     test: int = 40
     seed: int = 0

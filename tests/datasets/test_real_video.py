@@ -5,9 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lightning import Trainer, seed_everything
 
+import mmskip
 from mmskip.datasets.narration import NarrationData
 from mmskip.datasets.video import read_video, video_info
+from mmskip.models.video_llm import VideoLLM
 
 FOLDER = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "video"
 CLIPS = {  # frames, width, height, fps, as the publishers state them
@@ -43,8 +46,10 @@ def test_cut_real_clip(tmp_path):
         read_video(tmp_path / "cut.mp4", fps=2)
 
 
-def test_real_clips_with_a_hand_made_narration_file_become_batches(tmp_path):
-    """At their own rates and lengths, the GIF included; one narration is the publisher's own."""
+@pytest.fixture(scope="module")
+def narrated(tmp_path_factory):
+    """The clips with a hand-made narration file; one narration is the publisher's own."""
+    folder = tmp_path_factory.mktemp("narrated")
     texts = {
         "ego4d_clip_cf7c12db": [(0.8, "#C C lifts container.")],
         "ego4d_clip_3c0dffd0_012_014": [(1.2, "#C C works with the hands")],
@@ -60,19 +65,45 @@ def test_real_clips_with_a_hand_made_narration_file_become_batches(tmp_path):
         }
         for uid, items in texts.items()
     }
-    (tmp_path / "narrations.json").write_text(json.dumps({"videos": videos}))
+    (folder / "narrations.json").write_text(json.dumps({"videos": videos}))
     data = NarrationData(
-        root=str(tmp_path / "data"),
-        annotations={"train": str(tmp_path / "narrations.json")},
+        root=str(folder / "data"),
+        annotations={"train": str(folder / "narrations.json")},
         video_dir=str(FOLDER),
         batch_size=7,
         max_frames=30,
     )
     data.prepare_data()
     data.setup("fit")
-    batch = next(iter(data.train_dataloader()))
+    return data
+
+
+def test_real_clips_with_a_hand_made_narration_file_become_batches(narrated):
+    batch = next(iter(narrated.train_dataloader()))
     turns = {uid: [span.narration for span in spans] for uid, spans in zip(batch["uid"], batch["turns"], strict=True)}
     assert turns["ego4d_clip_cf7c12db"] == ["C lifts container."]
     assert turns["mmaction2_demo"] == ["two men wrestle with the arms", "one man wins"]
-    assert len(data.dataset("train")) == 7, "the longest clip is cut between its narrations"
+    assert len(narrated.dataset("train")) == 7, "the longest clip is cut between its narrations"
     assert batch["features"].isfinite().all() and batch["features"].std() > 0.5
+
+
+def test_real_clips_are_learned_and_narrated(narrated):
+    """A model that has learned these clips by heart says the right thing at the right frame when it streams them."""
+    seed_everything(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = VideoLLM(
+        llm={"model_type": "llama", "initializer_range": 0.08, **sizes},
+        methods=[mmskip.MoDConfig(keep=0.2)],
+        lr=3e-3,
+        max_new_tokens=12,
+    )
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    Trainer(max_epochs=80, limit_val_batches=0, enable_model_summary=False, **quiet).fit(model, narrated)
+    dataset = narrated.dataset("train")
+    right = 0
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        said = [(u.frame, narrated.tokens.decode(u.tokens)) for u in model.narrate(sample)]
+        first = sample["turns"][0]
+        right += (first.frames[1] - 1, first.narration) in said
+    assert right >= 5, f"{right} of {len(dataset)} clips narrated as learned"
