@@ -13,11 +13,12 @@ number of steps, and scored on test videos no variant has seen:
     coarse     a dense model with fewer vision tokens per frame (2 x 2 instead of 3 x 3)
     dense_blank, mod_blank                            the same models with their visual input blanked
 
-Finished trainings are kept under runs/mod_quality and not repeated; delete the folder to start anew.
+Finished trainings are kept under runs/mod_quality by the hash of their whole recipe, and not repeated.
 """
 
 import argparse
 import copy
+import hashlib
 import json
 import os
 import statistics
@@ -93,6 +94,7 @@ def train(settings: dict[str, Any], out: Path) -> None:
     trainer.fit(model, datamodule=data)
     trainer.test(model, datamodule=data, verbose=False)
     result = {"metrics": {k: model.results[k] for k in METRICS}, "steps": trainer.global_step}
+    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_suffix(".part")
     partial.write_text(json.dumps(result))
     os.replace(partial, out)
@@ -179,16 +181,25 @@ def run_all(todo: list[tuple[str, int]], arguments: argparse.Namespace, layers: 
         print(f"finished {label}", flush=True)
 
 
-def folder(arguments: argparse.Namespace) -> Path:
-    """Where finished trainings are kept."""
-    return ROOT / "runs" / "mod_quality" / f"epochs-{arguments.epochs or 'recipe'}"
+def result_file(variant: str, seed: int, epochs: int | None, layers: int) -> Path:
+    """Where the metrics of a training are kept; the name holds a hash of all its settings."""
+    from mmskip.datasets.generated import GeneratedConfig
+
+    settings = recipe(variant, seed, epochs, layers)
+    model = {**settings["model"]["init_args"]}
+    model["methods"] = [method.to_dict() for method in model["methods"]]
+    limits = {key: settings["trainer"].get(key) for key in ("max_epochs", "gradient_clip_val")}
+    whole = [model, settings["data"]["init_args"], limits, GeneratedConfig().id, seed]
+    digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:10]
+    return ROOT / "runs" / "mod_quality" / f"{variant}-{seed}-{digest}.json"
 
 
-def summary(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def summary(arguments: argparse.Namespace, layers: int) -> dict[str, dict[str, Any]]:
     """Per variant: the metrics of each seed and their means."""
     found = {}
     for variant in arguments.only:
-        runs = [json.loads((folder(arguments) / f"{variant}-{seed}.json").read_text()) for seed in arguments.seeds]
+        files = [result_file(variant, seed, arguments.epochs, layers) for seed in arguments.seeds]
+        runs = [json.loads(file.read_text()) for file in files]
         means = {m: statistics.mean(run["metrics"][m] for run in runs) for m in METRICS}
         found[variant] = {"mean": means, "seeds": [run["metrics"] for run in runs]}
     return found
@@ -233,18 +244,17 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    folder(arguments).mkdir(parents=True, exist_ok=True)
     if arguments.worker:
-        settings = recipe(arguments.worker, arguments.seeds[0], arguments.epochs, arguments.layers)
-        return train(settings, folder(arguments) / f"{arguments.worker}-{arguments.seeds[0]}.json")
+        training = (arguments.worker, arguments.seeds[0], arguments.epochs, arguments.layers)
+        return train(recipe(*training), result_file(*training))
     for grid_variant in ("dense", "coarse"):  # features are encoded once, before trainings share them
         build(recipe(grid_variant, 0, None, None))
     layers = arguments.layers or equal_time_layers(arguments.pairs)
     print(f"the shallow control has {layers} layers")
     wanted = [(variant, seed) for seed in arguments.seeds for variant in arguments.only]
-    todo = [(v, s) for v, s in wanted if not (folder(arguments) / f"{v}-{s}.json").exists()]
+    todo = [(v, s) for v, s in wanted if not result_file(v, s, arguments.epochs, layers).exists()]
     run_all(todo, arguments, layers, arguments.jobs)
-    results = summary(arguments)
+    results = summary(arguments, layers)
     for variant, cost in costs(arguments.only, layers, arguments.pairs).items():
         if variant in results:
             results[variant]["cost"] = cost

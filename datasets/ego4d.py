@@ -5,6 +5,7 @@ top of the file or under "videos"; each has "narration_pass_1", "narration_pass_
 """
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -160,8 +161,11 @@ def _passes(
         records = (entry.get(name) or {}).get("narrations") or []
         narrations = []
         for record in records:
+            if not isinstance(record, dict) or not isinstance(record.get("narration_text", ""), str | None):
+                report.add("malformed", uid)
+                continue
             text, time_s = record.get("narration_text"), record.get("timestamp_sec")
-            if not isinstance(time_s, int | float) or time_s < 0:
+            if isinstance(time_s, bool) or not isinstance(time_s, int | float) or not 0 <= time_s < math.inf:
                 report.add("no time", uid)
             elif not text or not clean_text(text):
                 report.add("empty text", uid)

@@ -74,7 +74,7 @@ def encode_videos(
     report = EncodeReport()
     todo = []
     for uid, path in dict(videos).items():
-        if _is_current(features_path(folder, uid), key, path):
+        if is_current(features_path(folder, uid), key, path):
             report.reused += 1
         else:
             todo.append((uid, path))
@@ -152,7 +152,7 @@ def count_frames(path: str | Path) -> int:
         return file.get_slice(_TENSOR).get_shape()[0]
 
 
-def _is_current(cached: Path, key: str, video: Path) -> bool:
+def is_current(cached: Path, key: str, video: Path) -> bool:
     """Whether the cache holds this video. A video that is gone counts as unchanged: its features are what is left."""
     if not cached.exists():
         return False

@@ -25,6 +25,7 @@ from mmskip.datasets.features import (
     encode_videos,
     features_key,
     features_path,
+    is_current,
     read_features,
     read_statistics,
     write_statistics,
@@ -227,11 +228,16 @@ class NarrationData(LightningDataModule):
         """Generate, encode and write the tokenizer, as far as not done yet. Lightning calls it on one rank."""
         # A tower that cannot be had must fail before hundreds of videos are written.
         tower = None if self._shape_path.exists() else VisionTower(**self.tower_args)
+        if self.tokenizer_name is not None:
+            self._tokenizer = self._make_tokenizer()
         if self.annotations is None:
             generate(self.folder, self.generated)
         videos = {(video.uid, video.path) for split in SPLITS for video in self._load(split) if self._has(split)}
-        todo = any(not features_path(self.features_folder, uid).exists() for uid, _ in videos)
-        if todo:
+        paths = dict(videos)
+        if len(paths) < len(videos):
+            twice = sorted(uid for uid, path in videos if paths[uid] != path)
+            raise ValueError(f"video {twice[0]!r} of one split is another file in another split; rename one of them")
+        if not all(is_current(features_path(self.features_folder, uid), self.features_key, p) for uid, p in videos):
             device = self.encode_device
             if device == "auto":
                 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -296,6 +302,7 @@ class NarrationData(LightningDataModule):
         if uid not in entries:
             raise ValueError(f"no sample {uid!r} in the splits {sorted(self._datasets)}")
         entry = entries[uid]
+        limit = min(limit, entry.turns[-1].frames[1] - entry.first_frame)
         start_s = entry.first_frame / self.fps
         size = self.tower_args["image_size"] or PICTURE_SIZE
         return read_video(entry.path, self.fps, size, start_s, start_s + limit / self.fps).frames[:limit]

@@ -111,7 +111,7 @@ class TokenGroups:
 
 
 def token_groups(layout_BT: Tensor, real_BT: Tensor | None = None, start: int = 0) -> TokenGroups:
-    """Read a layout. This is the one place that waits for the device, once per forward.
+    """Read a layout, which waits for the device: once per forward, before the layers run.
 
     Args:
         layout_BT: integer tensor [B, T]: group (frame) id >= 0 of a vision token, -1 for text. Ids need only
@@ -263,7 +263,8 @@ class TokenRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores in fp32, [..., D] -> [...]."""
-        return x.float() @ self.weight.float()
+        with torch.autocast(x.device.type, enabled=False):
+            return x.float() @ self.weight.float()
 
     def extra_repr(self) -> str:
         return f"width={self.weight.shape[0]}, gate={self.gate_mode}"

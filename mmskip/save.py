@@ -79,12 +79,12 @@ def load_(model: M, folder: str | os.PathLike[str]) -> M:
             f"{folder} was saved with {configs}, but the model carries {present}; remove_ those first, or load into an "
             "untouched model."
         )
-    if not present:
-        for config in configs:
-            apply_(model, config)
     try:
+        if not present:
+            for config in configs:
+                apply_(model, config)
         _copy(added_weights(model), weights, folder)
-    except ValueError:
+    except BaseException:
         if not present:
             remove_(model)
         raise

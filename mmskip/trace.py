@@ -113,7 +113,10 @@ def trace(model: nn.Module) -> Iterator[Trace]:
 
     Raises:
         ValueError: no family fits the model.
+        RuntimeError: another trace is being recorded.
     """
+    if _active.get() is not None:
+        raise RuntimeError("a trace is being recorded already; end it before the next one.")
     view = families.find(model)
     record = Trace()
     handles: list[Any] = []

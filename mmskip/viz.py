@@ -104,6 +104,7 @@ def dropped_patches(frames: np.ndarray, forward: ForwardRecord, row: int = 0, co
     """
     kept = kept_tokens(forward, row)
     share = np.nanmean(kept[~np.isnan(kept).all(axis=(1, 2))], axis=0)[: len(frames)]
+    frames = frames[: len(share)]
     tokens = share.shape[1]
     side = round(np.sqrt(tokens - 1)) if round(np.sqrt(tokens)) ** 2 != tokens else round(np.sqrt(tokens))
     if tokens not in (side**2, side**2 + 1):

@@ -162,6 +162,9 @@ class VideoLLM(LightningModule):
             add_lora(llm, self._lora)
         for method in self._methods:
             mmskip.apply_(llm, method)
+        for name, parameter in llm.named_parameters():
+            if "mmskip_" in name and parameter.requires_grad:
+                parameter.data = parameter.data.float()  # as LoRA's: small updates vanish in bf16
         if self.hparams["gradient_checkpointing"]:
             llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.llm = llm.train()

@@ -189,16 +189,18 @@ class NarrationReport(Callback):
     def _savings(
         self, trainer: Trainer, model: VideoLLM, batch: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Savings, and the figures of the trace they were counted from."""
+        """Savings of a training step, and figures of what an evaluation keeps."""
         # a small batch, so that the measured pairs take seconds
         rows = split_rows(batch)[:MEASURED_SAMPLES]
         batch = model.transfer_batch_to_device(collate_narration(rows, 0), model.device, 0)
         sample = rows[0]
-        step, trace = counted_savings(model, batch)
+        step = counted_savings(model, batch)
         savings: dict[str, Any] = {"training_step": step, "streaming": streaming_savings(model, sample)}
         if self.pairs and mmskip.applied(model.llm):
             savings["measured"] = measured_speedup(model, batch, self.pairs)
         model.eval()
+        with torch.no_grad(), mmskip.trace(model.llm) as trace:  # as it selects in use, without exploration
+            model.loss_sums(batch)
         figures = {}
         if trace.forwards[0].layout is not None:
             figures["keep_map"] = viz.keep_map(trace.forwards[0])

@@ -42,8 +42,11 @@ class SaveConfig(SaveConfigCallback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say how an interrupted training run goes on."""
         last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and last.is_file():
-            print(f"\ninterrupted; to go on from {last}, give the same arguments and --ckpt_path last")
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+            if last.is_file():
+                print(f"\ninterrupted; to go on from {last}, give the same arguments and --ckpt_path last")
+            else:
+                print("\ninterrupted before the first checkpoint; nothing to go on from")
 
 
 class RunCLI(LightningCLI):

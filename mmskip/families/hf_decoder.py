@@ -114,6 +114,12 @@ class DecoderView:
             ValueError: routed blocks cannot build masks for the model's attention implementation.
         """
         check_backend(self.config)
+        if isinstance(self.root, LayoutRoot):
+            sites = ", ".join(self.site(i) for i in policies)
+            raise ValueError(
+                f"{sites}: this decoder routes tokens already; name all blocks in one config (keep may be a list), or "
+                "remove_ the earlier one."
+            )
         changes = [
             Change(
                 self.site(i),

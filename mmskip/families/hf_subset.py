@@ -119,6 +119,12 @@ def _implied_layout(
     batch, length = shape
     given = _prompt_layout.get()
     if given is not None and given[0] is root:
+        rows, prompt_length = given[1].shape
+        if batch % rows or (start == 0 and prompt_length > length):
+            raise ValueError(
+                f"generate got a layout of shape {(rows, prompt_length)} for a prompt of {(batch, length)}; expected "
+                "one entry per token of the prompt."
+            )
         prompt = given[1].repeat_interleave(batch // given[1].shape[0], dim=0)
         layout = prompt.new_full((batch, start + length), TEXT)
         layout[:, : prompt.shape[1]] = prompt[:, : start + length]
@@ -169,7 +175,7 @@ def _real_tokens(mask: Any, batch: int, length: int) -> Tensor | None:
 def _segments(bound: dict[str, Any], real: Tensor | None) -> Tensor | None:
     """Sequence numbers [B, T] of packed sequences, told by transformers' rule (positions that do not go on)."""
     positions = bound.get("position_ids")
-    if positions is None or positions.dim() != 2 or real is not None:
+    if positions is None or positions.dim() != 2 or real is not None or bound.get("past_key_values") is not None:
         return None
     breaks = torch.diff(positions, dim=-1, prepend=positions[:, :1] - 1) != 1
     return breaks.cumsum(-1) if bool(breaks.any()) else None
