@@ -194,11 +194,16 @@ def result_file(variant: str, seed: int, epochs: int | None, layers: int) -> Pat
     return ROOT / "runs" / "mod_quality" / f"{variant}-{seed}-{digest}.json"
 
 
+def seeds_of(variant: str, seeds: list[int]) -> list[int]:
+    """The seeds a variant is trained with: one is enough to see what blanking costs."""
+    return seeds[:1] if variant.endswith("_blank") else seeds
+
+
 def summary(arguments: argparse.Namespace, layers: int) -> dict[str, dict[str, Any]]:
     """Per variant: the metrics of each seed and their means."""
     found = {}
     for variant in arguments.only:
-        files = [result_file(variant, seed, arguments.epochs, layers) for seed in arguments.seeds]
+        files = [result_file(variant, seed, arguments.epochs, layers) for seed in seeds_of(variant, arguments.seeds)]
         runs = [json.loads(file.read_text()) for file in files]
         means = {m: statistics.mean(run["metrics"][m] for run in runs) for m in METRICS}
         found[variant] = {"mean": means, "seeds": [run["metrics"] for run in runs]}
@@ -251,7 +256,7 @@ def main() -> None:
         build(recipe(grid_variant, 0, None, None))
     layers = arguments.layers or equal_time_layers(arguments.pairs)
     print(f"the shallow control has {layers} layers")
-    wanted = [(variant, seed) for seed in arguments.seeds for variant in arguments.only]
+    wanted = [(v, seed) for seed in arguments.seeds for v in arguments.only if seed in seeds_of(v, arguments.seeds)]
     todo = [(v, s) for v, s in wanted if not result_file(v, s, arguments.epochs, layers).exists()]
     run_all(todo, arguments, layers, arguments.jobs)
     results = summary(arguments, layers)
