@@ -92,6 +92,16 @@ def test_applying_twice_is_refused_and_changes_nothing():
     assert fingerprint(model) == before
 
 
+def test_other_blocks_of_a_routed_decoder_are_refused_with_the_way_out():
+    model = mmskip.apply_(tiny_decoder("llama"), mmskip.MoDConfig(layers=(1,)))
+    before = fingerprint(model)
+    with pytest.raises(
+        ValueError, match=r"block\.3: this decoder routes tokens already; name all blocks in one config"
+    ):
+        mmskip.apply_(model, mmskip.MoDConfig(layers=(3,)))
+    assert fingerprint(model) == before
+
+
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(nn.Conv2d(3, 4, 3))])
 def test_a_model_without_decoder_layers_is_refused(model):
     with pytest.raises(ValueError, match=r"no family fits.*hf_decoder"):

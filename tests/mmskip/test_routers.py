@@ -82,6 +82,8 @@ def test_gates():
 def test_scores_are_fp32_whatever_the_model():
     router = TokenRouter(8, "linear", dtype=torch.bfloat16)
     assert router(torch.randn(3, 8, dtype=torch.bfloat16)).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert router(torch.randn(3, 8)).dtype == torch.float32
 
 
 def test_empty_and_text_only_layouts():

@@ -80,6 +80,12 @@ def test_nothing_of_a_trace_remains_also_after_an_error():
     assert hooks() == before
 
 
+def test_a_trace_inside_a_trace_is_refused():
+    model = tiny_decoder("llama")
+    with mmskip.trace(model), pytest.raises(RuntimeError, match="already"), mmskip.trace(model):
+        pass
+
+
 def test_an_empty_trace_is_refused():
     model = tiny_decoder("llama")
     with mmskip.trace(model) as trace:

@@ -378,6 +378,14 @@ def test_a_wrong_layout_is_refused(layout, message):
         model(ids, layout=layout)
 
 
+@pytest.mark.parametrize("shape", [(1, 40), (2, 24)])
+def test_generate_refuses_a_layout_of_another_shape(shape):
+    model, _ = routed("llama")
+    ids, _ = example(2)
+    with pytest.raises(ValueError, match="layout of shape"):
+        model.generate(ids, layout=torch.full(shape, -1), max_new_tokens=2)
+
+
 def test_custom_masks_are_refused():
     model, _ = routed("llama")
     ids, layout = example(2)
