@@ -1,5 +1,6 @@
 """Building the language model of a video LLM: by name or from scratch, with LoRA and methods."""
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -9,7 +10,7 @@ import peft
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from mmskip.registry import config_types
+from mmskip.registry import apply_, config_types
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,19 @@ def build_llm(
     # ids of a config's own defaults would point outside a small vocabulary
     config.pad_token_id = config.bos_token_id = config.eos_token_id = None
     return AutoModelForCausalLM.from_config(config, **kwargs)
+
+
+def check_methods(config: PretrainedConfig, attention: str, methods: Sequence[Any]) -> None:
+    """Apply the methods to a model without weights, so that what does not fit is known before any work starts.
+
+    Raises:
+        ValueError: a method does not fit a language model of this config.
+    """
+    if methods:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention)
+        for method in methods:
+            apply_(model, method)
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -20,6 +20,7 @@ from mmskip.models.language_model import (
     LoRA,
     add_lora,
     build_llm,
+    check_methods,
     llm_config,
     methods_from_dicts,
     methods_to_dicts,
@@ -117,6 +118,7 @@ class VideoLLM(LightningModule):
         )
         self._config = llm_config(llm)
         self._methods = methods_from_dicts(self.hparams["methods"])
+        check_methods(self._config, attention, self._methods)
         self._lora = lora
         self._seed = torch.initial_seed() % 2**32
         self.llm: Any = None

@@ -347,3 +347,15 @@ def test_checkpoint_of_a_named_model_leaves_out_its_frozen_weights(tmp_path):
     again.on_load_checkpoint(checkpoint)
     again.load_state_dict(checkpoint["state_dict"])
     assert torch.equal(again.eval().loss_sums(batch([2])), model.eval().loss_sums(batch([2])))
+
+
+@pytest.mark.parametrize(
+    ("llm", "message"),
+    [
+        ({"model_type": "llama", "num_hidden_layers": 2}, "layers holds 9; the model has 2 blocks"),
+        ({"model_type": "gpt2"}, "no family fits"),
+    ],
+)
+def test_a_method_that_does_not_fit_is_refused_before_any_work(llm, message):
+    with pytest.raises(ValueError, match=message):
+        VideoLLM(llm, methods=[mmskip.MoDConfig(layers=(9,))])
