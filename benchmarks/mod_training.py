@@ -93,13 +93,13 @@ def counted(trainer: Trainer) -> mmskip.Cost:
     return mmskip.cost(trainer.model, trace)
 
 
-def measure(shape: Shape, pairs: int, device: str, say: Callable[[str], None] = print) -> dict:
-    """Median ratios, activation bytes and the counted ideal of every contender."""
+def measure(shape: Shape, pairs: int, device: str, only: list[str], say: Callable[[str], None] = print) -> dict:
+    """Median ratios, activation bytes and the counted ideal of the contenders in `only`."""
     dense = Trainer(shape, None, device)
     dense_bytes = saved_activation_bytes(lambda: dense.forward().backward())
     results = {}
-    for name, config in CONTENDERS.items():
-        routed = Trainer(shape, config, device)
+    for name in only:
+        routed = Trainer(shape, CONTENDERS[name], device)
         cost = counted(routed)
         kept_bytes = saved_activation_bytes(lambda routed=routed: routed.forward().backward())
         ratio: Ratio = interleaved_ratio(dense.step, routed.step, pairs)
@@ -120,6 +120,7 @@ def measure(shape: Shape, pairs: int, device: str, say: Callable[[str], None] = 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="claim", choices=[*SHAPES, "all"], help="all: every shape that fits a CPU")
+    parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, help="contenders")
     parser.add_argument("--pairs", type=int, default=15, help="paired, interleaved runs per contender")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", help="result file (default: benchmarks/results/mod_training_DEVICE_SHAPE.json)")
@@ -128,9 +129,12 @@ def main() -> None:
     shapes = {}
     for name in names:
         print(f"{name}: {SHAPES[name]}")
-        shapes[name] = {"shape": asdict(SHAPES[name]), **measure(SHAPES[name], arguments.pairs, arguments.device)}
+        shapes[name] = {
+            "shape": asdict(SHAPES[name]),
+            **measure(SHAPES[name], arguments.pairs, arguments.device, arguments.only),
+        }
     first = shapes[names[0]]
-    mod = first["contenders"]["mod"]
+    mod = first["contenders"][arguments.only[0]]
     emit(
         {
             "name": "mod_training",
