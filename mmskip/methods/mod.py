@@ -5,13 +5,14 @@ attention and feed-forward: x' = x + mu * f(x_kept); the others pass on unchange
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mmskip.config import MethodConfig, check_choice, check_count, check_ratio
 from mmskip.families import TokenView
 from mmskip.registry import register
 from mmskip.routers import (
@@ -33,7 +34,7 @@ PATTERNS = ("alternate", "alternate_deep", "all", "deep")
 
 
 @dataclass(frozen=True)
-class MoDConfig:
+class MoDConfig(MethodConfig):
     """Mixture-of-depths routing.
 
     Args:
@@ -73,36 +74,13 @@ class MoDConfig:
             if not isinstance(value, (str, int, float)):
                 object.__setattr__(self, name, tuple(value))
         _check_keep(self.keep)
-        _check_ratio("keep_floor", self.keep_floor)
+        check_ratio("keep_floor", self.keep_floor)
         if isinstance(self.noise, bool) or not isinstance(self.noise, (int, float)) or not 0 <= self.noise < math.inf:
             raise ValueError(f"noise is {self.noise!r}; expected a number >= 0.")
         _check_layers(self.layers)
         for name, choices in (("router", ROUTERS), ("gate", GATES), ("always_keep", ("none", "last"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed is {self.seed!r}; expected an integer >= 0.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary; `MoDConfig.from_dict` reverses it."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "MoDConfig":
-        """Raises ValueError for unknown keys and for values out of range."""
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown:
-            raise ValueError(
-                f"MoDConfig has no {', '.join(sorted(unknown))}; expected keys among "
-                f"{', '.join(f.name for f in fields(cls))}."
-            )
-        return cls(**values)
-
-
-def _check_ratio(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise ValueError(f"{name} is {value!r}; expected a number in (0, 1].")
+            check_choice(name, getattr(self, name), choices)
+        check_count("seed", self.seed)
 
 
 def _check_keep(keep: Any) -> None:
@@ -113,9 +91,9 @@ def _check_keep(keep: Any) -> None:
         if not keep:
             raise ValueError("keep is empty; expected one number in (0, 1] per routed layer.")
         for i, value in enumerate(keep):
-            _check_ratio(f"keep[{i}]", value)
+            check_ratio(f"keep[{i}]", value)
     else:
-        _check_ratio("keep", keep)
+        check_ratio("keep", keep)
 
 
 def _check_layers(layers: Any) -> None:
