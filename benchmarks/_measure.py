@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mmskip.env import device_name, package_versions
+from mmskip.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -199,9 +200,6 @@ def emit(result: dict[str, Any], out: Path | str | None = None) -> Path:
         raise ValueError(f"the result lacks {missing}; expected at least {list(REQUIRED)}")
     pretty, line = (json.dumps(result, indent=indent, allow_nan=False) for indent in (2, None))
     path = RESULTS / f"{result['name']}.json" if out is None else Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(pretty + "\n")
-    os.replace(temporary, path)
+    write_text(pretty + "\n", path)
     print(line, flush=True)
     return path

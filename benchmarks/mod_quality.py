@@ -32,6 +32,7 @@ import yaml
 from _measure import RESULTS, ROOT, emit, interleaved_ratio
 
 import mmskip
+from mmskip.files import write_json
 from mmskip.viz import quality_against_compute, save_png
 
 CONFIG = ROOT / "configs" / "videollm_mod.yaml"
@@ -94,10 +95,7 @@ def train(settings: dict[str, Any], out: Path) -> None:
     trainer.fit(model, datamodule=data)
     trainer.test(model, datamodule=data, verbose=False)
     result = {"metrics": {k: model.results[k] for k in METRICS}, "steps": trainer.global_step}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_suffix(".part")
-    partial.write_text(json.dumps(result))
-    os.replace(partial, out)
+    write_json(result, out)
 
 
 def timed_models(variants: list[str], layers: int) -> dict[str, tuple[Any, dict[str, Any]]]:

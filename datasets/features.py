@@ -5,7 +5,6 @@ size or rate lie in another folder and are never mixed.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -18,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mmskip.datasets.video import VideoError, VideoStream
+from mmskip.files import whole
 from mmskip.models.vision_tower import VisionTower
 
 _TENSOR = "features"
@@ -166,9 +166,5 @@ def is_current(cached: Path, key: str, video: Path) -> bool:
 
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with whole(path) as partial:
         save_file(tensors, str(partial), metadata=metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

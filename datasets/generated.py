@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from mmskip.datasets.scene import SceneConfig, World, draw_world, plan_world
 from mmskip.datasets.video import write_video
+from mmskip.files import write_json
 
 SPLITS = ("train", "val", "test")
 _FORMAT = 1  # raised when the same settings give other videos
@@ -110,7 +111,7 @@ def generate(
                 "give another folder, or delete this one"
             )
     else:
-        _write_json(path, manifest)
+        write_json(manifest, path)
     open_splits = [split for split in SPLITS if not (root / split / "narrations.json").exists()]
     jobs = [
         (split, index)
@@ -122,7 +123,7 @@ def generate(
         for _ in _run(partial(_write_one, root, config), jobs, workers):
             bar.update()
     for split in open_splits:
-        _write_json(root / split / "narrations.json", _narrations(config, split))
+        write_json(_narrations(config, split), root / split / "narrations.json")
     return root
 
 
@@ -192,10 +193,3 @@ def _narrations(config: GeneratedConfig, split: str) -> dict[str, Any]:
             "status": "complete",
         }
     return {"version": f"generated-{_FORMAT}", "description": "mmskip generated set", "videos": videos}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(f".{path.name}.{os.getpid()}.part")
-    partial_path.write_text(json.dumps(content, indent=1))
-    os.replace(partial_path, path)

@@ -1,7 +1,6 @@
 """The DataModule of streaming narration: the embedded generated set, or Ego4D-format narrations with their videos."""
 
 import json
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -35,6 +34,7 @@ from mmskip.datasets.resumable import ResumableLoader
 from mmskip.datasets.tokenizer import StreamTokens, prepare_tokenizer, train_tokenizer
 from mmskip.datasets.turns import Turn, build_sample, collate_narration, plan_turns, split_turns
 from mmskip.datasets.video import read_video
+from mmskip.files import whole, write_json
 from mmskip.models.vision_tower import VisionTower, check_tower_name, tower_id
 
 # The embedded set's tower: random weights, one patch per cell of the stage, one block.
@@ -250,9 +250,8 @@ class NarrationData(LightningDataModule):
         self._write_statistics()
         folder = self._tokenizer_folder
         if self.tokenizer_name is None and not folder.exists():
-            partial_folder = folder.with_name(f".tokenizer.{os.getpid()}.part")
-            self.tokenizer.save_pretrained(partial_folder)
-            os.replace(partial_folder, folder)
+            with whole(folder) as partial:
+                self.tokenizer.save_pretrained(partial)
 
     def setup(self, stage: str | None = None) -> None:
         """Read narrations and plan the samples of the splits a stage needs ("fit", "validate", "test", "predict")."""
@@ -410,11 +409,7 @@ class NarrationData(LightningDataModule):
         return self._shape
 
     def _write_shape(self, tower: VisionTower) -> None:
-        self.features_folder.mkdir(parents=True, exist_ok=True)
-        path = self._shape_path
-        partial_path = path.with_name(f".tower.{os.getpid()}.part")
-        partial_path.write_text(json.dumps({"tower": self.tower_args, "fps": self.fps, "shape": {"dim": tower.dim}}))
-        os.replace(partial_path, path)
+        write_json({"tower": self.tower_args, "fps": self.fps, "shape": {"dim": tower.dim}}, self._shape_path)
 
 
 class _UnrepeatedSampler(DistributedSampler):

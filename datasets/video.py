@@ -18,6 +18,8 @@ import torch
 from av.error import FFmpegError
 from torch.nn.functional import interpolate
 
+from mmskip.files import whole
+
 _CHUNK = 32  # frames decoded and resized at a time: bounds the memory of full-size frames
 
 
@@ -173,24 +175,18 @@ def write_video(path: str | Path, frames: np.ndarray | Iterable[np.ndarray], fps
         raise VideoError(
             f"{path}: yuv420p needs an even height and width, got {height}x{width}; crop or pad by a pixel"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with av.open(str(partial), "w", format="mp4") as container:
-            stream: Any = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            stream.codec_context.thread_count = 1
-            # With its macroblock tree x264 writes other bytes from run to run.
-            exact = "threads=1:lookahead-threads=1:sync-lookahead=0:mbtree=0"
-            stream.options = {"preset": "veryfast", "crf": str(crf), "x264-params": exact}
-            for frame in _chain(first, iterator):
-                if frame.shape != first.shape:
-                    raise VideoError(f"{path}: frames differ in shape: {first.shape} and {frame.shape}")
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-            container.mux(stream.encode())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(path) as partial, av.open(str(partial), "w", format="mp4") as container:
+        stream: Any = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.thread_count = 1
+        # With its macroblock tree x264 writes other bytes from run to run.
+        exact = "threads=1:lookahead-threads=1:sync-lookahead=0:mbtree=0"
+        stream.options = {"preset": "veryfast", "crf": str(crf), "x264-params": exact}
+        for frame in _chain(first, iterator):
+            if frame.shape != first.shape:
+                raise VideoError(f"{path}: frames differ in shape: {first.shape} and {frame.shape}")
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
 
 
 def _chain(first: np.ndarray, rest: Iterator[np.ndarray]) -> Iterator[np.ndarray]:

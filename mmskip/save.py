@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmskip import families
+from mmskip.files import whole, write_json
 from mmskip.registry import M, applied, apply_, config_types, remove_
 
 CONFIG_FILE = "mmskip.json"
@@ -35,17 +36,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         ],
     }
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in added_weights(model).items()}
-    _write(target / WEIGHTS_FILE, lambda path: save_file(weights, path))
-    _write(target / CONFIG_FILE, lambda path: Path(path).write_text(json.dumps(description, indent=2) + "\n"))
-
-
-def _write(path: Path, write: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(str(temporary))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(target / WEIGHTS_FILE) as partial:
+        save_file(weights, str(partial))
+    write_json(description, target / CONFIG_FILE)
 
 
 def added_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 Shapes: B rows, T tokens, F frames, N vision tokens per frame, L blocks, G grid side with N = 1 + G * G.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
+from mmskip.files import whole
 from mmskip.trace import ForwardRecord
 
 RAN, SKIPPED, DENSE, INK, LINE = "#2a6f97", "#edf1f4", "#a9bfce", "#22313c", "#c3ccd3"
@@ -190,12 +190,6 @@ def _quiet(axes: Any) -> None:
 
 def save_png(figure: Figure, path: str | Path) -> Path:
     """Write a figure as PNG, whole or not at all; folders are made. Returns the path."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.part")
-    try:
+    with whole(path) as partial:
         figure.savefig(partial, format="png", dpi=150, facecolor="white")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
+    return Path(path)

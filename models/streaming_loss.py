@@ -11,7 +11,7 @@ from torch import Tensor, nn, stack
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-IGNORE = -100
+from mmskip.datasets.turns import IGNORE
 
 
 @dataclass(frozen=True)

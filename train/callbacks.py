@@ -12,6 +12,7 @@ import mmskip
 from mmskip import viz
 from mmskip.datasets.tokenizer import StreamTokens
 from mmskip.datasets.turns import collate_narration, frame_index
+from mmskip.files import write_json, write_text
 from mmskip.models.narrator import split_rows
 from mmskip.models.video_llm import VideoLLM
 from mmskip.train import report
@@ -115,7 +116,7 @@ class NarrationReport(Callback):
         """Write the narrations of this rank."""
         suffix = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
         path = Path(trainer.default_root_dir) / f"predictions{suffix}.json"
-        report.write_json({"predictions": self._predictions}, path)
+        write_json({"predictions": self._predictions}, path)
         print(f"narrations of {len(self._predictions)} samples: {path}")
 
     # --- parts ------------------------------------------------------------------------------------------------------
@@ -210,12 +211,12 @@ class NarrationReport(Callback):
         return savings, figures
 
     def _write(self, folder: Path, results: dict[str, Any], figures: dict[str, Any], parts: list[str]) -> None:
-        report.write_json(results, folder / "results.json")
+        write_json(results, folder / "results.json")
         points = report.comparable_points(results, folder, folder.parent.parent)
         figures["quality_compute"] = viz.quality_against_compute(points)
         paths = [viz.save_png(figure, folder / f"{name}.png") for name, figure in figures.items()]
         parts.append("written to " + ", ".join(str(path) for path in [folder / "results.json", *paths]))
-        report.write_text("\n\n".join(parts) + "\n", folder / "report.txt")
+        write_text("\n\n".join(parts) + "\n", folder / "report.txt")
 
 
 def _video_llm(module: LightningModule) -> VideoLLM:

@@ -1,6 +1,5 @@
 """Writing checkpoints whole, and finding the last one of a run."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mmskip.datasets.resumable import ResumableLoader
+from mmskip.files import whole
 
 
 class WholeFileIO(TorchCheckpointIO):
@@ -19,14 +19,8 @@ class WholeFileIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write `checkpoint` to `path`."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-        try:
+        with whole(path) as partial:
             torch.save(checkpoint, partial)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 class Resume(Callback):

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,19 +87,6 @@ def model_label(methods: Sequence[Mapping[str, Any]]) -> str:
 def task_id(samples: Iterable[Any]) -> str:
     """A name of what was evaluated: equal ids, equal samples, so that results can be compared."""
     return hashlib.sha256("\n".join(sorted(map(repr, samples))).encode()).hexdigest()[:16]
-
-
-def write_json(values: Mapping[str, Any], path: Path) -> None:
-    """Write JSON, whole or not at all."""
-    write_text(json.dumps(values, indent=2) + "\n", path)
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write a text file, whole or not at all; folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def comparable_points(own: Mapping[str, Any], own_folder: Path, runs: Path) -> list[dict[str, Any]]:

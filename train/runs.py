@@ -5,7 +5,11 @@ import os
 import re
 import time
 import warnings
+from argparse import ArgumentError
 from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgre
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from mmskip.files import write_text
 from mmskip.registry import config_types
 from mmskip.train.checkpoints import Resume, WholeFileIO, last_checkpoint
 
@@ -35,9 +40,7 @@ class SaveConfig(SaveConfigCallback):
         config = self.config.clone()
         # a run made again from this file starts from the beginning, as this one or its predecessor did
         config["ckpt_path"] = None
-        partial = folder / ".config.yaml.part"
-        partial.write_text(self.parser.dump(config, skip_none=False))
-        os.replace(partial, folder / "config.yaml")
+        write_text(self.parser.dump(config, skip_none=False), folder / "config.yaml")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say how an interrupted training run goes on."""
@@ -84,8 +87,17 @@ class RunCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the given arguments, whatever those of the process are."""
-        self.config = parser.parse_args(args)
+        """Parse the given arguments, whatever those of the process are.
+
+        Raises:
+            ValueError: a setting that does not exist, or a value of the wrong type.
+        """
+        for part in (parser, *self._subcommand_parsers.values()):
+            part.exit_on_error = False
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise ValueError(explained(error.message)) from None
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: hyper-parameters stored in a checkpoint must not beat YAML and command line. A model refuses a
@@ -127,6 +139,22 @@ class RunCLI(LightningCLI):
         if given.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks = [*callbacks, TQDMProgressBar()]
         return super().instantiate_trainer(plugins=plugins, callbacks=callbacks, **kwargs)
+
+
+def explained(message: str) -> str:
+    """What the parser's message comes to: it prints every setting given and every type tried.
+
+    An unknown setting of a class is told with the settings that the class has; other messages lose the long values.
+    """
+    unknown = re.search(r"Option '([\w.]+)' is not accepted", message)
+    owners = re.findall(r"given class_path '([\w.]+)'", message[: unknown.start()] if unknown else "")
+    if unknown is None or not owners:
+        return "\n".join(line if len(line) <= 160 else f"{line[:157]}..." for line in message.splitlines())
+    module, _, name = owners[-1].rpartition(".")
+    settings = list(signature(getattr(import_module(module), name)).parameters)
+    near = get_close_matches(unknown[1], settings, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{owners[-1]} has no setting {unknown[1]!r}.{hint} It has: {', '.join(settings)}."
 
 
 def _unused(folder: Path) -> Path:

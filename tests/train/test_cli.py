@@ -1,5 +1,6 @@
 """`train.py`: arguments, folders, resuming."""
 
+import copy
 import csv
 import json
 import re
@@ -126,6 +127,17 @@ def test_a_misspelt_key_of_the_yaml_fails(here, capsys):
         main(["--config", "bad.yaml"])
     assert stop.value.code == 2
     assert "max_epoch" in capsys.readouterr().err
+
+
+def test_a_misspelt_setting_of_a_class_is_told_in_one_line_with_the_nearest_one(here, capsys):
+    config = copy.deepcopy(CONFIG)
+    config["model"]["init_args"]["methods"] = [{"class_path": "mmskip.MoDConfig", "init_args": {"kep": 0.5}}]
+    (here / "bad.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit):
+        main(["--config", "bad.yaml"])
+    error = capsys.readouterr().err
+    assert "mmskip.MoDConfig has no setting 'kep'. Did you mean 'keep'? It has: keep, layers," in error
+    assert len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
 """The report of a run: its texts, and which runs it compares."""
 
-import json
 import math
 
 import pytest
 
 from mmskip.datasets.turns import TurnSpan
+from mmskip.files import write_json
 from mmskip.train import report
 from mmskip.train.callbacks import NarrationReport
 from mmskip.train.schedules import warmup_schedule
@@ -50,7 +50,7 @@ def test_points_are_the_newest_run_of_each_name_on_the_same_samples(tmp_path):
         ("other_data", "1", 1.0, "u"),
         ("own", "1", 9.0, "t"),
     ):
-        report.write_json(
+        write_json(
             results(name, ppl, task, None if name in ("random", "dense") else 1.0),
             tmp_path / name / time / "results.json",
         )
@@ -59,15 +59,6 @@ def test_points_are_the_newest_run_of_each_name_on_the_same_samples(tmp_path):
     found = {point["label"]: (point["value"], point["counted"], point["measured"]) for point in points}
     assert found == {"dense (x)": (2.5, 0.6, 1.0), "random (x)": (4.0, 0.6, None), "own (x)": (2.6, 0.6, 0.5)}
     assert [point["label"] for point in points if point.get("highlight")] == ["own (x)"]
-
-
-def test_files_are_written_whole(tmp_path, monkeypatch):
-    path = tmp_path / "a" / "results.json"
-    report.write_json({"x": 1}, path)
-    monkeypatch.setattr("os.replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        report.write_json({"x": 2}, path)
-    assert json.loads(path.read_text()) == {"x": 1}
 
 
 def test_labels_say_what_differs():

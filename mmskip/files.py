@@ -1,0 +1,37 @@
+"""Files written whole: an interrupted write leaves what stood there before."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A temporary path to write a file or folder to; it takes the place of `path` when the block ends without error,
+    and is removed otherwise. Parent folders are made. Several processes may write the same path: the last one wins."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        yield partial
+        os.replace(partial, target)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        partial.unlink(missing_ok=True)
+
+
+def write_text(text: str, path: str | Path) -> Path:
+    """Write a text file whole; returns the path."""
+    with whole(path) as partial:
+        partial.write_text(text)
+    return Path(path)
+
+
+def write_json(values: Any, path: str | Path, indent: int | None = 2) -> Path:
+    """Write JSON whole; returns the path."""
+    return write_text(json.dumps(values, indent=indent) + "\n", path)

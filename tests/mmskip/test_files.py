@@ -1,0 +1,38 @@
+import json
+
+import pytest
+
+from mmskip.files import whole, write_json, write_text
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def interrupted(path, write):
+    with whole(path) as partial:
+        write(partial)
+        raise KeyboardInterrupt
+
+
+def test_a_write_that_fails_leaves_the_file_before_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "made" / "results.json"
+    write_json({"x": 1}, path)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(path, lambda partial: partial.write_text("half"))
+    with pytest.raises(TypeError):
+        write_json({"x": object()}, path)
+    monkeypatch.setattr("os.replace", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_text("x", path)
+    assert json.loads(path.read_text()) == {"x": 1} and names(path.parent) == ["results.json"]
+
+
+def test_a_folder_is_moved_whole(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path / "folder", lambda partial: partial.mkdir())
+    assert names(tmp_path) == []
+    with whole(tmp_path / "folder") as partial:
+        partial.mkdir()
+        (partial / "a.txt").write_text("a")
+    assert names(tmp_path) == ["folder"] and names(tmp_path / "folder") == ["a.txt"]
