@@ -6,6 +6,7 @@ Verbs change a model in place (`apply_`, `remove_`, `load_`); functions do not (
 
 from mmskip.cost import Cost, cost
 from mmskip.methods.mod import MoDConfig
+from mmskip.methods.token_reduction import TokenReductionConfig
 from mmskip.registry import applied, apply_, remove_
 from mmskip.save import load_, save
 from mmskip.trace import Trace, trace
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Cost",
     "MoDConfig",
+    "TokenReductionConfig",
     "Trace",
     "applied",
     "apply_",

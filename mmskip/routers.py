@@ -14,6 +14,12 @@ from torch import Tensor, nn
 TEXT = -1
 """The layout value of a token that belongs to no group."""
 
+PADDING = -2
+"""What stands for padding in `TokenGroups.host_BT`."""
+
+ATTENTION_SCORES = "attention scores"
+"""Name in `TokenGroups.shared` of the attention [B, T] that text pays to each token in a probed block."""
+
 ROUTERS = ("linear", "norm", "random", "uniform")
 GATES = ("linear", "sigmoid", "tanh", "none")
 
@@ -26,12 +32,14 @@ class Budget:
         k_G: LongTensor [G], tokens kept of each group; `k_max` the largest, on the host.
         slots: S, tokens kept of the fullest row, on the host.
         rows_B: LongTensor [B], tokens kept of each row where rows differ; None where all keep S.
+        host_G: k_G on the host.
     """
 
     k_G: Tensor
     k_max: int
     slots: int
     rows_B: Tensor | None
+    host_G: np.ndarray
 
 
 @dataclass
@@ -48,6 +56,9 @@ class TokenGroups:
         group_rows: batch row of each group, on the host, [G].
         row_lengths: real tokens per row, on the host, [B].
         start: number of tokens that came before this forward (of a cached stream).
+        host_BT: the layout on the host, [B, T], with `PADDING` where there is no token.
+        prompt: tokens of the stream that `generate` was given; None outside of it.
+        shared: what blocks of one forward hand on to later ones, by name; common to all copies.
     """
 
     layout_BT: Tensor
@@ -58,6 +69,9 @@ class TokenGroups:
     group_rows: np.ndarray
     row_lengths: np.ndarray
     start: int = 0
+    host_BT: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    prompt: int | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
     _budgets: dict[float, Budget] = field(default_factory=dict)
     _copies: dict[torch.device, "TokenGroups"] = field(default_factory=dict)
 
@@ -90,7 +104,7 @@ class TokenGroups:
             rows = length - skipped
         device = self.layout_BT.device
         rows_B = torch.from_numpy(rows).to(device) if bool((rows != slots).any()) else None
-        return Budget(torch.from_numpy(k).to(device), int(k.max(initial=0)), slots, rows_B)
+        return Budget(torch.from_numpy(k).to(device), int(k.max(initial=0)), slots, rows_B, k)
 
     def to(self, device: torch.device) -> "TokenGroups":
         """The same groups with their tensors on `device`; copied once per device (models spread over several)."""
@@ -106,6 +120,9 @@ class TokenGroups:
                 self.group_rows,
                 self.row_lengths,
                 self.start,
+                self.host_BT,
+                self.prompt,
+                self.shared,
             )
         return self._copies[device]
 
@@ -139,6 +156,7 @@ def token_groups(layout_BT: Tensor, real_BT: Tensor | None = None, start: int = 
             layout = np.where(real_np, layout, TEXT)
             layout_BT = torch.from_numpy(layout).to(layout_BT.device)
     row_lengths = np.full(batch, length) if real is None else real_np.sum(1)
+    host = layout.astype(np.int64) if real is None else np.where(real_np, layout, PADDING)
     table, sizes, group_rows = _group_table(layout)
     last = np.arange(table.shape[1])[None] == sizes[:, None] - 1
     device = layout_BT.device
@@ -151,6 +169,7 @@ def token_groups(layout_BT: Tensor, real_BT: Tensor | None = None, start: int = 
         group_rows,
         row_lengths.astype(np.int64),
         start,
+        host,
     )
 
 
@@ -185,6 +204,11 @@ class Selection:
     index_BS: Tensor
     valid_BS: Tensor | None
     keep_BT: Tensor
+
+    def to(self, device: torch.device) -> "Selection":
+        """The same selection on `device`."""
+        valid = None if self.valid_BS is None else self.valid_BS.to(device)
+        return Selection(self.index_BS.to(device), valid, self.keep_BT.to(device))
 
 
 def select(scores_BT: Tensor, groups: TokenGroups, keep: float, force_last: bool = False) -> Selection:
@@ -313,3 +337,53 @@ def uniform_scores(groups: TokenGroups, keep: float) -> Tensor:
         even = (((2 * rank + 2) * k + sizes) // (2 * sizes)) > (((2 * rank) * k + sizes) // (2 * sizes))
         scores.scatter_(0, groups.table_GN.reshape(-1), even.float().reshape(-1))
     return scores[:-1].view(batch, length)
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Text tokens by whose attention vision tokens are ranked, on the host.
+
+    Attributes:
+        rows_Q, slots_Q: batch row and place in this call of each query, [Q].
+        query_G: which query ranks each group, [G].
+        ends_G: place in this call of each group's last token, [G].
+    """
+
+    rows_Q: np.ndarray
+    slots_Q: np.ndarray
+    query_G: np.ndarray
+    ends_G: np.ndarray
+
+
+def ranking_queries(groups: TokenGroups, which: str) -> Queries:
+    """The text token that ranks each group: with `which="next"` the first after the group (known as soon as that token
+    is, so nothing later decides what the group keeps), with `"last"` the last of the row in this call. Text that
+    `generate` appended to the prompt never ranks.
+
+    Raises:
+        ValueError: a group has no such text after it in this call.
+    """
+    ends = _group_ends(groups.host_BT)
+    end = groups.shape[1] if groups.prompt is None else max(groups.prompt - groups.start, 0)
+    slots = np.empty(len(ends), np.int64)
+    for row in np.unique(groups.group_rows):
+        mine = groups.group_rows == row
+        text = np.flatnonzero(groups.host_BT[row, :end] == TEXT)
+        after = np.searchsorted(text, ends[mine])
+        if (after == len(text)).any():
+            frame = int(groups.host_BT[row, ends[mine][after == len(text)][0]])
+            raise ValueError(
+                f"frame {frame} of row {int(row)} is followed by no text in this call, by whose attention its tokens "
+                "would be ranked. Pass a frame and the text after it in one call, or choose a score other than "
+                "'attention'."
+            )
+        slots[mine] = text[after] if which == "next" else text[-1]
+    pairs = np.stack([groups.group_rows, slots])
+    unique, query = np.unique(pairs, axis=1, return_inverse=True)
+    return Queries(unique[0], unique[1], query.reshape(-1), ends)
+
+
+def _group_ends(host_BT: np.ndarray) -> np.ndarray:
+    """Place in its row of each group's last token, [G]."""
+    table, sizes, _ = _group_table(np.maximum(host_BT, TEXT))
+    return table[np.arange(len(sizes)), sizes - 1] % host_BT.shape[1]

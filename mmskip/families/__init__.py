@@ -25,6 +25,9 @@ class TokenPolicy(Protocol):
     def prepare(self, groups: TokenGroups) -> None:
         """Called once per forward before the blocks run: the place for whatever must be known on the host."""
 
+    def enter(self, block: nn.Module, x_BTD: Tensor, groups: TokenGroups) -> Tensor:
+        """The hidden states the block starts from, for methods that rewrite tokens; else as they are."""
+
     def select(self, block: nn.Module, x_BTD: Tensor, groups: TokenGroups) -> Selection:
         """The tokens that the block processes."""
 
@@ -45,9 +48,22 @@ class TokenView(View, Protocol):
         """The kind of attention of each block; lengths and masks are read at the first block of a kind."""
 
     def subset_changes(
-        self, policies: Mapping[int, TokenPolicy], children: Mapping[int, dict[str, nn.Module]]
+        self,
+        policies: Mapping[int, TokenPolicy],
+        children: Mapping[int, dict[str, nn.Module]],
+        attention: str | None = None,
     ) -> list[Change]:
-        """The changes by which the blocks in `policies` process a subset of the tokens of every call."""
+        """The changes by which the blocks in `policies` process a subset of the tokens of every call.
+
+        Args:
+            policies: by block index.
+            children: new modules of those blocks, by block index and name.
+            attention: attention implementation of those blocks; None: the model's.
+        """
+
+    def probe_changes(self, index: int, which: str) -> list[Change]:
+        """The changes by which a block scores the tokens of every call by the attention that text pays to them: [B, T]
+        in `TokenGroups.shared[ATTENTION_SCORES]`. `which` as in `mmskip.routers.ranking_queries`."""
 
 
 def find(model: nn.Module, among: Sequence[str] = _FAMILIES) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from mmskip.families import TokenPolicy
+from mmskip.families.hf_probe import own_attention, own_config, probe_changes
 from mmskip.families.hf_subset import BlockState, LayoutGenerator, LayoutRoot, RootState, SubsetBlock, check_backend
 from mmskip.swap import Change
 
@@ -106,14 +107,19 @@ class DecoderView:
         return past + length, per_slot * entry.keys.shape[-2], per_slot * stored
 
     def subset_changes(
-        self, policies: Mapping[int, TokenPolicy], children: Mapping[int, dict[str, nn.Module]]
+        self,
+        policies: Mapping[int, TokenPolicy],
+        children: Mapping[int, dict[str, nn.Module]],
+        attention: str | None = None,
     ) -> list[Change]:
-        """The changes by which the blocks in `policies` process a subset of the tokens of every call.
+        """The changes by which the blocks in `policies` process a subset of the tokens of every call, with the model's
+        attention implementation or one of their own.
 
         Raises:
             ValueError: routed blocks cannot build masks for the model's attention implementation.
         """
-        check_backend(self.config)
+        config = own_config(self.config, self.blocks, attention)
+        check_backend(config)
         if isinstance(self.root, LayoutRoot):
             sites = ", ".join(self.site(i) for i in policies)
             raise ValueError(
@@ -125,14 +131,20 @@ class DecoderView:
                 self.site(i),
                 self.blocks[i],
                 SubsetBlock,
-                BlockState(policy, i, self.windows[i], self.config, self.site(i)),
+                BlockState(policy, i, self.windows[i], config, self.site(i)),
                 children[i],
             )
             for i, policy in policies.items()
         ]
+        if attention is not None:
+            changes += [own_attention(self.blocks[i], config, self.site(i)) for i in policies]
         changes.append(Change("decoder", self.root, LayoutRoot, RootState(dict(policies))))
         changes += [Change("generate", module, LayoutGenerator, self.root) for module in self.generators]
         return changes
+
+    def probe_changes(self, index: int, which: str) -> list[Change]:
+        """The changes by which a block scores the tokens of every call by the attention that text pays to them."""
+        return probe_changes(self.blocks[index], self.config, which, self.site(index))
 
 
 def match(model: nn.Module) -> tuple[DecoderView | None, str]:

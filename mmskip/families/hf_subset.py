@@ -106,6 +106,7 @@ def _read_call(root: nn.Module, state: RootState, bound: dict[str, Any], layout:
         )
     real = _real_tokens(bound.get("attention_mask"), batch, length)
     groups = token_groups(layout, real, start).to(inputs.device)
+    groups.prompt = _prompt_length(root)
     _check_frames_whole(groups, _tail(cache, state))
     for policy in state.policies.values():
         policy.prepare(groups)
@@ -135,6 +136,11 @@ def _implied_layout(
         "mmskip needs a layout to tell vision tokens from text: pass layout=, an integer tensor [batch, tokens] with "
         "the frame id of each vision token and -1 for text (all -1 for pure text)."
     )
+
+
+def _prompt_length(root: nn.Module) -> int | None:
+    given = _prompt_layout.get()
+    return given[1].shape[1] if given is not None and given[0] is root else None
 
 
 def _tail(cache: Any, state: RootState) -> Tensor | None:
@@ -208,6 +214,7 @@ class SubsetBlock(nn.Module):
             )
         x_BTD = bound.pop("hidden_states")
         groups = call.groups.to(x_BTD.device)
+        x_BTD = state.policy.enter(self, x_BTD, groups)
         selection = state.policy.select(self, x_BTD, groups)
         x_BSD = select_tokens(x_BTD, selection.index_BS, selection.valid_BS)
         gate_BS = state.policy.gate(self, x_BSD, selection, groups)

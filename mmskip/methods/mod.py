@@ -30,6 +30,7 @@ from mmskip.routers import (
 )
 from mmskip.swap import Change
 
+ATTENTIONS = (None, "mmskip_ragged")
 PATTERNS = ("alternate", "alternate_deep", "all", "deep")
 
 
@@ -57,6 +58,9 @@ class MoDConfig(MethodConfig):
             from; 0 (the paper): always the best k. Evaluation never adds noise.
         keep_floor: least keep ratio of the cosine schedule, in (0, 1].
         seed: of the random router, >= 0.
+        attention: attention implementation of the routed blocks: None, the model's, or `"mmskip_ragged"`, which packs
+            samples without padding and runs xFormers where it loads (`python -m mmskip.env`). The other blocks keep
+            the model's.
     """
 
     keep: float | Sequence[float] | str = 0.2
@@ -67,6 +71,7 @@ class MoDConfig(MethodConfig):
     noise: float = 0.0
     keep_floor: float = 0.1
     seed: int = 0
+    attention: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("keep", "layers"):
@@ -81,6 +86,7 @@ class MoDConfig(MethodConfig):
         for name, choices in (("router", ROUTERS), ("gate", GATES), ("always_keep", ("none", "last"))):
             check_choice(name, getattr(self, name), choices)
         check_count("seed", self.seed)
+        check_choice("attention", self.attention, ATTENTIONS)
 
 
 def _check_keep(keep: Any) -> None:
@@ -177,6 +183,10 @@ class MoDPolicy:
         """Count the tokens to be kept."""
         groups.budget(self.keep)
 
+    def enter(self, block: nn.Module, x_BTD: Tensor, groups: TokenGroups) -> Tensor:
+        """Routing rewrites nothing."""
+        return x_BTD
+
     def select(self, block: nn.Module, x_BTD: Tensor, groups: TokenGroups) -> Selection:
         """The k best vision tokens of each frame, and all text."""
         with torch.no_grad():
@@ -238,4 +248,4 @@ def route_decoder(config: MoDConfig, view: TokenView) -> list[Change]:
             # without a gate no gradient reaches the scores, and DDP waits for every weight that asks for one
             router.requires_grad_(config.gate != "none")
             children[i]["mmskip_router"] = router
-    return view.subset_changes(policies, children)
+    return view.subset_changes(policies, children, config.attention)

@@ -110,6 +110,38 @@ def test_every_attention_backend_gives_the_same(name, attention):
         torch.testing.assert_close(model(ids, **call).logits[mask.bool()], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral_window", "qwen3_mixed_window"])
+def test_routed_blocks_can_have_a_backend_of_their_own(name, monkeypatch):
+    from mmskip.ops import hf_attention
+
+    seen = []
+    original = hf_attention.ragged_attention_forward
+    monkeypatch.setattr(
+        hf_attention, "ragged_attention_forward", lambda m, *a, **k: seen.append(m.layer_idx) or original(m, *a, **k)
+    )
+    model, base = routed(name)
+    own = copy.deepcopy(base)
+    mmskip.apply_(own, mmskip.MoDConfig(keep=0.3, gate="sigmoid", attention="mmskip_ragged"))
+    own.load_state_dict(model.state_dict())
+    layouts = [stream_layout(2), stream_layout(1)]
+    ids = pad_rows([torch.randint(3, VOCAB, row.shape) for row in layouts], 0, "left")
+    mask = pad_rows([torch.ones_like(row) for row in layouts], 0, "left")
+    call = {"attention_mask": mask, "layout": pad_rows(layouts, -1, "left")}
+    with torch.no_grad():
+        expected = model(ids, **call).logits[mask.bool()]
+        torch.testing.assert_close(own(ids, **call).logits[mask.bool()], expected, atol=1e-5, rtol=1e-5)
+    assert sorted(seen) == sorted(routers_of(own)), "the routed blocks and no others"
+    assert torch.equal(own.generate(ids, **call, max_new_tokens=5), model.generate(ids, **call, max_new_tokens=5))
+    mmskip.remove_(own)
+    with torch.no_grad():
+        assert torch.equal(own(ids, attention_mask=mask).logits, base(ids, attention_mask=mask).logits)
+
+
+def test_a_backend_without_soft_caps_is_refused_where_they_are_needed():
+    with pytest.raises(ValueError, match="soft-capped scores or attention sinks, which Gemma2Config"):
+        mmskip.apply_(tiny_decoder("gemma2"), mmskip.MoDConfig(attention="mmskip_ragged"))
+
+
 def test_an_unsupported_attention_backend_is_refused():
     model = tiny_decoder("llama")
     model.config._attn_implementation = "flash_attention_2"

@@ -1,0 +1,197 @@
+"""Token reduction: vision tokens are dropped or merged once, and all later blocks go on with what is left.
+
+The baselines of token routing: FastV (arXiv 2403.06764) ranks the tokens of an image by the attention that text pays
+to them in an early block; ToMe (arXiv 2210.09461) merges similar tokens. Both are ways of choosing here, beside
+random, uniform and norm, so that one benchmark compares them.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmskip.config import MethodConfig, check_choice, check_count, check_ratio
+from mmskip.families import TokenView
+from mmskip.methods.mod import ATTENTIONS
+from mmskip.ops.similarity import match_similar
+from mmskip.registry import register
+from mmskip.routers import (
+    ATTENTION_SCORES,
+    Selection,
+    TokenGroups,
+    norm_scores,
+    random_scores,
+    ranking_queries,
+    select,
+    uniform_scores,
+)
+from mmskip.swap import Change
+
+SCORES = ("attention", "norm", "random", "uniform", "similarity")
+QUERIES = ("next", "last")
+_SELECTION = "token reduction"
+_OWNERS = "merged tokens"
+
+
+@dataclass(frozen=True)
+class TokenReductionConfig(MethodConfig):
+    """Dropping or merging vision tokens once.
+
+    A dropped token costs nothing in the later blocks: no attention, no feed-forward, no cache entry. Its hidden state
+    stays what the block `after - 1` made of it.
+
+    Args:
+        keep: ratio of each frame's vision tokens that later blocks process, in (0, 1]; of n tokens,
+            max(1, round(keep * n)).
+        after: number of blocks that process every token, >= 0; at least 1 for `score="attention"`. FastV's K. With 0
+            the choice is made before the first block, on what the vision tower and connector put in.
+        score: how the tokens of a frame are ranked: `"attention"` (that text pays to them in block `after - 1`, mean
+            over the heads), `"norm"` (largest hidden states), the controls `"random"` and `"uniform"` (evenly spaced),
+            or `"similarity"`: nothing is dropped, the most similar tokens of the frame are merged into their mean,
+            which keeps the place and position of one of them (ToMe's matching; without its weighting of attention by
+            size, which the model would have to learn).
+        query: which text ranks a frame by `"attention"`. `"next"`: the first text token after the frame, so that
+            nothing later decides what earlier tokens see: chunked streams, cached and uncached generation and
+            training agree. `"last"` (FastV): the last token of the row in the call; in `generate`, of the prompt. In a
+            forward over prompt and answer that is a token of the answer, so losses measured there are not those of
+            generation, and training is refused.
+        always_keep: `"last"`: the last vision token of each frame is one of those kept; `"none"`.
+        seed: of the random score, >= 0.
+        attention: attention implementation of the reduced blocks, as in `MoDConfig`.
+    """
+
+    keep: float = 0.5
+    after: int = 2
+    score: str = "attention"
+    query: str = "next"
+    always_keep: str = "none"
+    seed: int = 0
+    attention: str | None = None
+
+    def __post_init__(self) -> None:
+        check_ratio("keep", self.keep)
+        check_count("after", self.after)
+        check_count("seed", self.seed)
+        choices: tuple[tuple[str, tuple[Any, ...]], ...] = (
+            ("score", SCORES),
+            ("query", QUERIES),
+            ("always_keep", ("none", "last")),
+            ("attention", ATTENTIONS),
+        )
+        for name, allowed in choices:
+            check_choice(name, getattr(self, name), allowed)
+        if self.score == "attention" and self.after == 0:
+            raise ValueError(
+                "after is 0; expected at least 1 for score='attention', which the block before is read for."
+            )
+        if self.score == "similarity" and self.always_keep != "none":
+            raise ValueError("always_keep is 'last'; expected 'none' for score='similarity', which drops no token.")
+
+
+@dataclass(frozen=True)
+class ReductionPolicy:
+    """One reduced block: the first one chooses, the others follow."""
+
+    config: TokenReductionConfig
+    index: int
+
+    def prepare(self, groups: TokenGroups) -> None:
+        """Count the tokens to be kept, and see that the text that ranks them is there."""
+        groups.budget(self.config.keep)
+        if self.config.score == "attention" and groups.has_vision and self.index == self.config.after:
+            ranking_queries(groups, self.config.query)
+
+    def enter(self, block: nn.Module, x_BTD: Tensor, groups: TokenGroups) -> Tensor:
+        """At the first reduced block, write merged tokens over those that represent them."""
+        if self.config.score != "similarity" or self.index != self.config.after or not groups.has_vision:
+            return x_BTD
+        if _OWNERS not in groups.shared:
+            groups.shared[_OWNERS] = _owners(x_BTD.detach(), groups, self.config.keep)
+        return _merged(x_BTD, groups, groups.shared[_OWNERS])
+
+    def select(self, block: nn.Module, x_BTD: Tensor, groups: TokenGroups) -> Selection:
+        """What the first reduced block of this forward chose."""
+        chosen: Selection | None = groups.shared.get(_SELECTION)
+        if chosen is None:
+            with torch.no_grad():
+                scores = self._scores(block, x_BTD.detach(), groups)
+                chosen = select(scores, groups, self.config.keep, self.config.always_keep == "last")
+        elif chosen.index_BS.device != x_BTD.device:
+            chosen = chosen.to(x_BTD.device)
+        groups.shared[_SELECTION] = chosen
+        return chosen
+
+    def _scores(self, block: nn.Module, x_BTD: Tensor, groups: TokenGroups) -> Tensor:
+        score = self.config.score
+        if not groups.has_vision:
+            return x_BTD.new_zeros(groups.shape)
+        if score == "norm":
+            return norm_scores(x_BTD)
+        if score == "random":
+            return random_scores(groups, self.config.seed, block.training)
+        if score == "uniform":
+            return uniform_scores(groups, self.config.keep)
+        if score == "similarity":
+            return _represents(groups)
+        if self.config.query == "last" and block.training:
+            raise ValueError(
+                "score='attention' with query='last' ranks by the last token of a row, in training one of the answer, "
+                "which would choose what its own prediction sees; train with query='next'."
+            )
+        scores: Tensor | None = groups.shared.get(ATTENTION_SCORES)
+        if scores is None:
+            raise RuntimeError(
+                f"block {self.index - 1} did not report its attention: its self-attention does not ask its config "
+                "which function to call. Use another score."
+            )
+        return scores.to(x_BTD.device)
+
+    def gate(self, block: nn.Module, x_BSD: Tensor, selection: Selection, groups: TokenGroups) -> Tensor | None:
+        """No gate: what is kept is processed as it is."""
+        return None
+
+
+def _owners(x_BTD: Tensor, groups: TokenGroups, keep: float) -> Tensor:
+    """Flat positions [G, N] of the token that each token of a group is merged into; unused entries hold B * T."""
+    flat_MD = torch.cat([x_BTD.flatten(0, 1), x_BTD.new_zeros(1, x_BTD.shape[-1])])
+    owner_GN = match_similar(flat_MD[groups.table_GN], groups.sizes, groups.budget(keep).host_G)
+    return groups.table_GN.gather(1, owner_GN)
+
+
+def _merged(x_BTD: Tensor, groups: TokenGroups, owners_GN: Tensor) -> Tensor:
+    """`x` with the mean of all it stands for in the place of each representative, summed in fp32."""
+    flat_MD = x_BTD.flatten(0, 1)
+    rows = torch.arange(len(flat_MD) + 1, device=x_BTD.device)
+    into_M = rows.scatter(0, groups.table_GN.flatten(), owners_GN.flatten())[:-1]
+    wide = flat_MD.to(torch.promote_types(x_BTD.dtype, torch.float32))
+    sums_MD = torch.zeros_like(wide).index_add(0, into_M, wide)
+    counts_M = torch.zeros(len(wide), device=wide.device).index_add(0, into_M, torch.ones_like(wide[:, 0]))
+    means_MD = (sums_MD / counts_M.clamp(min=1)[:, None]).to(x_BTD.dtype)
+    return torch.where(counts_M[:, None] > 0, means_MD, flat_MD).view(x_BTD.shape)
+
+
+def _represents(groups: TokenGroups) -> Tensor:
+    """Scores [B, T]: 1 where a token stands for a merged set, else 0."""
+    batch, length = groups.shape
+    scores = torch.zeros(batch * length + 1, device=groups.layout_BT.device)
+    scores.scatter_(0, groups.shared[_OWNERS].flatten(), 1.0)
+    return scores[:-1].view(batch, length)
+
+
+@register(TokenReductionConfig, "hf_decoder")
+def reduce_decoder(config: TokenReductionConfig, view: TokenView) -> list[Change]:
+    """The changes that reduce the tokens of a decoder.
+
+    Raises:
+        ValueError: the model has too few blocks.
+    """
+    count = len(view.blocks)
+    if config.after >= count:
+        raise ValueError(f"after is {config.after}; expected 0 to {count - 1}: the model has {count} blocks.")
+    reduced = range(config.after, count)
+    policies = {i: ReductionPolicy(config, i) for i in reduced}
+    changes = view.subset_changes(policies, {i: {} for i in reduced}, config.attention)
+    if config.score == "attention":
+        changes += view.probe_changes(config.after - 1, config.query)
+    return changes
