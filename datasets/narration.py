@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mmskip.datasets.ego4d import PASSES, NarratedVideo, load_narrations
+from mmskip.datasets.annotated import NarratedVideo
+from mmskip.datasets.annotations import load_narrations
 from mmskip.datasets.features import (
     count_frames,
     encode_videos,
@@ -176,7 +177,7 @@ class NarrationData(LightningDataModule):
         check_tower_name(self.tower_args["name"])
         self.generated, self.annotations = generated, annotations
         self.video_dir = _check_sources(annotations, video_dir)
-        self.passes = tuple(narration_passes or PASSES[:1])
+        self.passes = tuple(narration_passes or ())
         self.encode_device, self.tokenizer_name = encode_device, tokenizer
         self.fps, self.batch_size = fps, batch_size
         self.eval_batch_size = eval_batch_size or batch_size

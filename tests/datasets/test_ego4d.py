@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from mmskip.datasets.ego4d import clean_text, load_narrations
+from mmskip.datasets.annotations import load_narrations
+from mmskip.datasets.ego4d import clean_text
 from mmskip.datasets.video import write_video
 
 

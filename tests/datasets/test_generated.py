@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mmskip.datasets.ego4d import load_narrations
+from mmskip.datasets.annotations import load_narrations
 from mmskip.datasets.generated import SPLITS, GeneratedConfig, generate, video_uid, world_of
 from mmskip.datasets.scene import SceneConfig
 from mmskip.datasets.turns import frame_index
