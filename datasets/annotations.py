@@ -127,8 +127,8 @@ def load_narrations(
         check_videos: read every video's packets to find broken files and narrations past the end. Without it both are
             found later, when the video is encoded.
         format: as for `read_annotations`.
-        narrate_at: when a segment is told: at its "end", its "start", or when the annotator has "spoken" (EPIC-KITCHENS);
-            None: when spoken where that is known, else at the end.
+        narrate_at: when a segment is told: at its "end", its "start", or when the annotator has "spoken"
+            (EPIC-KITCHENS); None: when spoken where that is known, else at the end.
         redactions: Ego4D's `ego4d.json`; narrations that touch a redacted interval are left out.
         encoded: uids whose features exist already: their video files may be missing.
 

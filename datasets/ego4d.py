@@ -59,8 +59,8 @@ def _is_entry(entry: Any) -> bool:
 
 
 def read_lta(path: Path, passes: Sequence[str], report: LoadReport) -> list[Annotated]:
-    """`fho_lta_<set>.json` (long-term anticipation): actions as "verb noun" with their times in a clip. The clips may be
-    files of their own (named by `clip_uid`) or parts of the whole video (`video_uid`).
+    """`fho_lta_<set>.json` (long-term anticipation): actions as "verb noun" with their times in a clip. The clips
+    may be files of their own (named by `clip_uid`) or parts of the whole video (`video_uid`).
 
     Raises:
         ValueError: another schema.

@@ -1,11 +1,9 @@
-"""The DataModule of streaming narration: the embedded generated set, or Ego4D-format narrations with their videos."""
+"""The DataModule of streaming narration: the embedded generated set, or annotated videos of any known format."""
 
-import json
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,27 +13,26 @@ import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mmskip.datasets.annotated import NarratedVideo
-from mmskip.datasets.annotations import load_narrations
+from mmskip.datasets.annotated import NarratedVideo, read_json
+from mmskip.datasets.annotations import check_format, find_videos, load_narrations
 from mmskip.datasets.features import (
-    count_frames,
+    FeatureStore,
     encode_videos,
     features_key,
-    features_path,
-    is_current,
-    read_features,
     read_statistics,
     write_statistics,
+    write_tower,
 )
 from mmskip.datasets.generated import SPLITS, GeneratedConfig, generate
 from mmskip.datasets.resumable import ResumableLoader
+from mmskip.datasets.samples import Entry, NarrationDataset, UnrepeatedSampler, check_sources
 from mmskip.datasets.tokenizer import StreamTokens, prepare_tokenizer, train_tokenizer
-from mmskip.datasets.turns import Turn, build_sample, collate_narration, plan_turns, split_turns
+from mmskip.datasets.turns import collate_narration, plan_turns, split_turns
 from mmskip.datasets.video import read_video
-from mmskip.files import whole, write_json
+from mmskip.files import whole
 from mmskip.models.vision_tower import VisionTower, check_tower_name, tower_id
 
 # The embedded set's tower: random weights, one patch per cell of the stage, one block.
@@ -49,57 +46,6 @@ PICTURE_SIZE = 224
 _STATISTICS_VIDEOS = 100
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One sample of a split: which turns of which video (`path`: its file)."""
-
-    uid: str
-    video_uid: str
-    turns: tuple[Turn, ...]
-    path: Path
-
-    @property
-    def first_frame(self) -> int:
-        """The video's frame that opens the sample."""
-        return self.turns[0].frames[0] - 1
-
-
-class NarrationDataset(Dataset[dict[str, Any]]):
-    """Samples of one split, tokenized on access (`mmskip.datasets.turns.build_sample`).
-
-    Args:
-        entries: the samples.
-        folder: the feature cache.
-        key: its `features_key`.
-        tokens: the tokenizer's stream tokens.
-        instruction: text behind `<bos>`.
-        blank: replace all features by zeros (the control that sees no video).
-    """
-
-    def __init__(
-        self,
-        entries: list[Entry],
-        folder: Path,
-        key: str,
-        tokens: StreamTokens,
-        instruction: str = "",
-        blank: bool = False,
-    ) -> None:
-        self.entries, self.folder, self.key = entries, folder, key
-        self.tokens, self.instruction, self.blank = tokens, instruction, blank
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        entry = self.entries[index]
-        frames = slice(entry.first_frame, entry.turns[-1].frames[1])
-        features = read_features(features_path(self.folder, entry.video_uid), self.key, frames)
-        if self.blank:
-            features = torch.zeros_like(features)
-        return build_sample(entry.turns, features, self.tokens, entry.uid, entry.first_frame, self.instruction)
-
-
 class NarrationData(LightningDataModule):
     """Streaming narration of videos: batches of `collate_narration`.
 
@@ -109,9 +55,16 @@ class NarrationData(LightningDataModule):
     Args:
         root: folder for everything that is made here.
         generated: settings of the embedded set.
-        annotations: Ego4D-format narration file per split ("train", "val", "test"); splits may be missing.
+        annotations: annotation file per split ("train", "val", "test"); splits may be missing. Without "train" a
+            `tokenizer` must be given.
         video_dir: folder of videos, one for all splits or one per split; with `annotations` only.
-        narration_passes: Ego4D's annotators to use.
+        format: of the annotations, see `mmskip.datasets.annotations`; "auto": found out per file.
+        narration_passes: annotators (or levels) to use; None: the format's first.
+        narrate_at: when an annotated segment is told: "end", "start" or "spoken"; None: when it was spoken where that
+            is known, else at its end.
+        redactions: Ego4D's metadata file `ego4d.json`, whose redacted intervals are left out.
+        features_dir: folder of features, as `python -m mmskip.datasets.encode` fills it (`--out`); None: under `root`.
+            Videos whose features lie there need not exist.
         tower: `timm/...` or `open_clip/...`; None: the embedded set's small random tower, of given size and
             arguments.
         tower_pretrained, grid, image_size, tower_kwargs, tower_seed: as for `VisionTower`.
@@ -137,7 +90,11 @@ class NarrationData(LightningDataModule):
         generated: GeneratedConfig = _EMBEDDED,
         annotations: dict[str, str] | None = None,
         video_dir: str | dict[str, str] | None = None,
+        format: str = "auto",
         narration_passes: list[str] | None = None,
+        narrate_at: str | None = None,
+        redactions: str | None = None,
+        features_dir: str | None = None,
         tower: str | None = None,
         tower_pretrained: bool = False,
         grid: int = 3,
@@ -176,8 +133,14 @@ class NarrationData(LightningDataModule):
         } | embedded
         check_tower_name(self.tower_args["name"])
         self.generated, self.annotations = generated, annotations
-        self.video_dir = _check_sources(annotations, video_dir)
-        self.passes = tuple(narration_passes or ())
+        self.video_dir = check_sources(annotations, video_dir)
+        check_format(format, narration_passes, narrate_at)
+        self.source = {
+            "format": format,
+            "passes": tuple(narration_passes) if narration_passes else None,
+            "narrate_at": narrate_at,
+            "redactions": redactions,
+        }
         self.encode_device, self.tokenizer_name = encode_device, tokenizer
         self.fps, self.batch_size = fps, batch_size
         self.eval_batch_size = eval_batch_size or batch_size
@@ -187,11 +150,15 @@ class NarrationData(LightningDataModule):
         self.blank = blank
         self.folder = Path(root) / (f"embedded-{generated.id}" if annotations is None else "narrated")
         self.features_key = features_key(tower_id(**self.tower_args), fps)
-        self.features_folder = self.folder / "features" / self.features_key
+        self.features_folder = Path(features_dir or self.folder / "features") / self.features_key
+        self.store = FeatureStore(self.features_folder, self.features_key)
         self.counts: dict[str, Counter[str]] = {}
+        self.broken: dict[str, str] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._shape: dict[str, int] | None = None
+        self._dim: int | None = None
         self._datasets: dict[str, NarrationDataset] = {}
+        if annotations is not None and tokenizer is None and "train" not in annotations:
+            self._check_tokenizer()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -213,7 +180,11 @@ class NarrationData(LightningDataModule):
     @property
     def feature_dim(self) -> int:
         """C, channels of a frame feature."""
-        return self._tower_shape()["dim"]
+        if self._dim is None:
+            # read from the cache, so that a finished one needs no tower
+            exists = self._shape_path.exists()
+            self._dim = read_json(self._shape_path)["shape"]["dim"] if exists else VisionTower(**self.tower_args).dim
+        return self._dim
 
     @property
     def frame_tokens(self) -> int:
@@ -233,18 +204,16 @@ class NarrationData(LightningDataModule):
             self._tokenizer = self._make_tokenizer()
         if self.annotations is None:
             generate(self.folder, self.generated)
-        videos = {(video.uid, video.path) for split in SPLITS for video in self._load(split) if self._has(split)}
-        paths = dict(videos)
-        if len(paths) < len(videos):
-            twice = sorted(uid for uid, path in videos if paths[uid] != path)
-            raise ValueError(f"video {twice[0]!r} of one split is another file in another split; rename one of them")
-        if not all(is_current(features_path(self.features_folder, uid), self.features_key, p) for uid, p in videos):
+        splits = [split for split in SPLITS if self._has(split)]
+        videos = {self._feature_name(s, video.uid): video.path for s in splits for video in self._load(s)}
+        if not all(self.store.is_current(name, path) for name, path in videos.items()):
             device = self.encode_device
             if device == "auto":
                 device = "cuda" if torch.cuda.is_available() else "cpu"
             tower = tower or VisionTower(**self.tower_args)
-            self._write_shape(tower)
-            report = encode_videos(tower, sorted(videos), self.features_folder, self.fps, device)
+            write_tower(self.features_folder, self.tower_args, self.fps, tower.dim)
+            report = encode_videos(tower, sorted(videos.items()), self.features_folder, self.fps, device)
+            self.broken = report.broken
             if report.broken:
                 names = "; ".join(list(report.broken.values())[:3])
                 warnings.warn(f"{len(report.broken)} of {len(videos)} videos left out: {names}", stacklevel=2)
@@ -309,7 +278,7 @@ class NarrationData(LightningDataModule):
 
     def _eval_loader(self, split: str) -> DataLoader:
         dataset = self.dataset(split)
-        return self._loader(dataset, _UnrepeatedSampler(dataset, *self._ranks()), self.eval_batch_size)
+        return self._loader(dataset, UnrepeatedSampler(dataset, *self._ranks()), self.eval_batch_size)
 
     def _loader(self, dataset: NarrationDataset, sampler: DistributedSampler, batch_size: int) -> DataLoader:
         collate = partial(collate_narration, pad_token_id=self.tokens.pad, padding_side=self.padding_side)
@@ -330,9 +299,23 @@ class NarrationData(LightningDataModule):
             source, videos = self.folder / split / "narrations.json", self.folder / split / "videos"
         else:
             source, videos = Path(self.annotations[split]), Path(self.video_dir[split])
-        loaded, report = load_narrations(source, videos, self.passes, check_videos=False)
+        encoded = () if self.annotations is None else self.store.names()
+        loaded, report = load_narrations(source, videos, check_videos=False, encoded=encoded, **self.source)
         self.counts[split] = Counter(report.counts)
         return loaded
+
+    def _feature_name(self, split: str, uid: str) -> str:
+        """Name of a video's features: its uid, with the split where another split has another file of that name."""
+        if self.annotations is None:
+            return uid
+        own = self._files.get(self.video_dir[split], {}).get(uid)
+        others = {files[uid] for files in self._files.values() if uid in files}
+        return uid if own is None or others == {own} else f"{uid}@{split}"
+
+    @cached_property
+    def _files(self) -> dict[str, dict[str, Path]]:
+        """The video files of each folder."""
+        return {folder: find_videos(Path(folder)) for folder in set(self.video_dir.values())}
 
     def _dataset(self, split: str) -> NarrationDataset:
         entries: list[Entry] = []
@@ -340,46 +323,57 @@ class NarrationData(LightningDataModule):
         videos = self._load(split)
         counts = self.counts[split]
         for video in videos:
-            cached = features_path(self.features_folder, video.uid)
-            if not cached.exists():
+            features = self._feature_name(split, video.uid)
+            if features not in self.store:
                 counts["corrupt video"] += 1
                 continue
-            turns, dropped = plan_turns(video.narrations, self.fps, count_frames(cached), self.min_words)
+            turns, dropped = plan_turns(video.narrations, self.fps, self.store.count_frames(features), self.min_words)
             samples, cut = split_turns(
                 turns, tokens, self.frame_tokens, self.max_frames, self.max_tokens, self.instruction
             )
             counts.update(dropped)
             counts.update(cut)
-            name = video.uid if len(self.passes) == 1 else f"{video.uid}/{video.annotator}"
+            name = video.uid if len(self.source["passes"] or ()) < 2 else f"{video.uid}/{video.annotator}"
             for number, sample in enumerate(samples):
                 uid = name if len(samples) == 1 else f"{name}#{number}"
-                entries.append(Entry(uid, video.uid, tuple(sample), video.path))
+                entries.append(Entry(uid, features, tuple(sample), video.path, self.instruction))
         if not entries:
             raise ValueError(f"split {split!r} has no usable sample ({dict(counts)}); run prepare_data first")
         if counts:
             report = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
             rank_zero_info(f"{split}: {len(entries)} samples; left out or changed: {report}")
-        return NarrationDataset(entries, self.features_folder, self.features_key, tokens, self.instruction, self.blank)
+        return NarrationDataset(entries, self.store, tokens, self.blank)
 
     @property
     def _statistics_path(self) -> Path:
-        return self.features_folder / "statistics"
+        return self.features_folder / f"statistics{self._data_id}"
 
     def _write_statistics(self) -> None:
         """Over the first training videos (of the first split there is, without training): enough, and quick."""
+        if self._statistics_path.exists():
+            return
         split = next(split for split in SPLITS if self._has(split))
-        paths = (features_path(self.features_folder, video.uid) for video in self._load(split))
-        files = [path for path in paths if path.exists()][:_STATISTICS_VIDEOS]
-        if not self._statistics_path.exists():
-            write_statistics(self._statistics_path, files)
+        names = [self._feature_name(split, video.uid) for video in self._load(split)]
+        write_statistics(self._statistics_path, self.store, [n for n in names if n in self.store][:_STATISTICS_VIDEOS])
+
+    @property
+    def _data_id(self) -> str:
+        """Ending for the files that depend on the annotations: others have other words and other videos."""
+        if self.annotations is None:
+            return ""
+        files = [(split, path, Path(path).stat().st_size) for split, path in sorted(self.annotations.items())]
+        return f"-{sha256(repr((files, self.source['passes'])).encode()).hexdigest()[:10]}"
 
     @property
     def _tokenizer_folder(self) -> Path:
-        """Other annotations have other words, so their tokenizer lies elsewhere."""
-        if self.annotations is None:
-            return self.folder / "tokenizer"
-        files = [(split, path, Path(path).stat().st_size) for split, path in sorted(self.annotations.items())]
-        return self.folder / f"tokenizer-{sha256(repr((files, self.passes)).encode()).hexdigest()[:10]}"
+        return self.folder / f"tokenizer{self._data_id}"
+
+    def _check_tokenizer(self) -> None:
+        if not self._tokenizer_folder.exists():
+            raise ValueError(
+                f"annotations has {sorted(self.annotations or {})} and no 'train', whose words the tokenizer is made "
+                "of; give tokenizer=FOLDER (a training run has its own in <run>/tokenizer), or training annotations"
+            )
 
     def _make_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer_name is not None:
@@ -400,45 +394,3 @@ class NarrationData(LightningDataModule):
     @property
     def _shape_path(self) -> Path:
         return self.features_folder / "tower.json"
-
-    def _tower_shape(self) -> dict[str, int]:
-        """Channels of the tower; read from the cache, so a finished cache needs no tower."""
-        if self._shape is None and self._shape_path.exists():
-            self._shape = json.loads(self._shape_path.read_text())["shape"]
-        if self._shape is None:
-            self._shape = {"dim": VisionTower(**self.tower_args).dim}
-        return self._shape
-
-    def _write_shape(self, tower: VisionTower) -> None:
-        write_json({"tower": self.tower_args, "fps": self.fps, "shape": {"dim": tower.dim}}, self._shape_path)
-
-
-class _UnrepeatedSampler(DistributedSampler):
-    """Every sample once, dealt round the ranks in order. (Lightning leaves a DistributedSampler as it is.)"""
-
-    def __init__(self, dataset: Dataset, world: int, rank: int) -> None:
-        super().__init__(dataset, world, rank, shuffle=False)
-        self.indices = range(rank, len(dataset), world)  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-
-def _check_sources(annotations: dict[str, str] | None, video_dir: str | dict[str, str] | None) -> dict[str, str]:
-    """The video folder of every split; all files and folders must exist."""
-    if annotations is None:
-        if video_dir is not None:
-            raise ValueError(f"video_dir={video_dir!r} needs annotations as well")
-        return {}
-    if unknown := set(annotations) - set(SPLITS):
-        raise ValueError(f"annotations has unknown splits {sorted(unknown)}; known: {SPLITS}")
-    folders = video_dir if isinstance(video_dir, dict) else dict.fromkeys(annotations, video_dir or "")
-    for split, path in annotations.items():
-        if not Path(path).is_file():
-            raise ValueError(f"annotations[{split!r}]: no such file: {path}")
-        if not folders.get(split) or not Path(folders[split]).is_dir():
-            raise ValueError(f"video_dir for {split!r}: no such folder: {folders.get(split)!r}")
-    return folders

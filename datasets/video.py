@@ -35,7 +35,7 @@ class VideoInfo:
         duration_s: seconds from the first frame's start to the last frame's end.
         source_fps: frames per second, averaged over the video.
         num_frames: frames in the file.
-        height, width: pixels.
+        height, width: pixels, as the video is shown: turned where its metadata say so (phones).
     """
 
     duration_s: float
@@ -201,6 +201,7 @@ class _Scan:
     info: VideoInfo
     starts_s: np.ndarray
     first_pts: int
+    quarter_turns: int  # counter-clockwise, from the stored frame to the shown one: 0..3
 
 
 def _scan(path: Path) -> _Scan:
@@ -236,8 +237,20 @@ def _scan(path: Path) -> _Scan:
         raise VideoError(
             f"{path}: truncated: {_count_decodable(path)} {total} can be decoded; copy the file again or leave it out"
         )
+    turns = _quarter_turns(path)
+    if turns % 2:
+        height, width = width, height
     info = VideoInfo(duration, len(starts) / duration, len(starts), height, width)
-    return _Scan(info, starts, packets[0][0])
+    return _Scan(info, starts, packets[0][0], turns)
+
+
+def _quarter_turns(path: Path) -> int:
+    """Counter-clockwise quarter turns that the metadata ask for: they come with the first frame."""
+    try:
+        with av.open(str(path)) as container:
+            return round(next(container.decode(video=0)).rotation / 90) % 4
+    except (FFmpegError, StopIteration):
+        return 0  # nothing can be decoded: that is told when the frames are asked for
 
 
 def _read_packets(container: Any, stream: Any) -> tuple[list[tuple[int, int]], bool]:
@@ -288,7 +301,8 @@ def _count_decodable(path: Path) -> int:
 def _decode(path: Path, scan: _Scan, wanted: np.ndarray) -> Iterator[np.ndarray]:
     """Yield the frames at these (ascending, distinct) indices in display order, uint8 [<= _CHUNK, H, W, 3]."""
     done = 0
-    if importlib.util.find_spec("decord") is not None:
+    # decord turns frames by itself, but those of a quarter turn come out broken
+    if importlib.util.find_spec("decord") is not None and not scan.quarter_turns:
         for chunk in _decode_decord(path, scan, wanted):
             done += len(chunk)
             yield chunk
@@ -328,7 +342,7 @@ def _decode_av(path: Path, scan: _Scan, wanted: np.ndarray) -> Iterator[np.ndarr
             for frame in container.decode(stream):
                 if frame.pts is None or abs((frame.pts - scan.first_pts) * base - starts[done]) > 1e-6:
                     continue
-                chunk.append(frame.to_ndarray(format="rgb24"))
+                chunk.append(np.rot90(frame.to_ndarray(format="rgb24"), scan.quarter_turns))
                 done += 1
                 if len(chunk) == _CHUNK or done == len(starts):
                     yield np.stack(chunk)

@@ -290,3 +290,27 @@ def test_settings_come_from_yaml():
     assert data.generated.val == GeneratedConfig().val
     with pytest.raises(SystemExit):
         parser.parse_string("data:\n  generated:\n    trian: 7\n")
+
+
+def test_annotations_without_training_words_need_a_tokenizer(ego4d, tmp_path):
+    test_only = ego4d | {"annotations": {"test": ego4d["annotations"]["val"]}}
+    with pytest.raises(ValueError, match=r"annotations has \['test'\] and no 'train'.*give tokenizer=FOLDER"):
+        make(tmp_path / "out", **test_only)
+    make(tmp_path / "out", **ego4d).tokenizer.save_pretrained(tmp_path / "mine")
+    data = make(tmp_path / "out", tokenizer=str(tmp_path / "mine"), **test_only)
+    data.prepare_data()
+    assert next(iter(data.test_dataloader()))["uid"] == ["two"]
+
+
+def test_one_name_for_different_videos_of_two_splits(ego4d, tmp_path):
+    """Each split gets the features of its own file."""
+    other = tmp_path / "other"
+    write_video(other / "two.mp4", np.zeros((20, 48, 64, 3), np.uint8), fps=4)
+    shutil.copytree(tmp_path / "videos", tmp_path / "first", ignore=shutil.ignore_patterns("cut.mp4"))
+    folders = {"train": str(tmp_path / "first"), "val": str(other)}
+    data = ready(tmp_path / "out", **(ego4d | {"video_dir": folders}))
+    train = {sample["uid"]: sample["features"] for sample in data.dataset("train")}
+    (val,) = list(data.dataset("val"))
+    assert train["two"].shape == val["features"].shape and not torch.equal(train["two"], val["features"])
+    again = ready(tmp_path / "out", **(ego4d | {"video_dir": folders}))
+    assert torch.equal(again.dataset("val")[0]["features"], val["features"])

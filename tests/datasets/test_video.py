@@ -222,3 +222,27 @@ def test_writing_refuses_what_the_codec_would_change(tmp_path):
     with pytest.raises(VideoError, match="differ in shape"):
         write_video(path, [np.zeros((32, 32, 3), np.uint8), np.zeros((16, 32, 3), np.uint8)], 4)
     assert list(tmp_path.iterdir()) == [], "a refused video must leave nothing behind"
+
+
+@pytest.mark.parametrize(("degrees", "corner"), [(0, (0, 0)), (90, (1, 0)), (180, (1, 1)), (270, (0, 1))])
+@pytest.mark.parametrize("with_decord", [True, False])
+def test_a_phone_video_is_turned_as_its_metadata_say(tmp_path, degrees, corner, with_decord, monkeypatch):
+    """The stored frame is white in its top left corner; degrees are counter-clockwise."""
+    if not with_decord:
+        monkeypatch.setattr(video.importlib.util, "find_spec", lambda name: None)
+    path = tmp_path / "phone.mp4"
+    image = np.zeros((48, 64, 3), np.uint8)
+    image[:24, :32] = 255
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=4)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        stream.set_display_rotation(degrees)
+        for _ in range(8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    info, sampled = video_info(path), read_video(path, fps=2)
+    shape = (48, 64) if degrees % 180 == 0 else (64, 48)
+    assert (info.height, info.width) == sampled.frames.shape[1:3] == shape
+    quarters = sampled.frames[:, [4, -5]][:, :, [4, -5]].mean(-1)
+    assert (quarters.argmax(-1).max(), quarters.max(-1).argmax(-1).max()) == (corner[1], corner[0])
+    assert read_video(path, fps=2, size=24).frames.shape == (4, 24, 24, 3)
