@@ -261,7 +261,7 @@ def read_statistics(path: str | Path) -> tuple[Tensor, Tensor]:
 
 
 def write_tower(folder: Path, tower_args: dict[str, Any], fps: float, dim: int) -> None:
-    """Write `tower.json` into a feature folder: what made the features, for people and to know its channels without it."""
+    """Write `tower.json` into a feature folder: what made the features, and their channels."""
     content = {"tower": tower_args, "fps": fps, "shape": {"dim": dim}}
     write_json(content, folder / "tower.json")
 

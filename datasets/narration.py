@@ -135,7 +135,7 @@ class NarrationData(LightningDataModule):
         self.generated, self.annotations = generated, annotations
         self.video_dir = check_sources(annotations, video_dir)
         check_format(format, narration_passes, narrate_at)
-        self.source = {
+        self.source: dict[str, Any] = {
             "format": format,
             "passes": tuple(narration_passes) if narration_passes else None,
             "narrate_at": narrate_at,

@@ -1,6 +1,7 @@
 """Files written whole: an interrupted write leaves what stood there before."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -33,5 +34,22 @@ def write_text(text: str, path: str | Path) -> Path:
 
 
 def write_json(values: Any, path: str | Path, indent: int | None = 2) -> Path:
-    """Write JSON whole; returns the path."""
-    return write_text(json.dumps(values, indent=indent) + "\n", path)
+    """Write JSON whole; returns the path. JSON knows no infinity and no NaN: they become null, and an entry "not_finite"
+    of a dict says where they stood (`{"metrics.lm_ppl": "inf"}`)."""
+    found: dict[str, str] = {}
+    values = _finite(values, "", found)
+    if found and isinstance(values, dict):
+        values = {**values, "not_finite": found}
+    return write_text(json.dumps(values, indent=indent, allow_nan=False) + "\n", path)
+
+
+def _finite(value: Any, place: str, found: dict[str, str]) -> Any:
+    """`value` with None for every number that is not finite; these are noted in `found`."""
+    if isinstance(value, float) and not math.isfinite(value):
+        found[place] = str(value)
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item, f"{place}.{key}" if place else str(key), found) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item, f"{place}.{index}" if place else str(index), found) for index, item in enumerate(value)]
+    return value

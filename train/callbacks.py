@@ -213,7 +213,8 @@ class NarrationReport(Callback):
     def _write(self, folder: Path, results: dict[str, Any], figures: dict[str, Any], parts: list[str]) -> None:
         write_json(results, folder / "results.json")
         points = report.comparable_points(results, folder, folder.parent.parent)
-        figures["quality_compute"] = viz.quality_against_compute(points)
+        if points:
+            figures["quality_compute"] = viz.quality_against_compute(points)
         paths = [viz.save_png(figure, folder / f"{name}.png") for name, figure in figures.items()]
         parts.append("written to " + ", ".join(str(path) for path in [folder / "results.json", *paths]))
         write_text("\n\n".join(parts) + "\n", folder / "report.txt")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,10 @@ def model_label(methods: Sequence[Mapping[str, Any]]) -> str:
 
 
 def task_id(samples: Iterable[Any]) -> str:
-    """A name of what was evaluated: equal ids, equal samples, so that results can be compared."""
-    return hashlib.sha256("\n".join(sorted(map(repr, samples))).encode()).hexdigest()[:16]
+    """A name of what was evaluated: equal ids, equal samples, so that results can be compared. It depends on frames,
+    texts and times of the samples (uid, turns), not on how a model lays them out in tokens."""
+    told = [(uid, [(turn.frames, turn.narration, turn.time_s) for turn in turns]) for uid, turns in samples]
+    return hashlib.sha256("\n".join(sorted(map(repr, told))).encode()).hexdigest()[:16]
 
 
 def comparable_points(own: Mapping[str, Any], own_folder: Path, runs: Path) -> list[dict[str, Any]]:
@@ -104,8 +107,9 @@ def comparable_points(own: Mapping[str, Any], own_folder: Path, runs: Path) -> l
         same = results["task"] == own["task"] and results["stage"] == own["stage"]
         if same and path.parent != own_folder and results["name"] != own["name"]:
             newest[results["name"]] = results
-    points = [_point(results) for results in newest.values()]
-    return [*points, {**_point(own), "highlight": True}]
+    points = [*map(_point, newest.values()), {**_point(own), "highlight": True}]
+    # a hopeless model has an infinite perplexity, which a file holds as null
+    return [point for point in points if point["value"] is not None and math.isfinite(point["value"])]
 
 
 def _point(results: Mapping[str, Any]) -> dict[str, Any]:

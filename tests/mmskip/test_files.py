@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -26,6 +27,15 @@ def test_a_write_that_fails_leaves_the_file_before_and_nothing_else(tmp_path, mo
     with pytest.raises(OSError, match="disk full"):
         write_text("x", path)
     assert json.loads(path.read_text()) == {"x": 1} and names(path.parent) == ["results.json"]
+
+
+def test_numbers_json_does_not_know_are_null_and_named(tmp_path):
+    path = write_json({"metrics": {"ppl": math.inf, "list": [1.0, math.nan]}, "x": 1}, tmp_path / "a.json")
+    assert json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name)) == {
+        "metrics": {"ppl": None, "list": [1.0, None]},
+        "x": 1,
+        "not_finite": {"metrics.ppl": "inf", "metrics.list.1": "nan"},
+    }
 
 
 def test_a_folder_is_moved_whole(tmp_path):

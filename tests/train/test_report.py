@@ -61,6 +61,22 @@ def test_points_are_the_newest_run_of_each_name_on_the_same_samples(tmp_path):
     assert [point["label"] for point in points if point.get("highlight")] == ["own (x)"]
 
 
+def test_a_task_is_known_by_its_data_not_by_its_tokens():
+    turn = TurnSpan((1, 3), (5, 8), (9, 12), "red circle enters", 1.0)
+    own = report.task_id([("v", (turn,))])
+    assert own == report.task_id([("v", (turn.shifted(7),))])
+    for other in (turn._replace(narration="it hides"), turn._replace(time_s=0.9), turn._replace(frames=(1, 2))):
+        assert own != report.task_id([("v", (other,))])
+    assert own != report.task_id([("w", (turn,))])
+
+
+def test_a_hopeless_run_is_not_drawn(tmp_path):
+    write_json(results("hopeless", math.inf), tmp_path / "hopeless" / "1" / "results.json")
+    own = report.comparable_points(results("own", 2.0), tmp_path / "own" / "1", tmp_path)
+    assert [point["label"] for point in own] == ["own (x)"]
+    assert report.comparable_points(results("own", math.inf), tmp_path / "own" / "1", tmp_path) == []
+
+
 def test_labels_say_what_differs():
     assert report.model_label([]) == "dense"
     method = {"class_path": "mmskip.MoDConfig", "init_args": {"keep": 0.2, "router": "random", "seed": 0}}
