@@ -34,8 +34,8 @@ def write_text(text: str, path: str | Path) -> Path:
 
 
 def write_json(values: Any, path: str | Path, indent: int | None = 2) -> Path:
-    """Write JSON whole; returns the path. JSON knows no infinity and no NaN: they become null, and an entry "not_finite"
-    of a dict says where they stood (`{"metrics.lm_ppl": "inf"}`)."""
+    """Write JSON whole; returns the path. JSON knows no infinity and no NaN: they become null, and an entry
+    "not_finite" of a dict says where they stood (`{"metrics.lm_ppl": "inf"}`)."""
     found: dict[str, str] = {}
     values = _finite(values, "", found)
     if found and isinstance(values, dict):
