@@ -4,7 +4,7 @@ Shape suffixes: B batch, T tokens, D width, G groups of the batch, N tokens of t
 the largest row after selection.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -199,16 +199,18 @@ class Selection:
         index_BS: LongTensor [B, S], kept positions of each row, ascending; padding slots repeat the last.
         valid_BS: BoolTensor [B, S], False on padding slots; None when all rows keep S tokens.
         keep_BT: BoolTensor [B, T], True on kept tokens.
+        kept_G: tokens kept of each group, on the host, [G]; None where the method does not say. Streams need it.
     """
 
     index_BS: Tensor
     valid_BS: Tensor | None
     keep_BT: Tensor
+    kept_G: np.ndarray | None = None
 
     def to(self, device: torch.device) -> "Selection":
         """The same selection on `device`."""
         valid = None if self.valid_BS is None else self.valid_BS.to(device)
-        return Selection(self.index_BS.to(device), valid, self.keep_BT.to(device))
+        return Selection(self.index_BS.to(device), valid, self.keep_BT.to(device), self.kept_G)
 
 
 def select(scores_BT: Tensor, groups: TokenGroups, keep: float, force_last: bool = False) -> Selection:
@@ -229,7 +231,7 @@ def select(scores_BT: Tensor, groups: TokenGroups, keep: float, force_last: bool
     if groups.has_vision:
         keep_flat.scatter_(0, _chosen(scores_BT, groups, budget, force_last).reshape(-1), True)
     keep_BT = keep_flat[:-1].view(batch, length)
-    return compact(keep_BT, budget.slots, budget.rows_B)
+    return replace(compact(keep_BT, budget.slots, budget.rows_B), kept_G=budget.host_G)
 
 
 def _chosen(scores_BT: Tensor, groups: TokenGroups, budget: Budget, force_last: bool) -> Tensor:

@@ -1,13 +1,8 @@
-"""Streaming with a video LLM: watch frame by frame, decide at each frame whether to speak, and narrate greedily.
+"""What streaming, scoring and training share: token ids of the template, the decision to speak, samples of a batch."""
 
-Shapes: T tokens of a chunk, F frames, N tokens per frame, D width.
-"""
-
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -86,81 +81,6 @@ def speaks(logits: Tensor, silent: int, threshold: float = 0.0) -> Tensor:
     if threshold <= 0:
         return argmax
     return argmax | (logits.float().softmax(-1)[..., silent] < threshold)
-
-
-def stream_narrations(
-    step: Callable[[list[int], Tensor | None], Tensor],
-    features: Tensor,
-    head: Sequence[int],
-    ids: TokenIds,
-    threshold: float,
-    max_new_tokens: int,
-) -> list[Utterance]:
-    """The streaming loop of VideoLLM-online.
-
-    Args:
-        step: takes text ids and, behind them, the features [1, N, C] of one frame (None: text alone); appends them to
-            the stream and returns the logits [V] behind the last token.
-        features: [F, N, C].
-        head: ids before the first frame (`<bos>`, instruction, `\\n[`).
-        ids: the token ids of the template.
-        threshold: see `speaks`.
-        max_new_tokens: longest narration, tokens.
-
-    Returns:
-        The narrations in order. The decision at the first frame is not learned and therefore not taken.
-    """
-    said = []
-    pending = list(head)
-    for frame in range(len(features)):
-        logits = step(pending, features[frame : frame + 1])
-        pending = [ids.silent]
-        if frame == 0 or not bool(speaks(logits, ids.silent, threshold)):
-            continue
-        words: list[int] = []
-        logits = step([ids.speak, *ids.assistant], None)
-        while (token := int(logits.argmax())) != ids.eos and len(words) < max_new_tokens:
-            words.append(token)
-            if len(words) < max_new_tokens:
-                logits = step([token], None)
-        # the eos, and a last word cut off by the limit, have not been seen by the model yet
-        unseen = words[-1:] if len(words) == max_new_tokens else []
-        pending = [*unseen, ids.eos, *ids.open]
-        said.append(Utterance(frame, tuple(words)))
-    return said
-
-
-class StreamState:
-    """The running stream of one video: everything fed so far, in the model's KV cache."""
-
-    def __init__(self, embed: Callable[[Tensor, Tensor, Tensor], Tensor], llm: Any, routed: bool, empty: Tensor):
-        """`embed` takes input_ids [1, T], layout [1, T] and features [F, N, C]; `empty` is features of no frame."""
-        self._embed, self._llm, self._routed, self._empty = embed, llm, routed, empty
-        self._cache: Any = None
-        self._frames = 0
-        self._seen = 0
-
-    def __call__(self, text: list[int], frame: Tensor | None) -> Tensor:
-        """Append `text`, then `frame` [1, N, C]; returns the logits [V] behind the last token."""
-        tokens = 0 if frame is None else frame.shape[1]
-        device = self._empty.device
-        ids = torch.tensor([[*text, *[0] * tokens]], device=device)
-        layout = torch.full_like(ids, -1)
-        if frame is not None:
-            layout[:, len(text) :] = self._frames
-            self._frames += 1
-        self._seen += ids.shape[1]
-        features = self._empty if frame is None else frame
-        out = self._llm(
-            inputs_embeds=self._embed(ids, layout, features),
-            attention_mask=torch.ones(1, self._seen, dtype=torch.long, device=device),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **({"layout": layout} if self._routed else {}),
-        )
-        self._cache = out.past_key_values
-        return out.logits[0, -1]
 
 
 def split_rows(batch: dict[str, Any]) -> list[dict[str, Any]]:

@@ -25,8 +25,9 @@ from mmskip.models.language_model import (
     methods_from_dicts,
     methods_to_dicts,
 )
-from mmskip.models.narrator import StreamState, TokenIds, Utterance, split_rows, stream_narrations
+from mmskip.models.narrator import TokenIds, Utterance, split_rows
 from mmskip.models.scoring import score_turns
+from mmskip.models.stream import StreamEngine, StreamSettings
 from mmskip.models.streaming_loss import Positions, head_only_at, loss_sums
 from mmskip.train.metrics.narration import NarrationMetrics
 from mmskip.train.schedules import SCHEDULES, warmup_schedule
@@ -314,20 +315,20 @@ class VideoLLM(LightningModule):
             threshold: replaces `silent_threshold`.
         """
         first = int((sample["layout"] >= 0).int().argmax())
-        features = sample["features"].to(self.device)
+        head = sample["input_ids"][: first - len(self.ids.open)].tolist()
+        settings = StreamSettings(
+            threshold=self.hparams["silent_threshold"] if threshold is None else threshold,
+            max_new_tokens=self.hparams["max_new_tokens"],
+            # a sample that was trained on is narrated, whatever range the language model once had
+            position_range=2**31,
+        )
         was_training = self.training
         self.eval()
-        step = StreamState(self.embed, self.llm, bool(mmskip.applied(self.llm)), features[:0])
-        said = stream_narrations(
-            step,
-            features,
-            sample["input_ids"][:first].tolist(),
-            self.ids,
-            self.hparams["silent_threshold"] if threshold is None else threshold,
-            self.hparams["max_new_tokens"],
-        )
+        engine = StreamEngine(self, sample["features"].shape[1], settings, [head])
+        engine.push(sample["features"])
+        said = engine.run()
         self.train(was_training)
-        return said
+        return [Utterance(item.frame, item.tokens) for item in said]
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 

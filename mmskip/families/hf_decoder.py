@@ -9,6 +9,7 @@ from torch import nn
 
 from mmskip.families import TokenPolicy
 from mmskip.families.hf_probe import own_attention, own_config, probe_changes
+from mmskip.families.hf_stream import StreamCache
 from mmskip.families.hf_subset import BlockState, LayoutGenerator, LayoutRoot, RootState, SubsetBlock, check_backend
 from mmskip.swap import Change
 
@@ -55,6 +56,11 @@ class DecoderView:
         """The site name of a block."""
         return f"block.{index}"
 
+    @property
+    def routed(self) -> tuple[int, ...]:
+        """Indices of the blocks that process a subset of the tokens."""
+        return tuple(index for index, block in enumerate(self.blocks) if isinstance(block, SubsetBlock))
+
     def attention_types(self) -> tuple[str, ...]:
         """Per block, `full` or `sliding`."""
         return tuple("full" if window is None else "sliding" for window in self.windows)
@@ -99,6 +105,8 @@ class DecoderView:
         stores."""
         if cache is None:
             return length, 0, 0
+        if isinstance(cache, StreamCache):
+            return cache.use(index)
         total, window = cache.get_seq_length(index), self.windows[index]
         past = total - length if window is None else min(total - length, window - 1)
         stored = total if window is None else min(total, window - 1)

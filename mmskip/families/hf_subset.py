@@ -6,7 +6,6 @@ over its own cache layer, runs the original block and merges.
 Shape suffixes: B batch, T tokens of a call, D width, S tokens a block processes, K keys it attends to.
 """
 
-from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 
 from mmskip.families import TokenPolicy
 from mmskip.families.hf_cache import SlotCacheLayer, slot_layer
+from mmskip.families.hf_mask import build_mask
+from mmskip.families.hf_stream import StreamCache
 from mmskip.ops.tokens import merge_tokens, select_tokens
 from mmskip.routers import TEXT, Selection, TokenGroups, token_groups
 from mmskip.swap import bind, state_of
@@ -92,6 +93,8 @@ def _read_call(root: nn.Module, state: RootState, bound: dict[str, Any], layout:
         raise ValueError("forward got neither input_ids nor inputs_embeds.")
     batch, length = inputs.shape[:2]
     cache = bound.get("past_key_values")
+    if isinstance(cache, StreamCache):
+        return _read_stream(state, cache, layout, inputs.device)
     start = cache.get_seq_length() if cache is not None else 0
     if not isinstance(start, int):
         raise ValueError(
@@ -111,6 +114,16 @@ def _read_call(root: nn.Module, state: RootState, bound: dict[str, Any], layout:
     for policy in state.policies.values():
         policy.prepare(groups)
     return Forward(groups, _segments(bound, real))
+
+
+def _read_stream(state: RootState, cache: StreamCache, layout: Tensor | None, device: torch.device) -> Forward:
+    """A call of running streams: the cache knows what is padding and where each stream stands."""
+    if layout is None:
+        raise ValueError("a call of running streams needs the layout it was announced with; pass layout=.")
+    groups = token_groups(layout, cache.real_BT).to(device)
+    for policy in state.policies.values():
+        policy.prepare(groups)
+    return Forward(groups, None)
 
 
 def _implied_layout(
@@ -251,6 +264,10 @@ def _attend(
 ) -> int:
     """Announce the new entries to the cache, put the mask into `bound`; returns the number of keys K."""
     check_backend(state.config)
+    cache = bound.get("past_key_values")
+    if isinstance(cache, StreamCache):
+        bound["attention_mask"], keys = cache.attend(state.index, state.config, groups, selection, x_BSD)
+        return keys
     index, valid = selection.index_BS, selection.valid_BS
     if groups.real_BT is not None and index.shape[1] == groups.shape[1]:
         real = groups.real_BT.gather(1, index)
@@ -258,7 +275,6 @@ def _attend(
     query = index + groups.start
     total = groups.start + groups.shape[1]
     key, key_valid, all_valid = query, valid, valid is None
-    cache = bound.get("past_key_values")
     segments = None
     if cache is not None:
         layer = slot_layer(cache, state.index, state.window)
@@ -291,8 +307,6 @@ def _mask(
     x_BSD: Tensor,
 ) -> Any:
     """The mask by which a query sees valid keys at or before its own slot, in its window and its sequence."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
     window = state.window
 
     def allowed(b: Any, h: Any, q: Any, k: Any) -> Any:
@@ -306,18 +320,4 @@ def _mask(
             seen = seen & (segments_BS[b, q] == segments_BS[b, k])
         return seen
 
-    build: Callable[..., Any] = ALL_MASK_ATTENTION_FUNCTIONS[state.config._attn_implementation]
-    return build(
-        batch_size=query_BS.shape[0],
-        q_length=query_BS.shape[1],
-        kv_length=key_BK.shape[1],
-        q_offset=0,
-        kv_offset=0,
-        mask_function=allowed,
-        attention_mask=None,
-        allow_is_causal_skip=False,
-        dtype=x_BSD.dtype,
-        config=state.config,
-        use_vmap=False,
-        device=x_BSD.device,
-    )
+    return build_mask(state.config, allowed, query_BS, key_BK.shape[1], x_BSD.dtype)
