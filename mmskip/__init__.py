@@ -5,7 +5,10 @@ Verbs change a model in place (`apply_`, `remove_`, `load_`); functions do not (
 """
 
 from mmskip.cost import Cost, cost
+from mmskip.methods.freeu import FreeUConfig
 from mmskip.methods.mod import MoDConfig
+from mmskip.methods.skip_scale import SkipScaleConfig, skip_norms
+from mmskip.methods.step_cache import StepCacheConfig
 from mmskip.methods.token_reduction import TokenReductionConfig
 from mmskip.registry import applied, apply_, remove_
 from mmskip.save import load_, save
@@ -15,7 +18,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Cost",
+    "FreeUConfig",
     "MoDConfig",
+    "SkipScaleConfig",
+    "StepCacheConfig",
     "TokenReductionConfig",
     "Trace",
     "applied",
@@ -24,5 +30,6 @@ __all__ = [
     "load_",
     "remove_",
     "save",
+    "skip_norms",
     "trace",
 ]
