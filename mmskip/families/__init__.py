@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mmskip.routers import Selection, TokenGroups
 from mmskip.swap import Change
 
-_FAMILIES = ("hf_decoder",)
+_FAMILIES = ("hf_decoder", "hf_vlm")
 
 
 class View(Protocol):

@@ -155,15 +155,16 @@ class DecoderView:
         return probe_changes(self.blocks[index], self.config, which, self.site(index))
 
 
-def match(model: nn.Module) -> tuple[DecoderView | None, str]:
-    """The view of `model`, or None and the reason why it does not fit."""
+def match(model: nn.Module, causal: bool = True) -> tuple[DecoderView | None, str]:
+    """The view of `model`, or None and the reason why it does not fit. Without `causal`, blocks whose masks a module
+    around the decoder makes causal fit too."""
     from transformers import PreTrainedModel
 
     found = []
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             for child in module.children():
-                if isinstance(child, nn.ModuleList) and len(child) and all(_is_causal_block(b) for b in child):
+                if isinstance(child, nn.ModuleList) and len(child) and all(_is_block(b, causal) for b in child):
                     found.append((module, tuple(child)))
     if not found:
         return None, (
@@ -187,11 +188,11 @@ def _contains(module: nn.Module, inner: nn.Module) -> bool:
     return any(child is inner for child in module.modules())
 
 
-def _is_causal_block(block: nn.Module) -> bool:
+def _is_block(block: nn.Module, causal: bool) -> bool:
     if "hidden_states" not in inspect.signature(type(block).forward).parameters:
         return False
     return any(
-        getattr(child, "is_causal", False) and getattr(child, "layer_idx", None) is not None
+        getattr(child, "is_causal", None) in (True, causal) and getattr(child, "layer_idx", None) is not None
         for child in block.children()
     )
 

@@ -6,6 +6,8 @@ over its own cache layer, runs the original block and merges.
 Shape suffixes: B batch, T tokens of a call, D width, S tokens a block processes, K keys it attends to.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +28,7 @@ FORWARD_KEY = "mmskip_forward"
 BACKENDS = ("sdpa", "eager", "flex_attention", "mmskip_ragged")
 _PER_TOKEN = ("position_ids", "position_embeddings", "cache_position")
 _prompt_layout: ContextVar[tuple[nn.Module, Tensor] | None] = ContextVar("mmskip_prompt_layout", default=None)
+_given_call: ContextVar["tuple[nn.Module, GivenCall] | None"] = ContextVar("mmskip_given_call", default=None)
 
 
 @dataclass(frozen=True)
@@ -47,15 +50,73 @@ class RootState:
     checked: bool = field(default=False)
 
 
+@dataclass(frozen=True)
+class Bidirectional:
+    """Tokens that see each other whatever their order, as long as all of them come in one call.
+
+    Attributes:
+        blocks_BT: LongTensor [B, T], the block of a token, -1 for a token that sees the past only.
+        windowed: whether a sliding window cuts what a block sees.
+    """
+
+    blocks_BT: Tensor
+    windowed: bool
+
+
+@dataclass(frozen=True)
+class GivenCall:
+    """What a module around the root knows of the call that is about to reach the root.
+
+    Attributes:
+        layout: LongTensor [B, T], or None where the root has to find out.
+        masked: whether that module builds the masks; `attention_mask` is then the padding mask it got.
+        bidirectional: what those masks allow beyond causal order.
+    """
+
+    layout: Tensor | None
+    masked: bool = False
+    attention_mask: Tensor | None = None
+    bidirectional: Bidirectional | None = None
+
+
 class Forward:
     """What travels from the root to the routed blocks of one forward."""
 
-    __slots__ = ("groups", "ran", "segments_BT")
+    __slots__ = ("bidirectional", "groups", "ran", "segments_BT")
 
-    def __init__(self, groups: TokenGroups, segments_BT: Tensor | None) -> None:
+    def __init__(
+        self, groups: TokenGroups, segments_BT: Tensor | None, bidirectional: Bidirectional | None = None
+    ) -> None:
         self.groups = groups
         self.segments_BT = segments_BT
+        self.bidirectional = bidirectional
         self.ran: set[int] = set()
+
+
+@contextmanager
+def prompt_layout(root: nn.Module, layout: Tensor | None) -> Iterator[None]:
+    """Calls of `root` inside take their part of the layout of a prompt, [B, T]; None: nothing is given."""
+    token = _prompt_layout.set(None if layout is None else (root, layout))
+    try:
+        yield
+    finally:
+        _prompt_layout.reset(token)
+
+
+def prompt_is_given(root: nn.Module) -> bool:
+    """Whether calls of `root` take their layout from a prompt's."""
+    given = _prompt_layout.get()
+    return given is not None and given[0] is root
+
+
+@contextmanager
+def given_call(root: nn.Module, call: GivenCall) -> Iterator[None]:
+    """The call of `root` inside is described by `call`."""
+    token = _given_call.set((root, call))
+    try:
+        yield
+    finally:
+        _given_call.reset(token)
 
 
 def check_backend(config: Any) -> None:
@@ -73,7 +134,9 @@ class LayoutRoot(nn.Module):
     def forward(self, *args: Any, layout: Tensor | None = None, **kwargs: Any) -> Any:
         state: RootState = state_of(self, LayoutRoot)
         bound = bind(self, args, kwargs)
-        call = _read_call(self, state, bound, layout)
+        given = _given_call.get()
+        known = given[1] if given is not None and given[0] is self else None
+        call = _read_call(self, state, bound, layout, known)
         begin_forward(self, call.groups.layout_BT, call.groups.real_BT)
         output = super().forward(*args, **kwargs, **{FORWARD_KEY: call})
         missing = set(state.policies) - call.ran
@@ -86,17 +149,21 @@ class LayoutRoot(nn.Module):
         return output
 
 
-def _read_call(root: nn.Module, state: RootState, bound: dict[str, Any], layout: Tensor | None) -> Forward:
+def _read_call(
+    root: nn.Module, state: RootState, bound: dict[str, Any], layout: Tensor | None, known: GivenCall | None
+) -> Forward:
     inputs = bound.get("inputs_embeds")
     inputs = bound.get("input_ids") if inputs is None else inputs
     if inputs is None:
         raise ValueError("forward got neither input_ids nor inputs_embeds.")
     batch, length = inputs.shape[:2]
+    if layout is None and known is not None:
+        layout = known.layout
     cache = bound.get("past_key_values")
     if isinstance(cache, StreamCache):
         return _read_stream(state, cache, layout, inputs.device)
     start = cache.get_seq_length() if cache is not None else 0
-    if not isinstance(start, int):
+    if not isinstance(start, int) or getattr(cache, "is_compileable", False):
         raise ValueError(
             f"past_key_values is a {type(cache).__name__} of fixed size; routed blocks store a different number of "
             "tokens per row and need a DynamicCache."
@@ -107,13 +174,14 @@ def _read_call(root: nn.Module, state: RootState, bound: dict[str, Any], layout:
         raise ValueError(
             f"layout has shape {tuple(layout.shape)}; expected {(batch, length)}, one entry per token of this call."
         )
-    real = _real_tokens(bound.get("attention_mask"), batch, length)
+    mask = known.attention_mask if known is not None and known.masked else bound.get("attention_mask")
+    real = _real_tokens(mask, batch, length)
     groups = token_groups(layout, real, start).to(inputs.device)
     groups.prompt = _prompt_length(root)
     _check_frames_whole(groups, _tail(cache, state))
     for policy in state.policies.values():
         policy.prepare(groups)
-    return Forward(groups, _segments(bound, real))
+    return Forward(groups, _segments(bound, real), known.bidirectional if known is not None else None)
 
 
 def _read_stream(state: RootState, cache: StreamCache, layout: Tensor | None, device: torch.device) -> Forward:
@@ -194,6 +262,9 @@ def _real_tokens(mask: Any, batch: int, length: int) -> Tensor | None:
 def _segments(bound: dict[str, Any], real: Tensor | None) -> Tensor | None:
     """Sequence numbers [B, T] of packed sequences, told by transformers' rule (positions that do not go on)."""
     positions = bound.get("position_ids")
+    if positions is not None and positions.dim() == 3 and positions.shape[0] == 4:
+        # M-RoPE with the text positions in front, by which transformers tells packed sequences
+        positions = positions[0]
     if positions is None or positions.dim() != 2 or real is not None or bound.get("past_key_values") is not None:
         return None
     breaks = torch.diff(positions, dim=-1, prepend=positions[:, :1] - 1) != 1
@@ -206,11 +277,8 @@ class LayoutGenerator(nn.Module):
     def generate(self, *args: Any, layout: Tensor | None = None, **kwargs: Any) -> Any:
         if layout is None:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
-        token = _prompt_layout.set((state_of(self, LayoutGenerator), layout))
-        try:
+        with prompt_layout(state_of(self, LayoutGenerator), layout):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            _prompt_layout.reset(token)
 
 
 class SubsetBlock(nn.Module):
@@ -234,7 +302,7 @@ class SubsetBlock(nn.Module):
         slots = _attend(state, call, groups, selection, bound, x_BSD)
         for name in _PER_TOKEN:
             if bound.get(name) is not None:
-                bound[name] = _gather_positions(bound[name], selection.index_BS)
+                bound[name] = _gather_positions(bound[name], selection.index_BS, name == "position_embeddings")
         output = super().forward(x_BSD, **bound)
         y_BSD = output[0] if isinstance(output, tuple) else output
         merged = merge_tokens(x_BTD, y_BSD, selection.index_BS, gate_BS, selection.valid_BS)
@@ -243,10 +311,15 @@ class SubsetBlock(nn.Module):
         return (merged, *output[1:]) if isinstance(output, tuple) else merged
 
 
-def _gather_positions(value: Any, index_BS: Tensor) -> Any:
+def _gather_positions(value: Any, index_BS: Tensor, embedded: bool) -> Any:
+    """Positions `[T]`, `[1 or B, T]` or M-RoPE's `[3, B, T]`, of the selected tokens; `embedded`: each position is a
+    vector, in one more dimension at the end."""
     if isinstance(value, (tuple, list)):
-        return tuple(_gather_positions(v, index_BS) for v in value)
-    if value.dim() == 1:
+        return tuple(_gather_positions(v, index_BS, embedded) for v in value)
+    plain_dims = value.dim() - embedded
+    if plain_dims == 3:
+        return torch.stack([_gather_positions(v, index_BS, embedded) for v in value])
+    if plain_dims == 1:
         return value[index_BS]
     if value.shape[0] == 1:
         return value[0][index_BS]
@@ -286,16 +359,32 @@ def _attend(
         key, key_valid, all_valid = layer.begin(query, valid, total, groups.layout_BT[:, -1])
     elif call.segments_BT is not None:
         segments = call.segments_BT.to(index.device).expand(groups.shape).gather(1, index)
+    blocks = _blocks(call, groups, selection, key.shape[1])
     cut = state.window is not None and total >= state.window
     first = query.shape[1] == key.shape[1]
     # padding slots come last, so in a first call causal order alone hides them
     ordered = all_valid or (first and valid is selection.valid_BS)
-    plain = ordered and not cut and segments is None and (first or query.shape[1] == 1)
+    plain = ordered and not cut and segments is None and blocks is None and (first or query.shape[1] == 1)
     if plain and state.config._attn_implementation == "sdpa":
         bound["attention_mask"] = None
     else:
-        bound["attention_mask"] = _mask(state, query, key, key_valid, segments, x_BSD)
+        bound["attention_mask"] = _mask(state, query, key, key_valid, segments, blocks, x_BSD)
     return key.shape[1]
+
+
+def _blocks(call: Forward, groups: TokenGroups, selection: Selection, keys: int) -> Bidirectional | None:
+    """The bidirectional blocks [B, S] of the selected tokens."""
+    if call.bidirectional is None:
+        return None
+    if keys != selection.index_BS.shape[1]:
+        raise ValueError(
+            "token_type_ids ask for bidirectional attention, but past_key_values holds tokens already; routed blocks "
+            "need the whole prompt in one call (no prefill in chunks, no second image turn on a filled cache)."
+        )
+    if call.segments_BT is not None:
+        raise ValueError("token_type_ids ask for bidirectional attention within packed sequences; pass one per row.")
+    blocks = call.bidirectional.blocks_BT.to(selection.index_BS.device).expand(groups.shape)
+    return Bidirectional(blocks.gather(1, selection.index_BS), call.bidirectional.windowed)
 
 
 def _mask(
@@ -304,16 +393,25 @@ def _mask(
     key_BK: Tensor,
     valid_BK: Tensor | None,
     segments_BS: Tensor | None,
+    blocks: Bidirectional | None,
     x_BSD: Tensor,
 ) -> Any:
-    """The mask by which a query sees valid keys at or before its own slot, in its window and its sequence."""
+    """The mask by which a query sees valid keys at or before its own slot, in its window and its sequence, and those
+    of its bidirectional block."""
     window = state.window
 
     def allowed(b: Any, h: Any, q: Any, k: Any) -> Any:
         query, key = query_BS[b, q], key_BK[b, k]
         seen = key <= query
+        if blocks is not None:
+            block = blocks.blocks_BT[b, q]
+            together = (block == blocks.blocks_BT[b, k]) & (block >= 0)
+            if blocks.windowed:
+                seen = seen | together
         if window is not None:
             seen = seen & (query - key < window)
+        if blocks is not None and not blocks.windowed:
+            seen = seen | together
         if valid_BK is not None:
             seen = seen & valid_BK[b, k]
         if segments_BS is not None:

@@ -233,6 +233,7 @@ def _check_learning(block: nn.Module, index: int) -> None:
         )
 
 
+@register(MoDConfig, "hf_vlm")
 @register(MoDConfig, "hf_decoder")
 def route_decoder(config: MoDConfig, view: TokenView) -> list[Change]:
     """The changes that route the blocks of a decoder."""

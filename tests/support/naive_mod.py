@@ -85,3 +85,48 @@ def _mask(kept: list[int], window: int | None, dtype: torch.dtype) -> Tensor:
             if key <= query and (window is None or query - key < window):
                 mask[0, 0, i, j] = 0
     return mask
+
+
+class NaiveBlock(nn.Module):
+    """A block in the place of the original one: row by row, it takes the kept tokens out of what the dense model hands
+    every block (hidden states, positions, the full mask) and runs the original on them."""
+
+    def __init__(self, block: nn.Module, weight: Tensor | None, layout: Tensor, keep: float, gate: str) -> None:
+        super().__init__()
+        self.block, self.weight, self.layout, self.keep, self.gate = block, weight, layout, keep, gate
+        self.attention_type = getattr(block, "attention_type", None)
+
+    def forward(self, x, attention_mask=None, position_embeddings=None, position_ids=None, **kwargs):
+        if self.weight is None:
+            return self.block(
+                x, attention_mask=attention_mask, position_embeddings=position_embeddings, position_ids=position_ids
+            )
+        rows = []
+        for b, row in enumerate(x):
+            scores = row.float() @ self.weight.float()
+            kept = _kept(scores, self.layout[b], self.keep, False)
+            positions = tuple(
+                p.expand(*p.shape[:-3], len(x), -1, -1)[..., b : b + 1, kept, :] for p in position_embeddings
+            )
+            out = self.block(
+                x[b : b + 1, kept],
+                attention_mask=attention_mask[b : b + 1, :, kept][..., kept],
+                position_embeddings=positions,
+                position_ids=None,
+            )
+            out = out[0] if isinstance(out, tuple) else out
+            tokens = list(row.unbind(0))
+            for slot, place in enumerate(kept):
+                weight = _gate(scores[place], self.gate) if self.layout[b, place] >= 0 else 1.0
+                tokens[place] = tokens[place] + weight * (out[0, slot] - tokens[place])
+            rows.append(torch.stack(tokens))
+        return torch.stack(rows)
+
+
+def make_naive(base: nn.Module, routers: dict[int, Tensor], layout: Tensor, keep: float, gate: str) -> nn.Module:
+    """Change an untouched VLM, which must run eager attention, so that it routes naively a batch of this layout [B, T]
+    in a call without a cache."""
+    decoder = base.get_decoder()
+    for index, block in enumerate(decoder.layers):
+        decoder.layers[index] = NaiveBlock(block, routers.get(index), layout, keep, gate)
+    return base

@@ -1,0 +1,181 @@
+"""Family `hf_vlm`: vision-language models of transformers whose language model is a causal decoder.
+
+The blocks are those of `hf_decoder`; this file adds the module around the decoder, which knows the frames and images
+of a call and, in some models, builds the masks.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from mmskip.families import TokenPolicy, hf_decoder
+from mmskip.families.hf_decoder import DecoderView
+from mmskip.families.hf_subset import (
+    Bidirectional,
+    GivenCall,
+    LayoutGenerator,
+    given_call,
+    prompt_is_given,
+    prompt_layout,
+)
+from mmskip.families.hf_vlm_groups import layout_of_call
+from mmskip.swap import Change, bind, state_of
+
+# models that build masks around the decoder: whether a sliding window cuts their bidirectional blocks
+_MASKED = {"gemma3": True, "paligemma": False}
+
+
+@dataclass(frozen=True)
+class VlmView(DecoderView):
+    """The decoder of a VLM, and the module around it.
+
+    Attributes:
+        outer: the module that merges vision features into the embeddings and calls the decoder.
+    """
+
+    outer: nn.Module
+
+    def subset_changes(
+        self,
+        policies: Mapping[int, TokenPolicy],
+        children: Mapping[int, dict[str, nn.Module]],
+        attention: str | None = None,
+    ) -> list[Change]:
+        """As `DecoderView.subset_changes`; the layout comes from the inputs of the VLM."""
+        changes = [c for c in super().subset_changes(policies, children, attention) if c.mixin is not LayoutGenerator]
+        changes.append(Change("vlm", self.outer, VisionRoot, VisionState(self.outer, self.root)))
+        changes += [
+            Change("generate", module, VisionGenerator, VisionState(self.outer, self.root))
+            for module in self.generators
+        ]
+        return changes
+
+
+@dataclass(frozen=True)
+class VisionState:
+    """The module that takes the pictures, and the decoder inside it that calls the blocks."""
+
+    outer: nn.Module
+    decoder: nn.Module
+
+
+class VisionRoot(nn.Module):
+    """Mixin of the module around the decoder: tells the decoder the layout and the masks of each call."""
+
+    def forward(self, *args: Any, layout: Tensor | None = None, **kwargs: Any) -> Any:
+        state: VisionState = state_of(self, VisionRoot)
+        bound = bind(self, args, kwargs)
+        start = _cached_tokens(bound.get("past_key_values"))
+        if layout is None and not prompt_is_given(state.decoder):
+            layout = layout_of_call(self, bound, start)
+        kind = self.config.model_type  # type: ignore[union-attr]
+        call = GivenCall(layout)
+        if kind in _MASKED:
+            call = GivenCall(layout, True, bound.get("attention_mask"), _bidirectional(self, bound, start))
+        with given_call(state.decoder, call):
+            return super().forward(*args, **kwargs)
+
+
+class VisionGenerator(nn.Module):
+    """Mixin of a VLM with `generate`: reads the layout of the prompt before transformers encodes the pictures, after
+    which their sizes are gone."""
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, layout: Tensor | None = None, **kwargs: Any) -> Any:
+        state: VisionState = state_of(self, VisionGenerator)
+        if layout is None:
+            layout = _layout_of_prompt(state.outer, inputs, kwargs)
+        with prompt_layout(state.decoder, layout):
+            return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+
+
+def _layout_of_prompt(outer: nn.Module, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+    call = dict(kwargs)
+    if inputs is not None:
+        call["input_ids"] = inputs
+    start = _cached_tokens(call.get("past_key_values"))
+    ids = call.get("input_ids")
+    if ids is None or not 0 < start < ids.shape[1]:
+        return layout_of_call(outer, call, start)
+    layout = ids.new_full(ids.shape, -1)
+    fresh = layout_of_call(outer, {**call, "input_ids": ids[:, start:]}, start)
+    assert fresh is not None
+    layout[:, start:] = fresh
+    return layout
+
+
+def _cached_tokens(cache: Any) -> int:
+    length = cache.get_seq_length() if cache is not None else 0
+    return length if isinstance(length, int) else 0
+
+
+def _bidirectional(outer: Any, bound: dict[str, Any], start: int) -> Bidirectional | None:
+    """Which tokens see each other whatever their order, by the rules of the model's own masks."""
+    kind = outer.config.model_type
+    types = bound.get("token_type_ids")
+    inputs: Any = bound.get("inputs_embeds") if bound.get("input_ids") is None else bound["input_ids"]
+    if types is not None and kind == "paligemma" and start and bound.get("pixel_values") is None:
+        types = None
+    if types is None:
+        if kind == "paligemma" and inputs is not None and inputs.shape[1] > 1 and not _is_causal(outer):
+            raise ValueError(
+                "this PaliGemma sees its prompt in both directions, and which tokens are the prompt is told by "
+                "token_type_ids (0 prompt, 1 answer), which are missing; pass those of the processor."
+            )
+        return None
+    if tuple(types.shape) != tuple(inputs.shape[:2]):
+        raise ValueError(
+            f"token_type_ids has shape {tuple(types.shape)}; expected {tuple(inputs.shape[:2])}, one entry per token "
+            "of this call (routed blocks need the whole prompt in one call: no prefill in chunks)."
+        )
+    if kind == "paligemma":
+        return Bidirectional((types != 0).long().neg(), _MASKED[kind])
+    module: Any = sys.modules[type(outer).__module__]
+    return Bidirectional(module.get_block_sequence_ids_for_mask(types), _MASKED[kind])
+
+
+def _is_causal(outer: Any) -> bool:
+    return not getattr(outer.config.get_text_config(), "use_bidirectional_attention", False)
+
+
+def _sees(module: nn.Module) -> bool:
+    return getattr(getattr(module, "config", None), "vision_config", None) is not None
+
+
+def match(model: nn.Module) -> tuple[VlmView | None, str]:
+    """The view of `model`, or None and the reason why it does not fit."""
+    from transformers import PreTrainedModel
+
+    found, reasons = [], []
+    for module in model.modules():
+        if not isinstance(module, PreTrainedModel) or not _sees(module):
+            continue
+        masked = module.config.model_type in _MASKED
+        for child in module.children():
+            if _sees(child):
+                continue
+            view, reason = hf_decoder.match(child, causal=not masked)
+            if view is not None:
+                found.append((module, view))
+            elif "causal decoder" not in reason:
+                reasons.append(reason)
+    if len(found) == 1:
+        outer, view = found[0]
+        generators = tuple(
+            m
+            for m in model.modules()
+            if isinstance(m, PreTrainedModel) and m.can_generate() and any(child is outer for child in m.modules())
+        )
+        return VlmView("hf_vlm", view.root, view.blocks, view.windows, generators, outer), ""
+    if found:
+        names = ", ".join(type(module).__name__ for module, _ in found)
+        return None, f"found several vision-language models ({names}); pass the one to be changed"
+    name = type(model).__name__
+    if reasons:
+        return None, "; ".join(dict.fromkeys(reasons))
+    return None, (
+        "needs a transformers vision-language model: a PreTrainedModel whose config has a vision_config, with a causal "
+        f"decoder as its language model; {name} has none"
+    )
