@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from _measure import RESULTS, Ratio, emit, interleaved_ratio, saved_activation_bytes
+from _measure import RESULTS, emit, interleaved_ratio, saved_activation_bytes, summary
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mmskip
@@ -102,19 +102,14 @@ def measure(shape: Shape, pairs: int, device: str, only: list[str], say: Callabl
         routed = Trainer(shape, CONTENDERS[name], device)
         cost = counted(routed)
         kept_bytes = saved_activation_bytes(lambda routed=routed: routed.forward().backward())
-        ratio: Ratio = interleaved_ratio(dense.step, routed.step, pairs)
+        ratio = interleaved_ratio(dense.step, routed.step, pairs)
         results[name] = {
-            "speedup": round(ratio.median, 4),
-            "interquartile": [round(ratio.q1, 4), round(ratio.q3, 4)],
-            "ideal": round(cost.ideal_speedup, 4),
-            "share_of_ideal": round(ratio.median / cost.ideal_speedup, 4),
-            "dense_step_s": round(ratio.base_s, 4),
-            "step_s": round(ratio.fn_s, 4),
+            **summary(ratio, cost.ideal_speedup),
             "activation_bytes": kept_bytes,
             "activation_saving": round(1 - kept_bytes / dense_bytes, 4),
         }
         say(f"  {name:7s} {results[name]}")
-    return {"dense_activation_bytes": dense_bytes, "pairs": pairs, "contenders": results}
+    return {"dense_activation_bytes": dense_bytes, "contenders": results}
 
 
 def main() -> None:

@@ -41,10 +41,10 @@ class NarrationReport(Callback):
     """
 
     def __init__(self, samples: int = 2, pairs: int = 15, baseline_batches: int = 200) -> None:
-        if samples < 1 or pairs < 0 or baseline_batches < 1:
+        if samples < 1 or pairs < 0 or pairs == 1 or baseline_batches < 1:
             raise ValueError(
-                f"NarrationReport needs samples >= 1, pairs >= 0 and baseline_batches >= 1, got {samples}, {pairs}, "
-                f"{baseline_batches}"
+                "NarrationReport needs samples >= 1, pairs 0 or >= 2, and baseline_batches >= 1, got "
+                f"{samples}, {pairs}, {baseline_batches}"
             )
         self.samples, self.pairs, self.baseline_batches = samples, pairs, baseline_batches
         self.untrained: dict[str, float] = {}

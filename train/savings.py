@@ -1,14 +1,13 @@
 """What a method saves on one batch: counted from a trace, and measured against the same model without it."""
 
 import copy
-import statistics
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import mmskip
+from mmskip.timing import interleaved_ratio
 
 if TYPE_CHECKING:
     from mmskip.models.video_llm import VideoLLM
@@ -38,7 +37,7 @@ def measured_speedup(model: "VideoLLM", batch: dict[str, Any], pairs: int = 15) 
     Args:
         model: its gradients are dropped.
         batch: on the model's device.
-        pairs: number of ratios, at least 1.
+        pairs: number of ratios, at least 2.
 
     Returns:
         `speedup` (median), `low`, `high` (quartiles), `seconds` and `dense_seconds` (medians of one step).
@@ -56,33 +55,15 @@ def measured_speedup(model: "VideoLLM", batch: dict[str, Any], pairs: int = 15) 
 
         return run
 
-    ours: list[float] = []
-    theirs: list[float] = []
     try:
         with torch.enable_grad():
-            for index in range(pairs + 2):
-                seconds, dense_seconds = _timed(step(own), model.device), _timed(step(dense), model.device)
-                if index >= 2:  # the first two pairs warm up
-                    ours.append(seconds)
-                    theirs.append(dense_seconds)
+            ratio = interleaved_ratio(step(dense), step(own), pairs)
     finally:
         model.llm = own
-    ratios = [dense_time / time_ for dense_time, time_ in zip(theirs, ours, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4) if pairs > 1 else [ratios[0]] * 3
     return {
-        "speedup": middle,
-        "low": low,
-        "high": high,
-        "seconds": statistics.median(ours),
-        "dense_seconds": statistics.median(theirs),
+        "speedup": ratio.median,
+        "low": ratio.q1,
+        "high": ratio.q3,
+        "seconds": ratio.fn_s,
+        "dense_seconds": ratio.base_s,
     }
-
-
-def _timed(run: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start

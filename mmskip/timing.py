@@ -1,0 +1,84 @@
+"""Paired timing of two functions in one process, as every measured speed-up is made."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster `fn` is than `base_fn`.
+
+    Attributes:
+        median: median of the paired ratios base time / fn time; above 1 means `fn` is faster.
+        q1: lower quartile of the ratios.
+        q3: upper quartile of the ratios.
+        base_s: median time of `base_fn` in seconds.
+        fn_s: median time of `fn` in seconds.
+        pairs: number of pairs.
+    """
+
+    median: float
+    q1: float
+    q3: float
+    base_s: float
+    fn_s: float
+    pairs: int
+
+
+def interleaved_ratio(
+    base_fn: Callable[[], object], fn: Callable[[], object], pairs: int = 15, warmup: int = 2
+) -> Ratio:
+    """Time two functions in alternation, so that drift of the machine hits both alike.
+
+    Each pair runs both once; the order changes from pair to pair. CUDA work is waited for. The garbage collector
+    runs between the pairs, not inside them.
+
+    Args:
+        base_fn: the reference, for example one dense training step.
+        fn: what is compared with it.
+        pairs: number of pairs, at least 2.
+        warmup: untimed runs of each function before.
+
+    Raises:
+        ValueError: fewer than 2 pairs.
+    """
+    if pairs < 2:
+        raise ValueError(f"pairs is {pairs}; expected at least 2 (claims need 15)")
+    for _ in range(warmup):
+        base_fn()
+        fn()
+    base_times, times = [], []
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for pair in range(pairs):
+            gc.collect()
+            first, second = (base_fn, fn) if pair % 2 == 0 else (fn, base_fn)
+            elapsed = _seconds(first), _seconds(second)
+            base_times.append(elapsed[pair % 2])
+            times.append(elapsed[1 - pair % 2])
+    finally:
+        if collecting:
+            gc.enable()
+    q1, median, q3 = statistics.quantiles(
+        [base / other for base, other in zip(base_times, times, strict=True)], n=4, method="inclusive"
+    )
+    return Ratio(median, q1, q3, statistics.median(base_times), statistics.median(times), pairs)
+
+
+def _seconds(fn: Callable[[], object]) -> float:
+    _wait()
+    start = time.perf_counter()
+    fn()
+    _wait()
+    return time.perf_counter() - start
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

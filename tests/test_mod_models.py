@@ -1,0 +1,28 @@
+"""The benchmark of model families runs, and compares all contenders at one budget. No test asserts a time."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.mark.parametrize(("family", "contenders"), [("llama", ["mod", "fastv", "similarity"]), ("gemma2", ["fastv"])])
+def test_every_phase_of_a_family_is_measured_beside_its_ideal(family, contenders, monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import mod_models
+
+    out = tmp_path / "result.json"
+    arguments = ["--tiny", "--device", "cpu", "--pairs", "2", "--only", family, "--contenders", *contenders]
+    monkeypatch.setattr(sys, "argv", ["mod_models.py", *arguments, "--out", str(out)])
+    mod_models.main()
+    result = json.loads(out.read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    for phase in ("prefill", "decode", "train"):
+        rows = result["families"][family][phase]
+        assert set(rows) == set(contenders)
+        assert all(row["pairs"] == 2 and row["speedup"] > 0 for row in rows.values())
+    ideals = [row["ideal"] for row in result["families"][family]["prefill"].values()]
+    assert min(ideals) > 1.1 and max(ideals) < 1.15 * min(ideals), "one budget for all"
