@@ -236,6 +236,29 @@ class StreamEngine:
         """The most tokens of one stream in one call."""
         return TEXT_PIECE + self.settings.chunk * (self.frame_tokens + 1)
 
+    # --- saving ---------------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Everything that goes on: a JSON-ready part, and tensors by name. See `mmskip.models.stream_state`."""
+        cache, tensors = self.cache.state()
+        streams = []
+        for number, row in enumerate(self._streams):
+            values = {f.name: getattr(row, f.name) for f in fields(row)}
+            streams.append({**values, "frames": len(row.frames), "questions": list(row.questions)})
+            tensors[f"draw.{number}"] = self._draws[number].get_state()
+            if row.frames:
+                tensors[f"frames.{number}"] = torch.stack(list(row.frames))
+        return {"settings": self.settings.to_dict(), "streams": streams, "cache": cache}, tensors
+
+    def restore(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Take over what `state` gave, in an engine of the same model and settings."""
+        self.cache.restore(state["cache"], tensors)
+        for number, values in enumerate(state["streams"]):
+            frames = tensors[f"frames.{number}"].to(self._device) if values["frames"] else ()
+            questions = deque((number, after, ids) for number, after, ids in values["questions"])
+            self._streams[number] = _Stream(**{**values, "frames": deque(frames), "questions": questions})
+            self._draws[number].set_state(tensors[f"draw.{number}"].cpu())
+
     # --- running --------------------------------------------------------------------------------------------------
 
     def run(self) -> list[Said]:

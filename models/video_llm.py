@@ -32,7 +32,8 @@ from mmskip.models.streaming_loss import Positions, head_only_at, loss_sums
 from mmskip.train.metrics.narration import NarrationMetrics
 from mmskip.train.schedules import SCHEDULES, warmup_schedule
 
-SAME_MODEL = ("llm", "lora", "methods")
+SAME_MODEL = ("llm", "lora", "methods", "tokens", "feature_dim", "fps")
+OPEN_UNTIL_BUILT = ("tokens", "feature_dim", "fps")
 
 
 class VideoLLM(LightningModule):
@@ -341,16 +342,19 @@ class VideoLLM(LightningModule):
         """Refuse the checkpoint of another model, and put back the frozen weights left out on saving.
 
         Raises:
-            ValueError: the checkpoint was written with another language model, LoRA or method config.
+            ValueError: the checkpoint was written with another language model, LoRA, method config, tokenizer, width
+                of the features or frame rate.
         """
         saved = checkpoint["hyper_parameters"]
         for key in SAME_MODEL:
-            # a named model may lie in another folder now
-            named = isinstance(saved[key], str) and isinstance(self.hparams[key], str)
-            if saved[key] != self.hparams[key] and not named:
+            theirs, own = saved[key], self.hparams[key]
+            # a named model may lie in another folder now, and what is open is taken from a data module later
+            named = isinstance(theirs, str) and isinstance(own, str)
+            open_ = key in OPEN_UNTIL_BUILT and (theirs is None or own is None)
+            if theirs != own and not named and not open_:
                 raise ValueError(
-                    f"the checkpoint was trained with {key}={saved[key]!r}, this model has "
-                    f"{key}={self.hparams[key]!r}; use the config.yaml of the checkpoint's run"
+                    f"the checkpoint was trained with {key}={theirs!r}, this model has {key}={own!r}; use the "
+                    "config.yaml of the checkpoint's run, and the data it was trained on"
                 )
         current = self.state_dict()
         checkpoint["state_dict"].update({name: current[name] for name in self._frozen()})

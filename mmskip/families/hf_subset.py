@@ -20,6 +20,7 @@ from mmskip.families.hf_cache import SlotCacheLayer, slot_layer
 from mmskip.families.hf_mask import build_mask
 from mmskip.families.hf_stream import StreamCache
 from mmskip.ops.tokens import merge_tokens, select_tokens
+from mmskip.replay import replayed
 from mmskip.routers import TEXT, Selection, TokenGroups, token_groups
 from mmskip.swap import bind, state_of
 from mmskip.trace import begin_forward, report
@@ -296,7 +297,7 @@ class SubsetBlock(nn.Module):
         x_BTD = bound.pop("hidden_states")
         groups = call.groups.to(x_BTD.device)
         x_BTD = state.policy.enter(self, x_BTD, groups)
-        selection = state.policy.select(self, x_BTD, groups)
+        selection = replayed(state.site, state.policy.select(self, x_BTD, groups), groups)
         x_BSD = select_tokens(x_BTD, selection.index_BS, selection.valid_BS)
         gate_BS = state.policy.gate(self, x_BSD, selection, groups)
         slots = _attend(state, call, groups, selection, bound, x_BSD)

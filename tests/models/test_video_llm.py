@@ -337,6 +337,18 @@ def test_checkpoint_of_another_method_is_refused_naming_both():
         other.on_load_checkpoint(checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("fps", FPS + 1), ("feature_dim", FEATURES + 2), ("tokens", {**token_ids().to_dict(), "speak": 1})],
+)
+def test_checkpoint_of_other_data_is_refused(key, value):
+    saved = build()
+    checkpoint = {"hyper_parameters": dict(saved.hparams), "state_dict": saved.state_dict()}
+    with pytest.raises(ValueError, match=f"trained with {key}=.*this model has {key}="):
+        build(**{key: value}).on_load_checkpoint(checkpoint)
+    build(fps=None).on_load_checkpoint(checkpoint)  # to be taken from a data module
+
+
 def test_checkpoint_of_a_named_model_leaves_out_its_frozen_weights(tmp_path):
     build().llm.save_pretrained(tmp_path / "llm")
     model = build(llm=str(tmp_path / "llm"), lora=LoRA(r=2, alpha=2, target_modules=["q_proj"]))

@@ -1,0 +1,110 @@
+"""Recording which tokens were processed, and running a model again under that selection.
+
+In half precision two ways of computing the same thing (frame by frame, or all at once) round differently, so that a
+few close scores change their order. Under recorded selections the rest can be compared exactly.
+
+Shape suffixes: B rows, T tokens, G groups (frames), N tokens of the largest group.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from mmskip.routers import TEXT, Selection, TokenGroups, compact
+from mmskip.trace import Trace
+
+_active: ContextVar["Replay | None"] = ContextVar("mmskip_replay", default=None)
+
+
+@dataclass
+class Selections:
+    """What each block kept of each frame.
+
+    Attributes:
+        kept: by site, then by (row, frame id): BoolTensor with one entry per vision token of the frame.
+    """
+
+    kept: dict[str, dict[tuple[int, int], Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, trace: Trace) -> "Selections":
+        """From the forwards of a trace; of a frame that ran twice the later one counts.
+
+        Raises:
+            ValueError: nothing routes tokens in it.
+        """
+        found = cls()
+        for forward in trace.forwards:
+            if forward.layout is None:
+                continue
+            layout = forward.layout.cpu()
+            routed = {layer.site: layer.kept.cpu() for layer in forward.layers if layer.kept is not None}
+            for row, line in enumerate(layout):
+                for frame in line[line != TEXT].unique().tolist():
+                    for site, kept in routed.items():
+                        found.kept.setdefault(site, {})[row, frame] = kept[row, line == frame]
+        if not found.kept:
+            raise ValueError("the trace holds no selections: no method routes tokens of frames in it.")
+        return found
+
+
+@dataclass
+class Replay:
+    """A model running under recorded selections.
+
+    Attributes:
+        selections: the recorded ones.
+        compared, flipped: kept vision tokens of the record, and how many of them the model would not have kept itself.
+    """
+
+    selections: Selections
+    compared: int = 0
+    flipped: int = 0
+
+    @property
+    def flipped_share(self) -> float:
+        """Share of the recorded selections that the model itself would have made differently."""
+        return self.flipped / self.compared if self.compared else 0.0
+
+
+@contextmanager
+def replaying(selections: Selections) -> Iterator[Replay]:
+    """While open, routed blocks process what was recorded; their gates stay their own."""
+    replay = Replay(selections)
+    token = _active.set(replay)
+    try:
+        yield replay
+    finally:
+        _active.reset(token)
+
+
+def replayed(site: str, selection: Selection, groups: TokenGroups) -> Selection:
+    """Called by a routed block: the recorded selection in place of its own, if one is being replayed.
+
+    Raises:
+        ValueError: the record does not hold a frame of the call, or kept another number of its tokens.
+    """
+    replay = None if torch.compiler.is_compiling() else _active.get()
+    if replay is None or not groups.has_vision:
+        return selection
+    recorded = replay.selections.kept.get(site, {})
+    layout, keep_BT = groups.layout_BT.cpu(), (groups.layout_BT == TEXT).cpu() & selection.keep_BT.cpu()
+    own_BT = selection.keep_BT.cpu()
+    for row, line in enumerate(layout):
+        for frame in line[line != TEXT].unique().tolist():
+            places, kept = line == frame, recorded.get((row, frame))
+            if kept is None or len(kept) != int(places.sum()) or kept.sum() != own_BT[row, places].sum():
+                raise ValueError(
+                    f"{site}: the record has no selection that fits frame {frame} of row {row}; record and replay the "
+                    "same frames with the same keep."
+                )
+            keep_BT[row, places] = kept
+            replay.compared += int(kept.sum())
+            replay.flipped += int((kept & ~own_BT[row, places]).sum())
+    rows = None if selection.valid_BS is None else selection.valid_BS.sum(1)
+    again = compact(keep_BT.to(selection.keep_BT.device), selection.index_BS.shape[1], rows)
+    return replace(again, kept_G=selection.kept_G)
