@@ -139,7 +139,7 @@ def quality_against_compute(
     Args:
         points: dicts with `label`, `value` (the metric), `counted` (FLOPs, as a share of the dense model's),
             `measured` (time of a step as a share of the dense model's; None where it was not measured), and
-            optionally `highlight`.
+            optionally `highlight` and `series` (points of one series are joined).
         metric: name on the axis.
         lower_is_better: of the metric.
 
@@ -156,6 +156,7 @@ def quality_against_compute(
         for point in shown:
             color = HIGHLIGHT if point.get("highlight") else RAN
             axes.scatter(point[key], point["value"], s=52, color=color, zorder=3, edgecolor="white", linewidth=0.8)
+        _join_series(axes, shown, key)
         _label_points(axes, [(point[key], point["value"], point["label"]) for point in shown])
         axes.set_xlim(0, max([1.0, *(point[key] for point in shown)]) * 1.25)
         axes.axvline(1, color=LINE, linewidth=1, linestyle=":")
@@ -165,6 +166,15 @@ def quality_against_compute(
         _quiet(axes)
     panels[0].set_ylabel(f"{metric} ({'lower' if lower_is_better else 'higher'} is better)")
     return figure
+
+
+def _join_series(axes: Any, points: Sequence[Mapping[str, Any]], key: str) -> None:
+    """A line through the points of each series, by compute."""
+    for name in dict.fromkeys(point.get("series") for point in points if point.get("series")):
+        series = [point for point in points if point.get("series") == name]
+        color = HIGHLIGHT if any(point.get("highlight") for point in series) else DENSE
+        line = sorted((point[key], point["value"]) for point in series)
+        axes.plot([x for x, _ in line], [y for _, y in line], color=color, linewidth=1, zorder=2)
 
 
 def _label_points(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:

@@ -67,14 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         run(completed, name)
     except ValueError as error:
-        told = _told(error)
-        if told is None:
+        message = told(error)
+        if message is None:
             raise
-        sys.stderr.write(f"error: {told}\n")
+        sys.stderr.write(f"error: {message}\n")
         sys.exit(2)
 
 
-def _told(error: BaseException | None) -> str | None:
+def told(error: BaseException | None) -> str | None:
     """The message of the error in this chain that our own code raised: it says all. (The parser wraps what a
     constructor raises.) None: there is none, so the traceback is needed."""
     folders = [Path(mmskip.__file__).parent, *(CONFIGS.parent / name for name in ("models", "datasets", "train"))]

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgre
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from mmskip.files import write_text
+from mmskip.files import whole, write_text
 from mmskip.registry import config_types
 from mmskip.train.checkpoints import Resume, WholeFileIO, last_checkpoint
 
@@ -29,10 +29,11 @@ RUN_FOLDER = "MMSKIP_RUN_FOLDER"
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the complete config of a training run into its folder, fit for running it again."""
+    """Saves the complete config of a training run into its folder, fit for running it again, and the tokenizer of its
+    data, so that the trained model can be used without the training data."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write `config.yaml`, on fit only."""
+        """Write `config.yaml` and the folder `tokenizer`, on fit only."""
         if stage != "fit" or not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)
@@ -41,6 +42,10 @@ class SaveConfig(SaveConfigCallback):
         # a run made again from this file starts from the beginning, as this one or its predecessor did
         config["ckpt_path"] = None
         write_text(self.parser.dump(config, skip_none=False), folder / "config.yaml")
+        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        if tokenizer is not None:
+            with whole(folder / "tokenizer") as partial:
+                tokenizer.save_pretrained(partial)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say how an interrupted training run goes on."""

@@ -1,0 +1,131 @@
+"""Finding a training run again: its checkpoint, its config, its model, its data, its tokenizer."""
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule
+
+from mmskip.models.video_llm import VideoLLM
+from mmskip.train.checkpoints import last_checkpoint
+
+TOKENIZER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A training run on disk.
+
+    Attributes:
+        checkpoint: the checkpoint file.
+        folder: of the run: that of its config, or of the checkpoint.
+        config: the run's complete config, as saved or as given; empty if there is none.
+    """
+
+    checkpoint: Path
+    folder: Path
+    config: dict[str, Any]
+
+    @property
+    def precision(self) -> str:
+        """Precision of the trainer, as Lightning names it."""
+        return str((self.config.get("trainer") or {}).get("precision") or "32-true")
+
+
+def find_run(given: str | Path, config: str | Path | None = None) -> TrainedRun:
+    """The run behind a path: a checkpoint file, the folder of a run (`runs/NAME/TIME`), or the folder of all runs of a
+    name (the newest is taken).
+
+    Args:
+        given: the path.
+        config: a YAML of the run, if it does not lie beside the checkpoint.
+
+    Raises:
+        ValueError: no such path, no checkpoint there, or an unreadable config.
+    """
+    path = Path(given)
+    if path.is_dir():
+        last = path / "checkpoints" / "last.ckpt"
+        path = last if last.is_file() else last_checkpoint(path)
+    if not path.is_file():
+        raise ValueError(f"{given}: no such checkpoint; give a checkpoint file, or the folder of a run")
+    folder = path.resolve().parents[1] if path.resolve().parent.name == "checkpoints" else path.resolve().parent
+    settings = Path(config) if config is not None else folder / "config.yaml"
+    if config is not None and not settings.is_file():
+        raise ValueError(f"{config}: no such config")
+    content = yaml.safe_load(settings.read_text()) if settings.is_file() else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{settings}: not the config of a run; expected a mapping with 'model' and 'data'")
+    return TrainedRun(path, folder, content)
+
+
+def load_model(run: TrainedRun, device: str | torch.device = "cpu") -> VideoLLM:
+    """The trained model in evaluation mode: settings and weights of the checkpoint.
+
+    Raises:
+        ValueError: an unreadable checkpoint, or one of another model.
+    """
+    try:
+        checkpoint = torch.load(run.checkpoint, map_location="cpu", weights_only=True)
+        state, settings = checkpoint["state_dict"], checkpoint["hyper_parameters"]
+    except Exception as error:  # torch raises many kinds for a file that is no checkpoint
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{run.checkpoint}: not a checkpoint of a training run ({reason})") from error
+    known = set(inspect.signature(VideoLLM.__init__).parameters) - {"self"}
+    named = (run.config.get("model") or {}).get("class_path", "")
+    if not known <= set(settings) or (named and named.rpartition(".")[2] != VideoLLM.__name__):
+        raise ValueError(
+            f"{run.checkpoint} holds no video LLM but {named or 'a model with ' + ', '.join(sorted(settings))}; "
+            "give the checkpoint of a run with model mmskip.models.video_llm.VideoLLM"
+        )
+    model = VideoLLM(**{name: settings[name] for name in known})
+    model.on_load_checkpoint(checkpoint)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        lines = " ".join(str(error).split())
+        raise ValueError(f"{run.checkpoint}: its weights do not fit its settings ({lines[:300]})") from error
+    return model.to(device).eval()
+
+
+def load_data(run: TrainedRun, class_path: str | None = None, **overrides: Any) -> Any:
+    """The data module of a run, by its config.
+
+    Args:
+        run: with a config.
+        class_path: another class; settings it does not have are left out.
+        **overrides: settings that replace those of the config.
+
+    Raises:
+        ValueError: the run has no config, or settings that do not fit.
+    """
+    data = run.config.get("data")
+    if not isinstance(data, dict) or "class_path" not in data:
+        raise ValueError(
+            f"{run.folder} holds no config.yaml that says what data the run was trained on; give --config with the "
+            "YAML it was trained by"
+        )
+    settings = {**(data.get("init_args") or {}), **overrides}
+    if class_path is not None:
+        module, _, name = class_path.rpartition(".")
+        known = _arguments(getattr(__import__(module, fromlist=[name]), name))
+        settings = {key: value for key, value in settings.items() if key in known}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningDataModule, "data")
+    parsed = parser.parse_object({"data": {"class_path": class_path or data["class_path"], "init_args": settings}})
+    return parser.instantiate_classes(parsed).data
+
+
+def _arguments(cls: type) -> set[str]:
+    """Names of the constructor's arguments, those of base classes included."""
+    return {name for base in cls.__mro__ if base is not object for name in inspect.signature(base).parameters}
+
+
+def tokenizer_folder(run: TrainedRun) -> str | None:
+    """The folder in which the run kept its tokenizer; None for a run that kept none."""
+    folder = run.folder / TOKENIZER
+    return str(folder) if folder.is_dir() else None
