@@ -60,5 +60,5 @@ def test_too_few_images_are_told():
         FeatureStatistics.of(features(20) / 0)
     with pytest.raises(ValueError, match="more than 3 each"):
         precision_recall(features(3), features(10))
-    with pytest.raises(ValueError, match="of 8 and 4 features"):
+    with pytest.raises(ValueError, match="have 8 and 4 features"):
         frechet_distance(many, FeatureStatistics.of(features(20, 4)))
