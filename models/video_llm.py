@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 import mmskip
-from mmskip import MoDConfig
+from mmskip.config import MethodConfig
 from mmskip.models.connector import Connector, place_features
 from mmskip.models.language_model import (
     LoRA,
@@ -71,7 +71,7 @@ class VideoLLM(LightningModule):
     def __init__(
         self,
         llm: str | dict[str, Any],
-        methods: list[MoDConfig] | None = None,
+        methods: list[MethodConfig] | None = None,
         lora: LoRA | None = None,
         llm_dtype: str = "float32",
         attention: str = "sdpa",

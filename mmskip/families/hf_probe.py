@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmskip.families.hf_stream import StreamCache
 from mmskip.families.hf_subset import FORWARD_KEY
 from mmskip.routers import ATTENTION_SCORES, Queries, TokenGroups, ranking_queries
 from mmskip.swap import Change, bind, state_of
@@ -71,9 +72,15 @@ class ProbedBlock(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         probe: Probe = state_of(self, ProbedBlock)
-        call = bind(self, args, kwargs).get(FORWARD_KEY)
+        bound = bind(self, args, kwargs)
+        call = bound.get(FORWARD_KEY)
         if call is None or not call.groups.has_vision:
             return super().forward(*args, **kwargs)
+        if isinstance(bound.get("past_key_values"), StreamCache):
+            raise ValueError(
+                "score='attention' does not serve running streams, whose frames come before the text that would rank "
+                "them; choose another score."
+            )
         probe.groups = call.groups
         probe.queries = ranking_queries(call.groups, probe.which)
         _check_segments(call.groups, probe.queries, call.segments_BT)

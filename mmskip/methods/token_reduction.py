@@ -50,13 +50,14 @@ class TokenReductionConfig(MethodConfig):
             over the heads), `"norm"` (largest hidden states), the controls `"random"` and `"uniform"` (evenly spaced),
             or `"similarity"`: nothing is dropped, the most similar tokens of the frame are merged into their mean,
             which keeps the place and position of one of them (ToMe's matching; without its weighting of attention by
-            size, which the model would have to learn).
+            size, which the model would have to learn; DeepStack features that a VLM adds later are those of that one).
         query: which text ranks a frame by `"attention"`. `"next"`: the first text token after the frame, so that
             nothing later decides what earlier tokens see: chunked streams, cached and uncached generation and
             training agree. `"last"` (FastV): the last token of the row in the call; in `generate`, of the prompt. In a
             forward over prompt and answer that is a token of the answer, so losses measured there are not those of
             generation, and training is refused.
-        always_keep: `"last"`: the last vision token of each frame is one of those kept; `"none"`.
+        always_keep: `"last"`: the last vision token of each frame, where a stream decides to speak, is one of those
+            kept; `"none"`: it competes like the others.
         seed: of the random score, >= 0.
         attention: attention implementation of the reduced blocks, as in `MoDConfig`.
     """
@@ -85,8 +86,6 @@ class TokenReductionConfig(MethodConfig):
             raise ValueError(
                 "after is 0; expected at least 1 for score='attention', which the block before is read for."
             )
-        if self.score == "similarity" and self.always_keep != "none":
-            raise ValueError("always_keep is 'last'; expected 'none' for score='similarity', which drops no token.")
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class ReductionPolicy:
         if self.config.score != "similarity" or self.index != self.config.after or not groups.has_vision:
             return x_BTD
         if _OWNERS not in groups.shared:
-            groups.shared[_OWNERS] = _owners(x_BTD.detach(), groups, self.config.keep)
+            groups.shared[_OWNERS] = _owners(x_BTD.detach(), groups, self.config)
         return _merged(x_BTD, groups, groups.shared[_OWNERS])
 
     def select(self, block: nn.Module, x_BTD: Tensor, groups: TokenGroups) -> Selection:
@@ -152,10 +151,11 @@ class ReductionPolicy:
         return None
 
 
-def _owners(x_BTD: Tensor, groups: TokenGroups, keep: float) -> Tensor:
+def _owners(x_BTD: Tensor, groups: TokenGroups, config: TokenReductionConfig) -> Tensor:
     """Flat positions [G, N] of the token that each token of a group is merged into; unused entries hold B * T."""
     flat_MD = torch.cat([x_BTD.flatten(0, 1), x_BTD.new_zeros(1, x_BTD.shape[-1])])
-    owner_GN = match_similar(flat_MD[groups.table_GN], groups.sizes, groups.budget(keep).host_G)
+    counts = groups.budget(config.keep).host_G
+    owner_GN = match_similar(flat_MD[groups.table_GN], groups.sizes, counts, config.always_keep == "last")
     return groups.table_GN.gather(1, owner_GN)
 
 
@@ -179,6 +179,7 @@ def _represents(groups: TokenGroups) -> Tensor:
     return scores[:-1].view(batch, length)
 
 
+@register(TokenReductionConfig, "hf_vlm")
 @register(TokenReductionConfig, "hf_decoder")
 def reduce_decoder(config: TokenReductionConfig, view: TokenView) -> list[Change]:
     """The changes that reduce the tokens of a decoder.

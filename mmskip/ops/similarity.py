@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 
-def match_similar(x_GND: Tensor, sizes: np.ndarray, keep: np.ndarray) -> Tensor:
+def match_similar(x_GND: Tensor, sizes: np.ndarray, keep: np.ndarray, keep_last: bool = False) -> Tensor:
     """The token that each token is merged into.
 
     Args:
         x_GND: tokens of each group, in order; entries behind a group's size are not read.
         sizes: tokens per group [G], on the host.
         keep: tokens left per group [G], on the host, 1 to its size.
+        keep_last: the last token of each group is never merged into another one.
 
     Returns:
         LongTensor [G, N]: the place in the group of the token that represents it; itself where it is kept.
@@ -29,10 +30,11 @@ def match_similar(x_GND: Tensor, sizes: np.ndarray, keep: np.ndarray) -> Tensor:
     mean_GND = x_GND.float()
     weight_GN = torch.ones(groups, longest, device=device)
     alive_GN = owner_GN < torch.from_numpy(sizes).to(device)[:, None]
+    movable_GN = owner_GN < torch.from_numpy(sizes - keep_last).to(device)[:, None]
     left = sizes.copy()
     while (left > keep).any():
         merged = np.minimum(left - keep, left // 2)
-        into_GN = _round(mean_GND, alive_GN, torch.from_numpy(merged).to(device))
+        into_GN = _round(mean_GND, alive_GN, movable_GN, torch.from_numpy(merged).to(device))
         gone_GN = into_GN != torch.arange(longest, device=device)
         sums_GND = torch.zeros_like(mean_GND).scatter_add_(
             1, into_GN[..., None].expand_as(mean_GND), mean_GND * weight_GN[..., None]
@@ -45,11 +47,11 @@ def match_similar(x_GND: Tensor, sizes: np.ndarray, keep: np.ndarray) -> Tensor:
     return owner_GN
 
 
-def _round(x_GND: Tensor, alive_GN: Tensor, merged_G: Tensor) -> Tensor:
+def _round(x_GND: Tensor, alive_GN: Tensor, movable_GN: Tensor, merged_G: Tensor) -> Tensor:
     """One round: [G, N], where each token goes."""
     longest = x_GND.shape[1]
     turn_GN = alive_GN.cumsum(1) % 2
-    first_GN, second_GN = alive_GN & (turn_GN == 1), alive_GN & (turn_GN == 0)
+    first_GN, second_GN = alive_GN & movable_GN & (turn_GN == 1), alive_GN & (turn_GN == 0)
     unit_GND = x_GND / x_GND.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     alike_GNN = (unit_GND @ unit_GND.mT).masked_fill(~second_GN[:, None, :], -torch.inf)
     best_GN, partner_GN = alike_GNN.max(-1)
@@ -59,7 +61,7 @@ def _round(x_GND: Tensor, alive_GN: Tensor, merged_G: Tensor) -> Tensor:
     return torch.where((rank_GN < merged_G[:, None]) & first_GN, partner_GN, stays)
 
 
-def match_similar_naive(x_ND: Tensor, keep: int) -> list[int]:
+def match_similar_naive(x_ND: Tensor, keep: int, keep_last: bool = False) -> list[int]:
     """Reference of `match_similar` for one group: Python loops."""
     clusters = {place: [place] for place in range(len(x_ND))}
     while len(clusters) > keep:
@@ -67,6 +69,8 @@ def match_similar_naive(x_ND: Tensor, keep: int) -> list[int]:
         means = {p: torch.stack([x_ND[m].float() for m in clusters[p]]).mean(0) for p in places}
         pairs = []
         for a in places[0::2]:
+            if keep_last and a == len(x_ND) - 1:
+                continue
             alike = [(float(torch.cosine_similarity(means[a], means[b], dim=0)), -b) for b in places[1::2]]
             if alike:
                 best, b = max(alike)

@@ -11,6 +11,8 @@ from torch import nn
 from transformers import DynamicCache
 
 import mmskip
+from mmskip import families
+from mmskip.families.hf_stream import StreamCache
 from mmskip.ops.similarity import match_similar_naive
 from mmskip.routers import norm_scores, random_scores, token_groups, uniform_scores
 
@@ -236,6 +238,31 @@ def test_training_by_the_last_token_is_refused():
         model.train()(ids, layout=layout)
 
 
+@pytest.mark.parametrize("setting", ["norm", "similarity"])
+def test_running_streams_equal_one_forward(setting):
+    model, _ = reduced("llama", setting)
+    cache = StreamCache(families.find(model), 2, unit_tokens=12)
+    rows = [stream_layout(3, lead=1)] * 2
+    ids = torch.randint(3, VOCAB, (2, len(rows[0])), generator=torch.Generator().manual_seed(4))
+    layout, parts = torch.stack(rows), []
+    embeds = model.get_input_embeddings()(ids)
+    with torch.no_grad():
+        expected = model(inputs_embeds=embeds, layout=layout).logits
+        for part in (slice(0, 12), slice(12, 34)):
+            announced = cache.begin(layout[:, part].numpy(), [embeds[:, part].shape[1]] * 2, torch.float32)
+            parts.append(model(inputs_embeds=embeds[:, part], **announced, layout=layout[:, part]).logits)
+    torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_running_streams_refuse_ranking_by_text_to_come():
+    model, _ = reduced("llama", "next")
+    cache = StreamCache(families.find(model), 1, unit_tokens=12)
+    ids, layout = example(1)
+    announced = cache.begin(layout.numpy(), [ids.shape[1]], torch.float32)
+    with pytest.raises(ValueError, match="does not serve running streams"):
+        model(inputs_embeds=model.get_input_embeddings()(ids), **announced, layout=layout)
+
+
 @pytest.mark.parametrize("attention", ["eager", "mmskip_ragged"])
 @pytest.mark.parametrize("name", ["llama", "mistral_window"])
 def test_scores_are_read_under_every_attention_backend(name, attention):
@@ -312,8 +339,9 @@ def test_cost_falls_with_what_is_kept():
     assert saved[0] == 1 and saved[0] < saved[1] < saved[2] < 2
 
 
-def test_the_last_vision_token_can_be_kept():
-    model, _ = reduced("llama", "uniform", keep=0.1, always_keep="last")
+@pytest.mark.parametrize("setting", ["uniform", "similarity"])
+def test_the_last_vision_token_can_be_kept(setting):
+    model, _ = reduced("llama", setting, keep=0.1, always_keep="last")
     ids, layout = example(3, lead=0)
     with torch.no_grad(), mmskip.trace(model) as trace:
         model(ids, layout=layout)
@@ -330,7 +358,6 @@ def test_the_last_vision_token_can_be_kept():
         ({"score": "fastv"}, "score is 'fastv'; expected one of attention, norm"),
         ({"query": "all"}, "query is 'all'; expected one of next, last"),
         ({"always_keep": "first"}, "always_keep is 'first'"),
-        ({"score": "similarity", "always_keep": "last"}, "expected 'none' for score='similarity'"),
         ({"seed": 0.5}, "seed is 0.5; expected an integer"),
         ({"attention": "xformers"}, "attention is 'xformers'; expected one of None, mmskip_ragged"),
     ],
