@@ -163,7 +163,9 @@ def _record_block(trace: Trace, view: Any, index: int) -> Any:
             return
         hidden = output[0] if isinstance(output, tuple) else output
         batch, length = hidden.shape[:2]
-        keys, kv_bytes, dense_kv_bytes = view.cache_use(index, kwargs.get("past_key_values"), length)
+        # blocks name their cache differently, and some get it by position
+        cache = next((v for v in (*args, *kwargs.values()) if hasattr(v, "get_seq_length")), None)
+        keys, kv_bytes, dense_kv_bytes = view.cache_use(index, cache, length)
         slots = batch * length
         layer = LayerRecord(view.site(index), slots, slots, keys, keys, None, kv_bytes, dense_kv_bytes)
         if trace._pending is not None and trace._pending[0] is block:

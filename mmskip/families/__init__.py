@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from mmskip.routers import Selection, TokenGroups
 from mmskip.swap import Change
 
+STATE = "state"
+"""Kind of a block that carries a state from token to token (state space, linear attention, convolution) or has no
+attention at all: it sees every token, so token routing leaves it dense."""
 _FAMILIES = ("hf_decoder", "hf_vlm")
 
 
@@ -45,7 +48,7 @@ class TokenView(View, Protocol):
         """Hidden width D."""
 
     def attention_types(self) -> tuple[str, ...]:
-        """The kind of attention of each block; lengths and masks are read at the first block of a kind."""
+        """The kind of attention of each block, or `STATE`; lengths and masks are read at the first block of a kind."""
 
     def subset_changes(
         self,

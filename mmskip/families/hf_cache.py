@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+    QuantizedCache,
+    StaticCache,
+)
 
 
 class SlotCacheLayer(CacheLayerMixin):
@@ -178,23 +186,48 @@ class SlotCacheLayer(CacheLayerMixin):
         self._rows(lambda t: t[indices])
 
 
+def check_cache(cache: Any) -> None:
+    """Raise unless routed blocks can keep their entries in `cache` (None: no cache).
+
+    Raises:
+        ValueError: a static, quantized, offloaded or encoder-decoder cache.
+    """
+    if cache is None:
+        return
+    kind = type(cache).__name__
+    if isinstance(cache, EncoderDecoderCache):
+        raise ValueError(
+            f"past_key_values is an {kind}; routed blocks have no cross-attention and need a DynamicCache."
+        )
+    if cache.offloading:
+        kind = f"{kind} offloaded to the CPU"
+    elif not isinstance(cache, (StaticCache, QuantizedCache)) and not getattr(cache, "is_compileable", False):
+        return
+    raise ValueError(
+        f"past_key_values is a {kind}; routed blocks store another number of tokens in every row, which static, "
+        "quantized and offloaded caches cannot hold. Use a DynamicCache: in generate, leave cache_implementation out "
+        "or set it to 'dynamic'."
+    )
+
+
 def slot_layer(cache: Cache, layer_idx: int, window: int | None) -> SlotCacheLayer:
     """The cache layer of a routed block, put in the place of transformers' own on first use.
 
     Raises:
-        ValueError: that place holds a static or quantized cache, or entries of a forward without mmskip.
+        ValueError: the cache has no room for rows of different lengths, or that place holds entries of a forward
+            without mmskip.
     """
+    check_cache(cache)
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= layer_idx:
             cache.layers.append(cache.layer_class_to_replicate())
     present: Any = cache.layers[layer_idx]
     if isinstance(present, SlotCacheLayer):
         return present
-    if type(present) not in (DynamicLayer, DynamicSlidingWindowLayer) or cache.offloading:
-        kind = "an offloaded cache" if cache.offloading else type(present).__name__
+    if type(present) not in (DynamicLayer, DynamicSlidingWindowLayer):
         raise ValueError(
-            f"layer {layer_idx} of past_key_values is {kind}; routed blocks store a different number of tokens per "
-            "row and need a DynamicCache (static, quantized and offloaded caches hold a fixed layout)."
+            f"layer {layer_idx} of past_key_values is a {type(present).__name__}; routed blocks store another number "
+            "of tokens in every row and need a DynamicCache."
         )
     if present.get_seq_length() > 0:
         raise ValueError(

@@ -1,30 +1,17 @@
 """Family `hf_decoder`: causal language models of transformers, found by structure."""
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from mmskip.families import TokenPolicy
+from mmskip.families import STATE, TokenPolicy
+from mmskip.families.hf_blocks import attention_of, is_stack, kinds, unfit, windows, without_attention
 from mmskip.families.hf_probe import own_attention, own_config, probe_changes
 from mmskip.families.hf_stream import StreamCache
 from mmskip.families.hf_subset import BlockState, LayoutGenerator, LayoutRoot, RootState, SubsetBlock, check_backend
 from mmskip.swap import Change
-
-_BLOCK_ARGUMENTS = {
-    "hidden_states",
-    "attention_mask",
-    "position_ids",
-    "past_key_values",
-    "use_cache",
-    "cache_position",
-    "position_embeddings",
-    "output_attentions",
-    "output_router_logits",
-    "kwargs",
-}
 
 
 @dataclass(frozen=True)
@@ -34,6 +21,7 @@ class DecoderView:
     Attributes:
         windows: per block, the sliding window in tokens, or None for full attention.
         generators: the modules around the root that have `generate`.
+        kinds: per block `full`, `sliding` or `state`, see `hf_blocks`.
     """
 
     family: str
@@ -41,6 +29,7 @@ class DecoderView:
     blocks: tuple[nn.Module, ...]
     windows: tuple[int | None, ...]
     generators: tuple[nn.Module, ...]
+    kinds: tuple[str, ...]
 
     @property
     def config(self) -> Any:
@@ -62,11 +51,12 @@ class DecoderView:
         return tuple(index for index, block in enumerate(self.blocks) if isinstance(block, SubsetBlock))
 
     def attention_types(self) -> tuple[str, ...]:
-        """Per block, `full` or `sliding`."""
-        return tuple("full" if window is None else "sliding" for window in self.windows)
+        """Per block, `full` or `sliding`; `state` for a block that must see every token."""
+        return self.kinds
 
     def matrix_products(self, index: int) -> list[tuple[int, int, int]]:
-        """Weight matrices of a block that every token is multiplied by: (inputs, outputs, how many).
+        """Weight matrices of a block that every token is multiplied by: (inputs, outputs, how many). The scans of
+        state-space and linear attention are not counted.
 
         Raises:
             ValueError: the block has expert weights whose use per token the config does not tell.
@@ -77,7 +67,8 @@ class DecoderView:
             if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
                 products.append((weight.shape[0], weight.shape[1], 1))  # type: ignore[union-attr]
             for parameter in module._parameters.values():
-                if parameter is not None and parameter.dim() == 3:
+                # weights of three dimensions are experts, but for short convolutions, whose cost is small
+                if parameter is not None and parameter.dim() == 3 and not isinstance(module, nn.Conv1d):
                     products.append((parameter.shape[1], parameter.shape[2], self._experts_per_token()))
         return products
 
@@ -88,9 +79,16 @@ class DecoderView:
         return int(count)
 
     def attention_width(self, index: int) -> int:
-        """Heads times head width of the queries of a block."""
-        head = getattr(self.config, "head_dim", None) or self.width // self.config.num_attention_heads
-        return int(head * self.config.num_attention_heads)
+        """Heads times head width of a block (the mean of keys' and values' width where they differ); 0 without
+        attention."""
+        if self.kinds[index] == STATE:
+            return 0
+        config, attention = self.config, attention_of(self.blocks[index], causal=False)
+        head = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None)
+        head = head or self.width // config.num_attention_heads
+        key = getattr(attention, "qk_head_dim", head)
+        value = getattr(attention, "v_head_dim", head)
+        return int((key + value) * config.num_attention_heads) // 2
 
     def item_bytes(self, index: int) -> int:
         """Bytes of one number of the hidden states."""
@@ -102,7 +100,9 @@ class DecoderView:
 
     def cache_use(self, index: int, cache: Any, length: int) -> tuple[int, int, int]:
         """After a call with `length` tokens: keys a dense block attends over, KV bytes stored, KV bytes a dense block
-        stores."""
+        stores. A block without attention stores none."""
+        if self.kinds[index] == STATE:
+            return 0, 0, 0
         if cache is None:
             return length, 0, 0
         if isinstance(cache, StreamCache):
@@ -111,7 +111,7 @@ class DecoderView:
         past = total - length if window is None else min(total - length, window - 1)
         stored = total if window is None else min(total, window - 1)
         entry = cache.layers[index]
-        per_slot = 2 * entry.keys[:, :, :1].numel() * entry.keys.element_size()
+        per_slot = (entry.keys[:, :, :1].numel() + entry.values[:, :, :1].numel()) * entry.keys.element_size()
         return past + length, per_slot * entry.keys.shape[-2], per_slot * stored
 
     def subset_changes(
@@ -124,16 +124,18 @@ class DecoderView:
         attention implementation or one of their own.
 
         Raises:
-            ValueError: routed blocks cannot build masks for the model's attention implementation.
+            ValueError: a block must see every token, or routed blocks cannot build masks for the model's attention
+                implementation.
         """
-        config = own_config(self.config, self.blocks, attention)
+        config = own_config(self.config, [self.blocks[i] for i in policies], attention)
         check_backend(config)
-        if isinstance(self.root, LayoutRoot):
-            sites = ", ".join(self.site(i) for i in policies)
-            raise ValueError(
-                f"{sites}: this decoder routes tokens already; name all blocks in one config (keep may be a list), or "
-                "remove_ the earlier one."
-            )
+        for index in policies:
+            if self.kinds[index] == STATE:
+                raise ValueError(
+                    f"{self.site(index)} ({type(self.blocks[index]).__name__}) carries a state from token to token and "
+                    "must see every token; blocks with attention are "
+                    f"{[i for i, kind in enumerate(self.kinds) if kind != STATE]}."
+                )
         changes = [
             Change(
                 self.site(i),
@@ -146,8 +148,9 @@ class DecoderView:
         ]
         if attention is not None:
             changes += [own_attention(self.blocks[i], config, self.site(i)) for i in policies]
-        changes.append(Change("decoder", self.root, LayoutRoot, RootState(dict(policies))))
-        changes += [Change("generate", module, LayoutGenerator, self.root) for module in self.generators]
+        if not isinstance(self.root, LayoutRoot):
+            changes.append(Change("decoder", self.root, LayoutRoot, RootState(self.blocks)))
+            changes += [Change("generate", module, LayoutGenerator, self.root) for module in self.generators]
         return changes
 
     def probe_changes(self, index: int, which: str) -> list[Change]:
@@ -163,64 +166,29 @@ def match(model: nn.Module, causal: bool = True) -> tuple[DecoderView | None, st
     found = []
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            for child in module.children():
-                if isinstance(child, nn.ModuleList) and len(child) and all(_is_block(b, causal) for b in child):
-                    found.append((module, tuple(child)))
+            stacks = [child for child in module.children() if is_stack(child, causal)]
+            found += [(module, tuple(stack.children())) for stack in stacks]
     if not found:
         return None, (
             "needs a transformers causal decoder: a PreTrainedModel with a list of decoder layers that take "
-            f"`hidden_states` and hold a causal self-attention with a `layer_idx`; {type(model).__name__} has none"
+            "`hidden_states` and hold a causal self-attention (`is_causal`, `layer_idx`); " + without_attention(model)
         )
     if len(found) > 1:
         names = ", ".join(type(module).__name__ for module, _ in found)
         return None, f"found several stacks of decoder layers ({names}); pass the one to be changed"
     root, blocks = found[0]
-    reason = _unfit(model, root, blocks)
+    reason = unfit(model, root, blocks, causal)
     if reason:
         return None, reason
     generators = tuple(
         m for m in model.modules() if isinstance(m, PreTrainedModel) and m.can_generate() and _contains(m, root)
     )
-    return DecoderView("hf_decoder", root, blocks, _windows(root.config, len(blocks)), generators), ""
+    config = root.config
+    view = DecoderView(
+        "hf_decoder", root, blocks, windows(config, len(blocks)), generators, kinds(config, blocks, causal)
+    )
+    return view, ""
 
 
 def _contains(module: nn.Module, inner: nn.Module) -> bool:
     return any(child is inner for child in module.modules())
-
-
-def _is_block(block: nn.Module, causal: bool) -> bool:
-    if "hidden_states" not in inspect.signature(type(block).forward).parameters:
-        return False
-    return any(
-        getattr(child, "is_causal", None) in (True, causal) and getattr(child, "layer_idx", None) is not None
-        for child in block.children()
-    )
-
-
-def _unfit(model: nn.Module, root: nn.Module, blocks: Sequence[nn.Module]) -> str:
-    config: Any = root.config
-    name = type(root).__name__
-    if getattr(config, "is_encoder_decoder", False):
-        return f"{name} is part of an encoder-decoder model"
-    if any(getattr(getattr(m, "config", None), "vision_config", None) is not None for m in model.modules()):
-        return f"{name} stands in a vision-language model, whose frames only its own family can tell"
-    if len(blocks) != config.num_hidden_layers:
-        return f"{name} has {len(blocks)} decoder layers, its config says {config.num_hidden_layers}"
-    types = set(getattr(config, "layer_types", None) or ())
-    if not types <= {"full_attention", "sliding_attention"}:
-        return f"{name} has layers of type {', '.join(sorted(types))}; only full and sliding attention can be routed"
-    for owner in (root, blocks[0]):
-        if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(owner).forward).parameters.values()):
-            return f"{type(owner).__name__}.forward drops unknown keywords, so the layout cannot reach the layers"
-    unknown = set(inspect.signature(type(blocks[0]).forward).parameters) - _BLOCK_ARGUMENTS - {"self"}
-    if unknown:
-        return f"{type(blocks[0]).__name__} takes {', '.join(sorted(unknown))}, which a subset of tokens cannot serve"
-    return ""
-
-
-def _windows(config: Any, count: int) -> tuple[int | None, ...]:
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        return (window,) * count
-    return tuple(window if kind == "sliding_attention" else None for kind in types[:count])

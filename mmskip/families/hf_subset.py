@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from mmskip.families import TokenPolicy
-from mmskip.families.hf_cache import SlotCacheLayer, slot_layer
+from mmskip.families.hf_blocks import ABSENT_ARGUMENTS, CACHE_ARGUMENTS, PER_TOKEN_ARGUMENTS
+from mmskip.families.hf_cache import SlotCacheLayer, check_cache, slot_layer
 from mmskip.families.hf_mask import build_mask
 from mmskip.families.hf_stream import StreamCache
 from mmskip.ops.tokens import merge_tokens, select_tokens
@@ -27,7 +28,6 @@ from mmskip.trace import begin_forward, report
 
 FORWARD_KEY = "mmskip_forward"
 BACKENDS = ("sdpa", "eager", "flex_attention", "mmskip_ragged")
-_PER_TOKEN = ("position_ids", "position_embeddings", "cache_position")
 _prompt_layout: ContextVar[tuple[nn.Module, Tensor] | None] = ContextVar("mmskip_prompt_layout", default=None)
 _given_call: ContextVar["tuple[nn.Module, GivenCall] | None"] = ContextVar("mmskip_given_call", default=None)
 
@@ -45,10 +45,20 @@ class BlockState:
 
 @dataclass
 class RootState:
-    """What the module that calls the blocks needs to know; `checked` after the first complete forward."""
+    """What the module that calls the blocks needs to know; `checked` holds the routed blocks of the last complete
+    forward."""
 
-    policies: dict[int, TokenPolicy]
-    checked: bool = field(default=False)
+    blocks: tuple[nn.Module, ...]
+    checked: frozenset[int] = field(default=frozenset())
+
+    @property
+    def policies(self) -> dict[int, TokenPolicy]:
+        """The policies of the routed blocks, whichever configs brought them."""
+        return {
+            index: state_of(block, SubsetBlock).policy
+            for index, block in enumerate(self.blocks)
+            if isinstance(block, SubsetBlock)
+        }
 
 
 @dataclass(frozen=True)
@@ -140,13 +150,13 @@ class LayoutRoot(nn.Module):
         call = _read_call(self, state, bound, layout, known)
         begin_forward(self, call.groups.layout_BT, call.groups.real_BT)
         output = super().forward(*args, **kwargs, **{FORWARD_KEY: call})
-        missing = set(state.policies) - call.ran
-        if not state.checked and missing:
+        missing = set(state.policies) - call.ran - state.checked
+        if missing:
             raise RuntimeError(
                 f"blocks {sorted(missing)} of {type(self).__name__} were claimed by mmskip but did not run; something "
                 "replaced or bypassed them after apply_."
             )
-        state.checked = True
+        state.checked |= call.ran
         return output
 
 
@@ -163,12 +173,8 @@ def _read_call(
     cache = bound.get("past_key_values")
     if isinstance(cache, StreamCache):
         return _read_stream(state, cache, layout, inputs.device)
+    check_cache(cache)
     start = cache.get_seq_length() if cache is not None else 0
-    if not isinstance(start, int) or getattr(cache, "is_compileable", False):
-        raise ValueError(
-            f"past_key_values is a {type(cache).__name__} of fixed size; routed blocks store a different number of "
-            "tokens per row and need a DynamicCache."
-        )
     if layout is None:
         layout = _implied_layout(root, state, cache, start, (batch, length), inputs.device)
     if tuple(layout.shape) != (batch, length):
@@ -294,6 +300,9 @@ class SubsetBlock(nn.Module):
                 f"{state.site} got no layout: {type(self).__name__} was called outside the model that mmskip was "
                 "applied to, or a module in between drops unknown keywords."
             )
+        for name in ABSENT_ARGUMENTS:
+            if bound.get(name) is not None:
+                raise ValueError(f"{name} is given, but routed blocks have no cross-attention; leave it out.")
         x_BTD = bound.pop("hidden_states")
         groups = call.groups.to(x_BTD.device)
         x_BTD = state.policy.enter(self, x_BTD, groups)
@@ -301,9 +310,11 @@ class SubsetBlock(nn.Module):
         x_BSD = select_tokens(x_BTD, selection.index_BS, selection.valid_BS)
         gate_BS = state.policy.gate(self, x_BSD, selection, groups)
         slots = _attend(state, call, groups, selection, bound, x_BSD)
-        for name in _PER_TOKEN:
+        for name in PER_TOKEN_ARGUMENTS:
             if bound.get(name) is not None:
-                bound[name] = _gather_positions(bound[name], selection.index_BS, name == "position_embeddings")
+                bound[name] = _gather_positions(
+                    bound[name], selection.index_BS, name not in ("position_ids", "cache_position")
+                )
         output = super().forward(x_BSD, **bound)
         y_BSD = output[0] if isinstance(output, tuple) else output
         merged = merge_tokens(x_BTD, y_BSD, selection.index_BS, gate_BS, selection.valid_BS)
@@ -338,7 +349,7 @@ def _attend(
 ) -> int:
     """Announce the new entries to the cache, put the mask into `bound`; returns the number of keys K."""
     check_backend(state.config)
-    cache = bound.get("past_key_values")
+    cache = next((bound[name] for name in CACHE_ARGUMENTS if bound.get(name) is not None), None)
     if isinstance(cache, StreamCache):
         bound["attention_mask"], keys = cache.attend(state.index, state.config, groups, selection, x_BSD)
         return keys

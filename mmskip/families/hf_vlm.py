@@ -46,6 +46,8 @@ class VlmView(DecoderView):
     ) -> list[Change]:
         """As `DecoderView.subset_changes`; the layout comes from the inputs of the VLM."""
         changes = [c for c in super().subset_changes(policies, children, attention) if c.mixin is not LayoutGenerator]
+        if isinstance(self.outer, VisionRoot):
+            return changes
         changes.append(Change("vlm", self.outer, VisionRoot, VisionState(self.outer, self.root)))
         changes += [
             Change("generate", module, VisionGenerator, VisionState(self.outer, self.root))
@@ -168,7 +170,7 @@ def match(model: nn.Module) -> tuple[VlmView | None, str]:
             for m in model.modules()
             if isinstance(m, PreTrainedModel) and m.can_generate() and any(child is outer for child in m.modules())
         )
-        return VlmView("hf_vlm", view.root, view.blocks, view.windows, generators, outer), ""
+        return VlmView("hf_vlm", view.root, view.blocks, view.windows, generators, view.kinds, outer), ""
     if found:
         names = ", ".join(type(module).__name__ for module, _ in found)
         return None, f"found several vision-language models ({names}); pass the one to be changed"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmskip.config import MethodConfig, check_choice, check_count, check_ratio
-from mmskip.families import TokenView
+from mmskip.families import STATE, TokenView
 from mmskip.registry import register
 from mmskip.routers import (
     GATES,
@@ -45,7 +45,8 @@ class MoDConfig(MethodConfig):
         layers: which blocks are routed: `"alternate"` (1, 3, 5, ...: the paper's best), `"alternate_deep"` (those of
             the deeper half), `"all"`, `"deep"` (the deeper half), or block indices. The first block of each
             attention type stays dense, because transformers reads lengths and masks there; the patterns leave
-            it out, indices that claim it are refused unless every block of its type is claimed.
+            it out, indices that claim it are refused unless every block of its type is claimed. Blocks without
+            attention (of hybrid models) are never routed.
         router: `"linear"` (learned, the paper's), or without parameters: `"norm"` (largest hidden states) and the
             controls `"random"` and `"uniform"` (evenly spaced).
         gate: multiplier of a kept vision token's update from its score mu: `"tanh"` (1 + 0.2 tanh mu, zero-initialised:
@@ -134,7 +135,8 @@ def routed_layers(layers: str | Sequence[int], types: Sequence[str]) -> tuple[in
         step = 2 if layers.startswith("alternate") else 1
         offset = first + (first + 1) % 2 if step == 2 else first
         chosen = list(range(offset, count, step))
-    firsts = {kind: types.index(kind) for kind in dict.fromkeys(types)}
+        chosen = [index for index in chosen if types[index] != STATE]
+    firsts = {kind: types.index(kind) for kind in dict.fromkeys(types) if kind != STATE}
     for kind, index in firsts.items():
         whole = all(i in chosen for i, other in enumerate(types) if other == kind)
         if index not in chosen or (whole and not isinstance(layers, str)):

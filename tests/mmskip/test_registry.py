@@ -92,16 +92,6 @@ def test_applying_twice_is_refused_and_changes_nothing():
     assert fingerprint(model) == before
 
 
-def test_other_blocks_of_a_routed_decoder_are_refused_with_the_way_out():
-    model = mmskip.apply_(tiny_decoder("llama"), mmskip.MoDConfig(layers=(1,)))
-    before = fingerprint(model)
-    with pytest.raises(
-        ValueError, match=r"block\.3: this decoder routes tokens already; name all blocks in one config"
-    ):
-        mmskip.apply_(model, mmskip.MoDConfig(layers=(3,)))
-    assert fingerprint(model) == before
-
-
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(nn.Conv2d(3, 4, 3))])
 def test_a_model_without_decoder_layers_is_refused(model):
     with pytest.raises(ValueError, match=r"no family fits.*hf_decoder"):
@@ -113,16 +103,6 @@ def test_something_that_is_no_model_or_no_config_is_refused():
         mmskip.apply_("meta-llama/Meta-Llama-3-8B", mmskip.MoDConfig())
     with pytest.raises(TypeError, match="MoDConfig"):
         mmskip.apply_(tiny_decoder("llama"), {"keep": 0.2})
-
-
-@pytest.mark.parametrize("name", ["falcon", "gpt2", "gpt_neox"])
-def test_decoders_that_cannot_be_served_say_why(name):
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 50}
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**sizes))
-    with pytest.raises(ValueError, match="no family fits"):
-        mmskip.apply_(model, mmskip.MoDConfig(layers=(1,)))
 
 
 def test_a_change_by_another_tool_on_top_blocks_remove():
@@ -215,3 +195,62 @@ def test_configs_round_trip_through_json_and_cannot_be_changed():
         config.keep = 0.5
     with pytest.raises(ValueError, match="no kep"):
         mmskip.MoDConfig.from_dict({"kep": 0.2})
+
+
+def two_configs(model):
+    mmskip.apply_(model, mmskip.MoDConfig(keep=0.5, layers=(1,), gate="sigmoid"))
+    return mmskip.apply_(model, mmskip.MoDConfig(keep=0.2, layers=(3,), gate="sigmoid"))
+
+
+def test_two_configs_on_different_blocks_equal_one():
+    model, one = tiny_decoder("llama"), tiny_decoder("llama")
+    before, dense = fingerprint(model), model(IDS).logits
+    two_configs(model)
+    mmskip.apply_(one, mmskip.MoDConfig(keep=[0.5, 0.2], layers=(1, 3), gate="sigmoid"))
+    with pytest.raises(ValueError, match=r"claims block\.1, which MoDConfig\(keep=0\.5"):
+        mmskip.apply_(model, mmskip.MoDConfig(keep=0.3, layers=(1, 2)))
+    randomize_routers(model)
+    randomize_routers(one)
+    with torch.no_grad(), mmskip.trace(model) as trace:
+        out = model(IDS, layout=LAYOUT).logits
+    kept = [
+        None if layer.kept is None else int(layer.kept[0][LAYOUT[0] == 1].sum()) for layer in trace.forwards[0].layers
+    ]
+    assert kept == [None, 5, None, 2]
+    assert torch.equal(out, one(IDS, layout=LAYOUT).logits)
+    call = {"layout": LAYOUT, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(IDS, **call), model.generate(IDS, use_cache=False, **call))
+    mmskip.remove_(model)
+    assert fingerprint(model) == before and torch.equal(model(IDS).logits, dense)
+
+
+def test_two_configs_are_saved_loaded_and_copied_as_two(tmp_path):
+    model = two_configs(tiny_decoder("llama"))
+    randomize_routers(model)
+    expected = model(IDS, layout=LAYOUT).logits
+    mmskip.save(model, tmp_path)
+    loaded, other = mmskip.load_(tiny_decoder("llama"), tmp_path), copy.deepcopy(model)
+    assert mmskip.applied(loaded) == mmskip.applied(model) and len(mmskip.applied(loaded)) == 2
+    mmskip.remove_(model)
+    for copied in (loaded, other):
+        assert torch.equal(copied(IDS, layout=LAYOUT).logits, expected)
+
+
+def test_an_error_in_the_second_config_leaves_the_first(monkeypatch):
+    model = mmskip.apply_(tiny_decoder("llama"), mmskip.MoDConfig(layers=(1,)))
+    before, original = fingerprint(model), swap.swap
+    expected = model(IDS, layout=LAYOUT).logits
+
+    calls = []
+
+    def failing(change):
+        calls.append(change)
+        if len(calls) > 1:
+            raise RuntimeError("half-way")
+        original(change)
+
+    monkeypatch.setattr(swap, "swap", failing)
+    with pytest.raises(RuntimeError, match="half-way"):
+        mmskip.apply_(model, mmskip.MoDConfig(layers=(2, 3)))
+    monkeypatch.undo()
+    assert fingerprint(model) == before and torch.equal(model(IDS, layout=LAYOUT).logits, expected)

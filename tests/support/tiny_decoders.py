@@ -17,6 +17,28 @@ _COMMON = {
     "eos_token_id": 2,
 }
 WINDOW = 9
+_MLA = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 6,
+    "head_dim": 4,
+    "num_key_value_heads": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
+_LINEAR = {
+    "head_dim": 8,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "shared_expert_intermediate_size": 16,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+}
 DECODERS = {
     "llama": {},
     "qwen3": {"head_dim": 8},
@@ -42,7 +64,58 @@ DECODERS = {
     "cohere": {},
     "stablelm": {},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+    "gpt2": {"n_positions": 512, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "gpt_bigcode": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "starcoder2": {"sliding_window": WINDOW},
+    "phi": {},
+    "persimmon": {},
+    "gemma": {"head_dim": 8},
+    "gemma4_text": {
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "sliding_window": WINDOW,
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "vocab_size_per_layer_input": VOCAB,
+        "hidden_size_per_layer_input": 8,
+    },
+    "glm4": {"head_dim": 8},
+    "exaone4": {"sliding_window": WINDOW},
+    "cohere2": {"sliding_window": WINDOW},
+    "nemotron": {},
+    "olmo": {},
+    "olmo3": {"sliding_window": WINDOW},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "ernie4_5": {},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "seed_oss": {"head_dim": 8},
+    "deepseek_v2": _MLA,
+    "deepseek_v3": {**_MLA, "n_routed_experts": 4},
+    "minicpm3": _MLA,
+    "gpt_oss": {
+        "head_dim": 8,
+        "sliding_window": WINDOW,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "attn": "eager",
+    },
+    # hybrids: the blocks with attention are routed, those with a state are not
+    "qwen3_next": {**_LINEAR, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "qwen3_5_text": _LINEAR,
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "nemotron_h": {
+        "layer_types": ["linear_attention", "full_attention", "mlp", "full_attention"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 8,
+        "n_groups": 1,
+        "chunk_size": 8,
+    },
 }
+HYBRIDS = ("qwen3_next", "qwen3_5_text", "lfm2", "nemotron_h")
+# learned positions are counted from the start of the padded row, so a left-padded batch must name them
+PLACED = ("gpt2", "gpt_bigcode")
 
 
 def tiny_decoder(name: str, seed: int = 0, **overrides) -> PreTrainedModel:
@@ -71,10 +144,16 @@ def randomize_routers(model: torch.nn.Module, seed: int = 1) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
 
+def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The decoder layers, whatever the list is called."""
+    decoder = model.get_decoder()
+    (stack,) = (child for child in decoder.children() if isinstance(child, torch.nn.ModuleList))
+    return list(stack)
+
+
 def routers_of(model: torch.nn.Module) -> dict[int, torch.Tensor]:
     """Router weights by block index."""
-    blocks = model.get_decoder().layers
-    return {i: b.mmskip_router.weight for i, b in enumerate(blocks) if hasattr(b, "mmskip_router")}
+    return {i: b.mmskip_router.weight for i, b in enumerate(blocks_of(model)) if hasattr(b, "mmskip_router")}
 
 
 def pad_rows(rows: list[torch.Tensor], value: int, side: str) -> torch.Tensor:

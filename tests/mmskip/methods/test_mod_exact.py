@@ -4,16 +4,28 @@ import copy
 
 import pytest
 import torch
+from masked_reference import masked_logits
 from naive_mod import naive_logits
-from tiny_decoders import DECODERS, VOCAB, pad_rows, randomize_routers, routers_of, stream_layout, tiny_decoder
+from tiny_decoders import DECODERS, PLACED, VOCAB, pad_rows, randomize_routers, routers_of, stream_layout, tiny_decoder
 from transformers import DynamicCache, StaticCache
 
 import mmskip
 from mmskip.ops.hf_attention import register_attention
 
 CORE = ("llama", "qwen3", "mistral_window", "qwen3_mixed_window", "gemma3_text")
-# the naive reference embeds and normalises by itself, which these do in ways of their own
-REFERENCE = tuple(n for n in DECODERS if n not in ("gemma2", "gemma3_text", "opt"))
+GENERATING = (
+    "llama",
+    "mistral_window",
+    "gemma3_text",
+    "opt",
+    "gpt2",
+    "gpt_neox",
+    "deepseek_v3",
+    "gpt_oss",
+    "qwen3_next",
+)
+# the naive reference embeds and normalises by itself, which most families do in ways of their own
+REFERENCE = ("llama", "qwen3", "mistral_window", "qwen3_mixed_window", "mixtral", "granite", "cohere", "stablelm")
 
 
 def routed(name: str, keep: float = 0.3, gate: str = "sigmoid", **config):
@@ -31,8 +43,12 @@ def example(frames: int = 4, seed: int = 0, **layout):
     return torch.randint(3, VOCAB, row.shape, generator=generator)[None], row[None]
 
 
-@pytest.mark.parametrize("name", DECODERS)
-@pytest.mark.parametrize("gate", ["tanh", "none"])
+def families(core_values, value):
+    """Every family with one value, the representative ones with all."""
+    return [(name, v) for name in DECODERS for v in (core_values if name in CORE else (value,))]
+
+
+@pytest.mark.parametrize(("name", "gate"), families(("tanh", "none"), "tanh"))
 def test_keep_everything_with_unit_gate_is_the_base_model_bit_for_bit(name, gate):
     model = tiny_decoder(name)
     base = copy.deepcopy(model)
@@ -67,6 +83,18 @@ def test_routing_equals_the_naive_reference(name, keep, gate, always):
         expected = naive_logits(base, routers_of(model), ids[0], layout[0], keep, gate, always == "last")
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(out, base(ids).logits[0], atol=1e-3), "routing changed nothing: the test shows nothing"
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_routing_equals_dense_blocks_that_cannot_see_the_tokens_left_out(name):
+    model, base = routed(name)
+    ids, layout = example()
+    with torch.no_grad():
+        out = model(ids, layout=layout).logits
+        dense = base(ids).logits
+        expected = masked_logits(base, routers_of(model), ids, layout, 0.3, "sigmoid")
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(out, dense, atol=1e-3), "routing changed nothing: the test shows nothing"
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral_window"])
@@ -149,8 +177,7 @@ def test_an_unsupported_attention_backend_is_refused():
         mmskip.apply_(model, mmskip.MoDConfig())
 
 
-@pytest.mark.parametrize("frames_per_call", [1, 2, 3, 5])
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize(("name", "frames_per_call"), families((1, 2, 3, 5), 2))
 def test_a_stream_in_chunks_equals_one_forward(name, frames_per_call):
     model, _ = routed(name)
     ids, layout = example(5, lead=0)
@@ -187,7 +214,7 @@ def test_decoding_with_a_cache_equals_recomputing(name):
             torch.testing.assert_close(step, full[:, ids.shape[1] + i], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral_window", "gemma3_text", "opt"])
+@pytest.mark.parametrize("name", GENERATING)
 @pytest.mark.parametrize("how", [{"do_sample": False}, {"num_beams": 3, "do_sample": False}])
 def test_generate_with_and_without_a_cache_agree(name, how):
     model, _ = routed(name)
@@ -225,8 +252,9 @@ def check_rows(name, side, router):
     layouts = [stream_layout(4), stream_layout(2, tokens=7, text=3), torch.full((9,), -1), stream_layout(1, lead=20)]
     rows = [torch.randint(3, VOCAB, row.shape) for row in layouts]
     mask = pad_rows([torch.ones_like(row) for row in layouts], 0, side)
+    places = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if name in PLACED else {}
     with torch.no_grad():
-        batch = model(pad_rows(rows, 0, side), attention_mask=mask, layout=pad_rows(layouts, -1, side)).logits
+        batch = model(pad_rows(rows, 0, side), attention_mask=mask, layout=pad_rows(layouts, -1, side), **places).logits
         for i, (row, layout) in enumerate(zip(rows, layouts, strict=True)):
             alone = model(row[None], layout=layout[None]).logits[0]
             torch.testing.assert_close(batch[i][mask[i].bool()], alone, atol=1e-5, rtol=1e-5)

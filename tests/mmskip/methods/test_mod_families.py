@@ -1,0 +1,136 @@
+"""Every family of decoders: what is added comes off again, is saved, copied, trained; and what cannot be served says
+why."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_decoders import DECODERS, HYBRIDS, VOCAB, blocks_of, randomize_routers, stream_layout, tiny_decoder
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+import mmskip
+
+SAMPLE = ("gpt2", "gpt_neox", "deepseek_v3", "gpt_oss", "gemma4_text", "qwen3_next", "nemotron_h")
+LAYOUT = stream_layout(2)[None]
+IDS = torch.randint(3, VOCAB, LAYOUT.shape, generator=torch.Generator().manual_seed(0))
+
+
+def routed(name, **config):
+    model = mmskip.apply_(tiny_decoder(name), mmskip.MoDConfig(**{"keep": 0.3, "gate": "sigmoid", **config}))
+    randomize_routers(model)
+    return model
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_removed_saved_and_copied(name, tmp_path):
+    base = tiny_decoder(name)
+    keys, dense = list(base.state_dict()), base(IDS).logits
+    model = routed(name)
+    expected = model(IDS, layout=LAYOUT).logits
+    mmskip.save(model, tmp_path)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(other(IDS, layout=LAYOUT).logits, expected)
+    mmskip.remove_(other)
+    assert list(other.state_dict()) == keys and torch.equal(other(IDS).logits, dense)
+    assert torch.equal(mmskip.load_(other, tmp_path)(IDS, layout=LAYOUT).logits, expected)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_cost_counts_every_family(name):
+    model = routed(name)
+    with torch.no_grad(), mmskip.trace(model) as trace:
+        out = model(IDS, layout=LAYOUT, use_cache=True)
+    cost = mmskip.cost(model, trace)
+    assert 1 < cost.ideal_speedup < 3
+    windowed = getattr(model.config, "sliding_window", None) is not None
+    # a window shorter than the call leaves the dense layer less than the routed one still holds of that call
+    assert cost.kv_bytes > 0 and (windowed or cost.kv_bytes < cost.dense_kv_bytes)
+    layers = out.past_key_values.layers
+    stored = sum(x.keys.nbytes + x.values.nbytes for x in layers if getattr(x, "keys", None) is not None)
+    assert cost.kv_bytes == stored
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_gradient_checkpointing_gives_the_same_gradients(name):
+    model = routed(name).train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        torch.manual_seed(3)
+        model(IDS, layout=LAYOUT, labels=IDS, use_cache=False).loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], value, atol=1e-6, rtol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", [n for n in SAMPLE if n != "nemotron_h"])  # peft refuses all-linear there itself
+@pytest.mark.parametrize("lora_first", [True, False])
+def test_lora_in_both_orders_trains_adapters_and_routers(name, lora_first):
+    settings = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
+    model = tiny_decoder(name)
+    config = mmskip.MoDConfig(keep=0.3, gate="sigmoid")
+    if lora_first:
+        model = mmskip.apply_(get_peft_model(model, LoraConfig(**settings)), config)
+    else:
+        model = get_peft_model(mmskip.apply_(model, config), LoraConfig(**settings, modules_to_save=["mmskip_router"]))
+    model.train()(input_ids=IDS, layout=LAYOUT, labels=IDS).loss.backward()
+    routers = {n: p.grad for n, p in model.named_parameters() if "mmskip_router" in n and "original_module" not in n}
+    assert routers and all(g is not None and g.abs().sum() > 0 for g in routers.values())
+    assert any(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
+    assert not any("mmskip" in n for n, _ in model.named_parameters() if "lora_" in n)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_blocks_with_a_state_stay_dense(name):
+    model = tiny_decoder(name)
+    with pytest.raises(ValueError, match=r"block\.2.*must see every token"):
+        mmskip.apply_(model, mmskip.MoDConfig(layers=(2,)))
+    assert [hasattr(b, "mmskip_router") for b in blocks_of(routed(name, layers="all"))] == [False] * 3 + [True]
+
+
+def other_decoder(name, **settings):
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 50}
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**{**sizes, **settings}))
+
+
+REFUSED = {
+    "falcon": ({}, "passes no unknown keywords"),
+    "gptj": ({"rotary_dim": 4}, "passes no unknown keywords"),
+    "bloom": ({}, r"BloomBlock declares no causal self-attention.*no unknown keywords"),
+    "codegen": ({"rotary_dim": 4}, r"CodeGenBlock declares no causal self-attention.*no unknown keywords"),
+    "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 2}, "MptBlock declares no causal self-attention"),
+    "mamba": ({}, "MambaBlock declares no causal self-attention"),
+    "llama4_text": ({"intermediate_size": 48, "intermediate_size_mlp": 48, "head_dim": 8}, "chunked_attention"),
+    "gemma4_text": (
+        {
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 50,
+            "head_dim": 8,
+        },
+        "keys and values of others",
+    ),
+    "falcon_h1": (
+        {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_d_ssm": 64, "intermediate_size": 48},
+        "carries a state from token to token",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_decoders_that_cannot_be_served_say_why(name):
+    settings, reason = REFUSED[name]
+    model = other_decoder(name, **settings)
+    before = list(model.state_dict()), {n: type(m) for n, m in model.named_modules()}
+    with pytest.raises(ValueError, match=f"no family fits.*{reason}"):
+        mmskip.apply_(model, mmskip.MoDConfig(layers=(1,)))
+    assert before == (list(model.state_dict()), {n: type(m) for n, m in model.named_modules()})
