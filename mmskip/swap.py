@@ -7,7 +7,7 @@ mixin in front of the original `forward` (the same idea as FSDP2's `fully_shard`
 import functools
 import inspect
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,13 @@ def is_swapped(module: nn.Module) -> bool:
 def state_of(module: nn.Module, mixin: type) -> Any:
     """The state that `mixin` was installed with on `module`."""
     return module.__dict__[_INSTALLED][mixin.__name__][0]
+
+
+def states(model: nn.Module) -> Iterator[Any]:
+    """The states of all mixins installed in `model`."""
+    for module in model.modules():
+        for state, _ in module.__dict__.get(_INSTALLED, {}).values():
+            yield state
 
 
 def bind(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:

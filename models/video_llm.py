@@ -5,12 +5,11 @@ positions, V vocabulary.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
 import mmskip
@@ -27,16 +26,14 @@ from mmskip.models.language_model import (
 )
 from mmskip.models.narrator import TokenIds, Utterance, split_rows
 from mmskip.models.scoring import score_turns
+from mmskip.models.step_loss import StepLossModule
 from mmskip.models.stream import StreamEngine, StreamSettings
 from mmskip.models.streaming_loss import Positions, head_only_at, loss_sums
 from mmskip.train.metrics.narration import NarrationMetrics
 from mmskip.train.schedules import SCHEDULES, warmup_schedule
 
-SAME_MODEL = ("llm", "lora", "methods", "tokens", "feature_dim", "fps")
-OPEN_UNTIL_BUILT = ("tokens", "feature_dim", "fps")
 
-
-class VideoLLM(LightningModule):
+class VideoLLM(StepLossModule):
     """A causal language model that watches a stream of frame features and narrates it.
 
     Vision positions carry `connector(features)` instead of token embeddings. Batches are those of
@@ -67,6 +64,9 @@ class VideoLLM(LightningModule):
         ValueError: a setting out of range, an `llm` that does not exist here, or a bad method config. Nothing has
             been read, written or downloaded but the configuration of the language model then.
     """
+
+    same_model = ("llm", "lora", "methods", "tokens", "feature_dim", "fps")
+    open_until_built = ("tokens", "feature_dim", "fps")
 
     def __init__(
         self,
@@ -122,7 +122,6 @@ class VideoLLM(LightningModule):
         self._methods = methods_from_dicts(self.hparams["methods"])
         check_methods(self._config, attention, self._methods)
         self._lora = lora
-        self._seed = torch.initial_seed() % 2**32
         self.llm: Any = None
         self.metrics = NarrationMetrics()
         self.results: dict[str, float] = {}
@@ -220,32 +219,16 @@ class VideoLLM(LightningModule):
 
     # --- training -----------------------------------------------------------------------------------------------
 
-    def on_train_start(self) -> None:
-        """Start the sums of the first optimizer step."""
-        self._sums = torch.zeros(5, device=self.device)
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """The summed loss of a micro-batch. Lightning divides by the number of micro-batches and DDP by that of ranks,
-        which is undone here; the division by the labels of the whole step follows in `on_before_optimizer_step`."""
-        # a resumed run must draw the dropout that the whole run would have drawn, and each rank its own
-        torch.manual_seed(hash((self._seed, self.current_epoch, batch_idx, self.global_rank)) % 2**63)
-        sums = self.loss_sums(batch)
-        self._sums += sums.detach()
-        return sums[0] * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide the gradients by the number of labels of the whole step, and log its losses."""
-        sums = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
-        self._sums = torch.zeros_like(self._sums)
+    def step_losses(self, sums: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The number of labels, and the losses: of all, of the LM labels, of the stream labels."""
         loss, lm, stream, lm_count, stream_count = sums.unbind()
         labels = (lm_count + stream_count).clamp(min=1)
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.div_(labels.to(parameter.grad.dtype))
-        self.log("train/loss", loss / labels, prog_bar=True)
-        self.log("train/lm_loss", lm / lm_count.clamp(min=1))
-        self.log("train/stream_loss", stream / stream_count.clamp(min=1))
+        losses = {
+            "loss": loss / labels,
+            "lm_loss": lm / lm_count.clamp(min=1),
+            "stream_loss": stream / stream_count.clamp(min=1),
+        }
+        return labels, losses
 
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up and decay of the learning rate per step; weight decay on matrices only."""
@@ -330,39 +313,6 @@ class VideoLLM(LightningModule):
         said = engine.run()
         self.train(was_training)
         return [Utterance(item.frame, item.tokens) for item in said]
-
-    # --- checkpoints --------------------------------------------------------------------------------------------
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out the frozen weights of a language model that has a name: they can be had again by it."""
-        for name in self._frozen():
-            del checkpoint["state_dict"][name]
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another model, and put back the frozen weights left out on saving.
-
-        Raises:
-            ValueError: the checkpoint was written with another language model, LoRA, method config, tokenizer, width
-                of the features or frame rate.
-        """
-        saved = checkpoint["hyper_parameters"]
-        for key in SAME_MODEL:
-            theirs, own = saved[key], self.hparams[key]
-            # a named model may lie in another folder now, and what is open is taken from a data module later
-            named = isinstance(theirs, str) and isinstance(own, str)
-            open_ = key in OPEN_UNTIL_BUILT and (theirs is None or own is None)
-            if theirs != own and not named and not open_:
-                raise ValueError(
-                    f"the checkpoint was trained with {key}={theirs!r}, this model has {key}={own!r}; use the "
-                    "config.yaml of the checkpoint's run, and the data it was trained on"
-                )
-        current = self.state_dict()
-        checkpoint["state_dict"].update({name: current[name] for name in self._frozen()})
-
-    def _frozen(self) -> Sequence[str]:
-        if not isinstance(self.hparams["llm"], str):
-            return []
-        return [name for name, value in self.named_parameters() if not value.requires_grad]
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

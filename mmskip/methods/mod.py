@@ -28,7 +28,7 @@ from mmskip.routers import (
     select,
     uniform_scores,
 )
-from mmskip.swap import Change
+from mmskip.swap import Change, states
 
 ATTENTIONS = (None, "mmskip_ragged")
 PATTERNS = ("alternate", "alternate_deep", "all", "deep")
@@ -173,13 +173,26 @@ def keep_ratios(config: MoDConfig, routed: Sequence[int], count: int) -> tuple[f
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class MoDPolicy:
-    """The mathematics of one routed block."""
+    """The mathematics of one routed block.
+
+    Attributes:
+        config: the method's.
+        target: the keep ratio of the block.
+        index: of the block.
+        progress: how far `anneal` has taken the keep ratio from 1 to the target, in [0, 1].
+    """
 
     config: MoDConfig
-    keep: float
+    target: float
     index: int
+    progress: float = 1.0
+
+    @property
+    def keep(self) -> float:
+        """The keep ratio in use."""
+        return self.target if self.progress == 1 else 1 - self.progress * (1 - self.target)
 
     def prepare(self, groups: TokenGroups) -> None:
         """Count the tokens to be kept."""
@@ -220,6 +233,24 @@ class MoDPolicy:
         mu_BS = gate_of(block.mmskip_router(x_BSD), self.config.gate)  # type: ignore[operator]
         vision_BS = groups.layout_BT.gather(1, selection.index_BS) != TEXT
         return torch.where(vision_BS, mu_BS, 1.0).to(x_BSD.dtype)
+
+
+def anneal(model: nn.Module, progress: float) -> None:
+    """Set how far the routed blocks of `model` have gone from keep ratio 1 to the config's, in this process: training may
+    begin at the base model and end at the target (Router-Tuning, p-MoD). Configs and saved files do not change.
+
+    Args:
+        progress: 0: every token is kept; 1: the config's ratio; linear between them.
+
+    Raises:
+        ValueError: out of range.
+    """
+    if not 0 <= progress <= 1:
+        raise ValueError(f"progress is {progress!r}; expected a number from 0 (keep all) to 1 (the config's keep).")
+    for state in states(model):
+        policy = getattr(state, "policy", None)
+        if isinstance(policy, MoDPolicy):
+            policy.progress = float(progress)
 
 
 def _check_learning(block: nn.Module, index: int) -> None:

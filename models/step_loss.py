@@ -1,0 +1,95 @@
+"""What the LightningModules of this project share: a loss normalised over whole optimizer steps, and checkpoints without
+the frozen weights that a named model has anyway."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+
+class StepLossModule(LightningModule):
+    """A LightningModule whose loss of an optimizer step is the summed loss of all its labels over their number, over
+    micro-batches and ranks.
+
+    A subclass gives `loss_sums` and `step_losses`, and names its pretrained model.
+
+    Attributes:
+        source: the hyper-parameter that names the pretrained model (a string), or describes one from scratch (a dict).
+        same_model: the hyper-parameters in which a checkpoint and the model it is loaded into must agree.
+        open_until_built: those of them that may be None until a data module is asked.
+    """
+
+    source = "llm"
+    same_model: Sequence[str] = ("llm", "lora", "methods")
+    open_until_built: Sequence[str] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seed = torch.initial_seed() % 2**32
+        self._sums: Tensor | None = None
+
+    def loss_sums(self, batch: Any) -> Tensor:
+        """Sums over the labels of one micro-batch, a vector; the first is the differentiable loss."""
+        raise NotImplementedError
+
+    def step_losses(self, sums: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """From the sums of a whole step: the number of its labels, and what is logged as `train/<name>`."""
+        raise NotImplementedError
+
+    def on_train_start(self) -> None:
+        """Start the sums of the first optimizer step."""
+        self._sums = None
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The summed loss of a micro-batch. Lightning divides by the number of micro-batches and DDP by that of ranks,
+        which is undone here; the division by the labels of the whole step follows in `on_before_optimizer_step`."""
+        # a resumed run must draw the dropout that the whole run would have drawn, and each rank its own
+        torch.manual_seed(hash((self._seed, self.current_epoch, batch_idx, self.global_rank)) % 2**63)
+        sums = self.loss_sums(batch)
+        self._sums = sums.detach() if self._sums is None else self._sums + sums.detach()
+        return sums[0] * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the gradients by the number of labels of the whole step, and log its losses."""
+        assert self._sums is not None
+        sums = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
+        self._sums = None
+        labels, losses = self.step_losses(sums)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.div_(labels.to(parameter.grad.dtype))
+        for name, value in losses.items():
+            self.log(f"train/{name}", value, prog_bar=name == "loss")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out the frozen weights of a model that has a name: they can be had again by it."""
+        for name in self._frozen():
+            del checkpoint["state_dict"][name]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another model, and put back the frozen weights left out on saving.
+
+        Raises:
+            ValueError: the checkpoint was written with another value of a hyper-parameter in `same_model`.
+        """
+        saved = checkpoint["hyper_parameters"]
+        for key in self.same_model:
+            theirs, own = saved[key], self.hparams[key]
+            # a named model may lie in another folder now, and what is open is taken from a data module later
+            named = key == self.source and isinstance(theirs, str) and isinstance(own, str)
+            open_ = key in self.open_until_built and (theirs is None or own is None)
+            if theirs != own and not named and not open_:
+                raise ValueError(
+                    f"the checkpoint was trained with {key}={theirs!r}, this model has {key}={own!r}; use the "
+                    "config.yaml of the checkpoint's run, and the data it was trained on"
+                )
+        current = self.state_dict()
+        checkpoint["state_dict"].update({name: current[name] for name in self._frozen()})
+
+    def _frozen(self) -> Sequence[str]:
+        if not isinstance(self.hparams[self.source], str):
+            return []
+        return [name for name, value in self.named_parameters() if not value.requires_grad]
