@@ -247,10 +247,19 @@ def anneal(model: nn.Module, progress: float) -> None:
     """
     if not 0 <= progress <= 1:
         raise ValueError(f"progress is {progress!r}; expected a number from 0 (keep all) to 1 (the config's keep).")
-    for state in states(model):
-        policy = getattr(state, "policy", None)
-        if isinstance(policy, MoDPolicy):
-            policy.progress = float(progress)
+    for policy in _policies(model):
+        policy.progress = float(progress)
+
+
+def keep_in_use(model: nn.Module) -> float:
+    """Mean over the routed blocks of the keep ratio that `anneal` has brought them to; 1 in a model without any."""
+    ratios = [policy.keep for policy in _policies(model)]
+    return sum(ratios) / len(ratios) if ratios else 1.0
+
+
+def _policies(model: nn.Module) -> list[MoDPolicy]:
+    found = (getattr(state, "policy", None) for state in states(model))
+    return [policy for policy in found if isinstance(policy, MoDPolicy)]
 
 
 def _check_learning(block: nn.Module, index: int) -> None:
