@@ -39,8 +39,8 @@ class ChatData(LightningDataModule):
     """Conversations with images and videos: batches of `mmskip.datasets.chat_batches.ChatCollate`.
 
     Without `files` it is the embedded set, written under `root` on first use. Your own files are read once before the
-    first training: conversations with a missing or broken file, and those longer than `max_tokens`, are left out, counted
-    and reported; what was found is kept under `root`.
+    first training: conversations with a missing or broken file, and those longer than `max_tokens`, are left out,
+    counted and reported; what was found is kept under `root`.
 
     Args:
         root: folder for everything that is made here.
@@ -199,9 +199,7 @@ class ChatData(LightningDataModule):
 
     def _eval_loader(self, split: str) -> DataLoader:
         dataset = self.dataset(split)
-        return self._loader(
-            dataset, UnrepeatedSampler(dataset, *self._ranks()), self.eval_batch_size, self.collate()
-        )
+        return self._loader(dataset, UnrepeatedSampler(dataset, *self._ranks()), self.eval_batch_size, self.collate())
 
     def _loader(self, dataset: ChatDataset, sampler: Any, batch_size: int, collate: ChatCollate) -> DataLoader:
         return ResumableLoader(
@@ -253,8 +251,8 @@ def _load(name: str) -> Any:
         return AutoProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"processor={name!r} is not a local folder with a processor of transformers, not in the local cache and not "
-            f"to be downloaded from here ({str(error).splitlines()[0]})"
+            f"processor={name!r} is not a local folder with a processor of transformers, not in the local cache and "
+            f"not to be downloaded from here ({str(error).splitlines()[0]})"
         ) from error
 
 

@@ -1,4 +1,5 @@
-"""From conversations to batches for a VLM of transformers: media are read, the processor is called, tokens are labelled.
+"""From conversations to batches for a VLM of transformers: media are read, the processor is called, tokens are
+labelled.
 
 Shapes: B rows, T tokens, F frames, H height, W width.
 """
@@ -159,8 +160,8 @@ class ChatCollate:
         except ValueError as error:
             uids = ", ".join(item.chat.uid for item in items)
             raise ValueError(
-                f"{type(processor).__name__} cannot make a batch of {uids}: {error} (a smaller batch_size, or batches of "
-                "one kind of media, may help)"
+                f"{type(processor).__name__} cannot make a batch of {uids}: {error} (a smaller batch_size, or batches "
+                "of one kind of media, may help)"
             ) from error
         return out
 

@@ -39,7 +39,9 @@ class ChatIndex:
 
     def report(self) -> str:
         """What was left out, in words; empty: nothing."""
-        return "; ".join(f"{count} {reason} (the first: {self.examples[reason]})" for reason, count in self.left_out.items())
+        return "; ".join(
+            f"{count} {reason} (the first: {self.examples[reason]})" for reason, count in self.left_out.items()
+        )
 
 
 class _Measure(Dataset[tuple[int, str]]):

@@ -114,9 +114,7 @@ class ChatLabels:
             if cut is not None:
                 flags += [False] * len(self._stand_in)
                 start = cut.end()
-        out: Any = self.tokenizer(
-            self._stand_in.join(pieces), add_special_tokens=False, return_offsets_mapping=True
-        )
+        out: Any = self.tokenizer(self._stand_in.join(pieces), add_special_tokens=False, return_offsets_mapping=True)
         return list(out["input_ids"]), [any(flags[a:b]) for a, b in out["offset_mapping"]]
 
     def label(self, uid: str, ids: Sequence[int], runs: Sequence[tuple[list[int], list[bool]]]) -> list[int]:

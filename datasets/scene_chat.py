@@ -81,7 +81,7 @@ class SceneChatConfig:
     max_objects: int = 4
 
     def __post_init__(self) -> None:
-        limits = {name: (1, 10**7) for name in SPLITS} | {
+        limits = dict.fromkeys(SPLITS, (1, 10**7)) | {
             "clips": (0, 1),
             "seed": (0, 2**32),
             "image_size": (48, 960),
@@ -255,7 +255,10 @@ def blind_baseline(root: Path, split: str = "val") -> float:
     commonest: dict[str, Counter[str]] = {}
     for question, answer in _answers(root / "train.jsonl"):
         commonest.setdefault(question, Counter())[answer] += 1
-    right = [commonest[q].most_common(1)[0][0] == a if q in commonest else False for q, a in _answers(root / f"{split}.jsonl")]
+    right = [
+        commonest[q].most_common(1)[0][0] == a if q in commonest else False
+        for q, a in _answers(root / f"{split}.jsonl")
+    ]
     return sum(right) / len(right)
 
 

@@ -1,5 +1,5 @@
-"""What the LightningModules of this project share: a loss normalised over whole optimizer steps, and checkpoints without
-the frozen weights that a named model has anyway."""
+"""What the LightningModules of this project share: a loss normalised over whole optimizer steps, and checkpoints
+without the frozen weights that a named model has anyway."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -42,12 +42,12 @@ class VLM(StepLossModule):
 
     Batches are those of `mmskip.datasets.chat_batches.ChatCollate`. The loss of an optimizer step is the summed
     cross-entropy of all its labels over their number, over micro-batches and ranks. At the end of training, what was
-    trained is written to `adapter/` in the folder of the run: routers and method configs by `mmskip.save`, LoRA in peft's
-    format, base weights (trainable="all") as transformers writes them.
+    trained is written to `adapter/` in the folder of the run: routers and method configs by `mmskip.save`, LoRA in
+    peft's format, base weights (trainable="all") as transformers writes them.
 
     Args:
-        vlm: name or folder of a VLM, or a dict with `model_type` and settings for one from scratch (vocabulary and token
-            ids are the processor's).
+        vlm: name or folder of a VLM, or a dict with `model_type` and settings for one from scratch (vocabulary and
+            token ids are the processor's).
         methods: configs applied in order after LoRA, e.g. `[MoDConfig(keep=0.5)]`; none: dense.
         lora: adapters by peft.
         trainable: "all" (the whole model and routers), "router" (the methods' weights alone), "lora" or "router+lora";
@@ -55,8 +55,8 @@ class VLM(StepLossModule):
         dtype: of the VLM's weights: float32, bfloat16 or float16. Routers and adapters are float32.
         attention: attention backend of transformers: sdpa, eager, ...
         gradient_checkpointing: recompute each layer in the backward pass.
-        anneal_steps: optimizer steps in which the keep ratio of MoD falls from 1 to the config's, >= 0. Validation during
-            training uses the ratio of the step; everything after training, the config's.
+        anneal_steps: optimizer steps in which the keep ratio of MoD falls from 1 to the config's, >= 0. Validation
+            during training uses the ratio of the step; everything after training, the config's.
         lr: peak learning rate of AdamW, > 0.
         router_lr: the same for the methods' weights; None: `lr`.
         weight_decay: on matrices only (not on norms, biases, embeddings and routers), >= 0.
@@ -204,14 +204,18 @@ class VLM(StepLossModule):
         """The number of labels, and their loss and accuracy."""
         loss, labels, right = sums.unbind()
         labels = labels.clamp(min=1)
-        return labels, {"loss": loss / labels, "token_accuracy": right / labels, "keep": sums.new_tensor(keep_in_use(self.llm))}
+        return labels, {
+            "loss": loss / labels,
+            "token_accuracy": right / labels,
+            "keep": sums.new_tensor(keep_in_use(self.llm)),
+        }
 
     # --- annealing ----------------------------------------------------------------------------------------------
 
     @property
     def progress(self) -> float:
-        """How far the keep ratio has gone from 1 to the target: a function of the optimizer steps done, so that a resumed
-        run goes on where it was. 1 outside of training."""
+        """How far the keep ratio has gone from 1 to the target: a function of the optimizer steps done, so that a
+        resumed run goes on where it was. 1 outside of training."""
         steps = self.hparams["anneal_steps"]
         if steps == 0 or self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return 1.0
@@ -226,8 +230,8 @@ class VLM(StepLossModule):
         steps, total = self.hparams["anneal_steps"], self.trainer.estimated_stepping_batches
         if steps > total and not getattr(self.trainer, "fast_dev_run", False):
             raise ValueError(
-                f"anneal_steps is {steps}, but the run has {total} optimizer steps and would end above the target keep; "
-                "train longer or anneal faster"
+                f"anneal_steps is {steps}, but the run has {total} optimizer steps and would end above the target "
+                "keep; train longer or anneal faster"
             )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -287,8 +291,8 @@ class VLM(StepLossModule):
         self._log_scores("test")
 
     def _score(self, batch: dict[str, Any]) -> Tensor:
-        """Sums [5]: cross-entropy, labels, right labels, answers, answers whose labels are all right. An answer is a run
-        of neighbouring labels."""
+        """Sums [5]: cross-entropy, labels, right labels, answers, answers whose labels are all right. An answer is a
+        run of neighbouring labels."""
         positions, losses, right = self._losses(batch)
         rows, cols = positions.rows, positions.cols
         begins = torch.ones_like(rows, dtype=torch.bool)

@@ -34,9 +34,9 @@ def vlm_config(vlm: str | Mapping[str, Any]) -> PretrainedConfig:
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"vlm={vlm!r} is not a local folder with a Hugging Face model, not in the local cache and not to be "
-                f"downloaded from here ({str(error).splitlines()[0]}). Give a folder, download it first, or give a dict "
-                "with a model_type for a model from scratch. (The folder data/vlm_base of the recipes is written by "
-                "training vlm_dense.yaml.)"
+                f"downloaded from here ({str(error).splitlines()[0]}). Give a folder, download it first, or give a "
+                "dict with a model_type for a model from scratch. (The folder data/vlm_base of the recipes is written "
+                "by training vlm_dense.yaml.)"
             ) from error
     else:
         values = dict(vlm)
@@ -45,15 +45,15 @@ def vlm_config(vlm: str | Mapping[str, Any]) -> PretrainedConfig:
             defaults = AutoConfig.for_model(model_type)
         except ValueError as error:
             raise ValueError(
-                f"vlm has model_type={model_type!r}; expected a VLM that transformers knows, such as 'llava_onevision', "
-                "'qwen2_5_vl' or 'smolvlm'"
+                f"vlm has model_type={model_type!r}; expected a VLM that transformers knows, such as "
+                "'llava_onevision', 'qwen2_5_vl' or 'smolvlm'"
             ) from error
         refuse_unknown("vlm", values, {*defaults.to_dict(), *getattr(defaults, "attribute_map", {})})
         config = AutoConfig.for_model(model_type, **copy.deepcopy(values))
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise ValueError(
-            f"vlm has model_type={config.model_type!r}, which has no AutoModelForImageTextToText; expected a VLM such as "
-            "'llava_onevision', 'qwen2_5_vl' or 'smolvlm'"
+            f"vlm has model_type={config.model_type!r}, which has no AutoModelForImageTextToText; expected a VLM such "
+            "as 'llava_onevision', 'qwen2_5_vl' or 'smolvlm'"
         )
     return config
 
@@ -61,7 +61,7 @@ def vlm_config(vlm: str | Mapping[str, Any]) -> PretrainedConfig:
 def token_ids(processor: Any) -> dict[str, Any]:
     """What a VLM from scratch has to know of its processor, as plain numbers (see `TOKENS`)."""
     tokenizer = processor.tokenizer
-    found = {"vocab_size": len(tokenizer)}
+    found: dict[str, Any] = {"vocab_size": len(tokenizer)}
     for name in TOKENS[1:]:
         owner = processor if hasattr(processor, name) else tokenizer
         found[name] = getattr(owner, name, None)
@@ -120,13 +120,14 @@ def check_fit(config: PretrainedConfig, attention: str, methods: Sequence[Any], 
         raise ValueError(f"trainable is {trainable!r}, but none of {list(methods)} has a router that learns")
     if trainable == "lora" and routers:
         raise ValueError(
-            "trainable is 'lora', which would leave the routers untrained; use 'router+lora', or a router without weights"
+            "trainable is 'lora', which would leave the routers untrained; use 'router+lora', or a router that "
+            "has no weights"
         )
 
 
 def tune(model: PreTrainedModel, methods: Sequence[Any], trainable: str, lora: LoRA | None) -> None:
-    """Put LoRA and methods on `model`, in this order, and let only what `trainable` says receive gradients. Adapters and
-    routers are kept in fp32: small updates vanish in bf16."""
+    """Put LoRA and methods on `model`, in this order, and let only what `trainable` says receive gradients. Adapters
+    and routers are kept in fp32: small updates vanish in bf16."""
     if trainable != "all":
         model.requires_grad_(False)
     if lora is not None:

@@ -236,8 +236,8 @@ class MoDPolicy:
 
 
 def anneal(model: nn.Module, progress: float) -> None:
-    """Set how far the routed blocks of `model` have gone from keep ratio 1 to the config's, in this process: training may
-    begin at the base model and end at the target (Router-Tuning, p-MoD). Configs and saved files do not change.
+    """Set how far the routed blocks of `model` have gone from keep ratio 1 to the config's, in this process: training
+    may begin at the base model and end at the target (Router-Tuning, p-MoD). Configs and saved files do not change.
 
     Args:
         progress: 0: every token is kept; 1: the config's ratio; linear between them.

@@ -1,7 +1,6 @@
 """Chat data: both file formats, labels on the assistant's words alone, packing, broken files, order."""
 
 import json
-import warnings
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,14 @@ from mmskip.datasets.chat_batches import ChatLoader, last_answer
 from mmskip.datasets.chat_format import Medium, parse_chat, read_records
 from mmskip.datasets.chat_index import ChatIndex, pack_rows
 from mmskip.datasets.chat_labels import ChatLabels
-from mmskip.datasets.scene_chat import TEMPLATE, SceneChatConfig, blind_baseline, generate_chat, scene_of, scene_processor
+from mmskip.datasets.scene_chat import (
+    TEMPLATE,
+    SceneChatConfig,
+    blind_baseline,
+    generate_chat,
+    scene_of,
+    scene_processor,
+)
 
 UNMARKED = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 
@@ -78,7 +84,9 @@ def test_no_answer_can_be_read_off_another_turn_and_guessing_fails(made):
         scene, _ = scene_of(SceneChatConfig(), "train", index)
         if not scene.is_clip:
             place = next(answer for question, answer in scene.turns if "at the" in question)
-            asked = [question.split()[-1].rstrip("?") for question, _ in scene.turns if question.startswith("what colour")]
+            asked = [
+                question.split()[-1].rstrip("?") for question, _ in scene.turns if question.startswith("what colour")
+            ]
             assert place.split()[1] not in asked
     assert blind_baseline(made / f"chat-{SMALL.id}") < 0.5
 
@@ -128,7 +136,12 @@ def test_both_formats_and_all_places_of_paths_mean_the_same(tmp_path):
     records = [
         llava,
         {"id": "x", "messages": inside},
-        {"id": "x", "messages": messages(image, image, video), "images": ["a.png", {"path": "b.png"}], "videos": ["c.mp4"]},
+        {
+            "id": "x",
+            "messages": messages(image, image, video),
+            "images": ["a.png", {"path": "b.png"}],
+            "videos": ["c.mp4"],
+        },
     ]
     first, *others = [parse_chat(item, tmp_path, "?") for item in records]
     assert first.media == (
@@ -210,14 +223,14 @@ def test_media_in_later_turns_do_not_shift_the_labels(tmp_path, processor_folder
         assert learned(data, batch) == ["red <end> red <end>", "what is <end> red ring <end>"]
 
 
+@pytest.mark.filterwarnings("ignore:train")
 def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path, processor_folder):
     picture(tmp_path / "a.png")
     twice = record()["messages"] + [{"role": "user", "content": "again"}, {"role": "assistant", "content": "red"}]
     forgets = UNMARKED.replace("{% for message in messages %}", "{% for message in messages[-2:] %}")
     files = own_files(tmp_path, [{"messages": twice}])
     data = ChatData(str(tmp_path), files=files, processor=str(processor_folder), chat_template=forgets)
-    with pytest.raises(ValueError, match="generation"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with pytest.raises(ValueError, match="generation"):
         data.prepare_data()
 
 
@@ -244,7 +257,7 @@ def test_broken_and_long_conversations_are_left_out_counted_and_reported(tmp_pat
     ]
     arguments = {"files": own_files(tmp_path, records), "processor": str(processor_folder), "max_tokens": 200}
     data = ChatData(str(tmp_path / "root"), **arguments)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="conversations are used") as caught:
         data.prepare_data()
     told = " ".join(str(warning.message) for warning in caught)
     assert "2 of 6 conversations are used" in told
@@ -261,7 +274,10 @@ def test_broken_and_long_conversations_are_left_out_counted_and_reported(tmp_pat
 
 def test_a_file_without_any_usable_conversation_is_refused(tmp_path, processor_folder):
     data = ChatData(str(tmp_path), files=own_files(tmp_path, [record("missing.png")]), processor=str(processor_folder))
-    with pytest.raises(ValueError, match=r"no usable conversation.*missing\.png"), pytest.warns(UserWarning):
+    with (
+        pytest.raises(ValueError, match=r"no usable conversation.*missing\.png"),
+        pytest.warns(UserWarning, match="broken"),
+    ):
         data.prepare_data()
 
 
