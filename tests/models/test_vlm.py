@@ -246,8 +246,8 @@ def test_keep_follows_the_optimizer_steps_and_a_resumed_run_goes_on(data, tmp_pa
     """12 conversations in batches of 2, two micro-batches a step: 3 steps an epoch."""
 
     class Stop(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if trainer.current_epoch == 1 and batch_idx == 4:
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.current_epoch == 1 and batch_idx == 3:
                 trainer.save_checkpoint(tmp_path / "middle.ckpt")
                 raise KeyboardInterrupt
 
