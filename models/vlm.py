@@ -74,7 +74,8 @@ class VLM(StepLossModule):
     """
 
     source = "vlm"
-    same_model = ("vlm", "lora", "methods", "trainable")
+    same_model = ("vlm", "lora", "methods", "trainable", "tokens")
+    open_until_built = ("tokens",)
 
     def __init__(
         self,
