@@ -1,11 +1,12 @@
 """mmskip: a dial on depth for multimodal models.
 
 Verbs change a model in place (`apply_`, `remove_`, `load_`); functions do not (`trace`, `cost`, `save`,
-`applied`). A method is described by a frozen config such as `MoDConfig`.
+`applied`, `masked`). A method is described by a frozen config such as `MoDConfig`.
 """
 
 from mmskip.cost import Cost, cost
 from mmskip.methods.freeu import FreeUConfig
+from mmskip.methods.layer_mask import LayerMaskConfig, masked
 from mmskip.methods.mod import MoDConfig
 from mmskip.methods.skip_scale import SkipScaleConfig, skip_norms
 from mmskip.methods.step_cache import StepCacheConfig
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Cost",
     "FreeUConfig",
+    "LayerMaskConfig",
     "MoDConfig",
     "SkipScaleConfig",
     "StepCacheConfig",
@@ -28,6 +30,7 @@ __all__ = [
     "apply_",
     "cost",
     "load_",
+    "masked",
     "remove_",
     "save",
     "skip_norms",

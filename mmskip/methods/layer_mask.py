@@ -1,0 +1,240 @@
+"""Layer masking for CNNs (Balasubramanian & Feizi, ICCV 2023): removed pixels do not exist for any layer.
+
+A mask m (1 = keep) travels with the activations x. A convolution with kernel k, stride s and padding p gives
+
+    y = conv(neighbour_pad(x m)) m',    m' = maxpool(k, s, p)(m),
+
+where a round of neighbour padding, with K a 3 x 3 box of ones, is
+
+    x <- x + (1 - m) (K x) / (K m + 1e-5),    m <- clip(m + K m, 0, 1).
+
+Means over space are taken over what is kept. Shapes: B samples, C channels, H and W positions.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmskip import families
+from mmskip.families.timm_cnn import KeepMask, active
+from mmskip.ops.masked.state import Mask, MaskRules, Window
+from mmskip.registry import applied, register
+from mmskip.swap import Change, check_swappable, swap, unswap
+
+PADDINGS = ("neighbour", "none", "partial")
+ADDS = ("and", "or")
+CONCATS = ("auto", "majority", "and", "or")
+
+
+@dataclass(frozen=True)
+class LayerMaskConfig:
+    """Layer masking.
+
+    Args:
+        padding: what a convolution sees where nothing is kept: `"neighbour"` (the mean of the nearest kept neighbours:
+            the paper's), `"none"` (zero), or `"partial"` (zero, with the output scaled by window / kept part of it:
+            partial convolution).
+        iterations: rounds of neighbour padding, >= 0; None: as many as the window reaches, (k - 1) * dilation, after
+            which no further round changes a kept output.
+        add: which positions a sum of two activations keeps: `"and"` (both: the paper's) or `"or"`.
+        concat: the same for concats: `"majority"` (more than half of the joined tensors), `"and"`, `"or"`, or `"auto"`:
+            majority, and `"or"` in a SqueezeNet, as in the paper.
+        soft: accept masks with values between 0 and 1: a position of weight w is w parts itself and 1 - w parts what
+            its neighbours say. False: masks hold 0 and 1 only.
+        fill_gradient: gradients flow through the values filled in; False: those are constants.
+    """
+
+    padding: str = "neighbour"
+    iterations: int | None = None
+    add: str = "and"
+    concat: str = "auto"
+    soft: bool = False
+    fill_gradient: bool = True
+
+    def __post_init__(self) -> None:
+        for name, choices in (("padding", PADDINGS), ("add", ADDS), ("concat", CONCATS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}.")
+        for name in ("soft", "fill_gradient"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected true or false.")
+        rounds = self.iterations
+        if rounds is not None and (isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0):
+            raise ValueError(f"iterations is {rounds!r}; expected an integer >= 0, or None.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; `LayerMaskConfig.from_dict` reverses it."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "LayerMaskConfig":
+        """Raises ValueError for unknown keys and for values out of range."""
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(
+                f"LayerMaskConfig has no {', '.join(sorted(unknown))}; expected keys among "
+                f"{', '.join(f.name for f in fields(cls))}."
+            )
+        return cls(**values)
+
+
+class CNNView(families.View, Protocol):
+    """A network whose image can be paired with a mask."""
+
+    @property
+    def joins_parallel_branches(self) -> bool:
+        """Whether its concats join branches of which one position may be enough."""
+
+    def mask_changes(self, rules: MaskRules) -> list[Change]:
+        """The changes by which the network looks for a mask at every call."""
+
+
+@dataclass(frozen=True)
+class LayerMaskRules:
+    """The mathematics of a config: what convolutions see and which positions a merge keeps."""
+
+    config: LayerMaskConfig
+    concat: str
+
+    def conv_input(self, x: Tensor, mask: Mask, window: Window) -> Tensor:
+        """x m, with the neighbours' mean where m = 0 under neighbour padding. [B, C, H, W]."""
+        if not window.reach:
+            return x
+        x = x * mask.to(x.dtype)
+        if self.config.padding != "neighbour":
+            return x
+        steps = window.reach if self.config.iterations is None else self.config.iterations
+        for weight in mask.fills(steps, x.dtype):
+            x = torch.addcmul(x, box_sum(x if self.config.fill_gradient else x.detach()), weight)
+        return x
+
+    def conv_output(self, y: Tensor, mask: Mask, window: Window, bias: Tensor | None) -> Tensor:
+        """Partial convolution's scale; the output of the other paddings stays as it is. [B, C', H', W']."""
+        if self.config.padding != "partial" or not window.reach:
+            return y
+        scale = mask.once(("partial", window), lambda: _partial_scale(mask, window)).to(y.dtype)
+        if bias is None:
+            return y * scale
+        shift = bias.reshape(1, -1, 1, 1)
+        # where all of the window is kept the scale is 1 and the output must not be rounded again
+        return torch.where(scale == 1, y, (y - shift) * scale + shift)
+
+    def merge(self, masks: Sequence[Tensor], operation: str) -> Tensor:
+        """The mask of a sum (`add`) or a concat (`cat`)."""
+        how = self.config.add if operation == "add" else self.concat
+        if how == "majority":
+            mean = torch.stack(list(masks)).mean(0)
+            return torch.where(mean > 0.5, mean if self.config.soft else 1.0, 0.0)
+        merged = masks[0]
+        for m in masks[1:]:
+            merged = merged * m if how == "and" else torch.maximum(merged, m)
+        return merged
+
+
+def box_sum(x: Tensor) -> Tensor:
+    """The sum over each 3 x 3 neighbourhood of [B, C, H, W], zeros outside."""
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        # several times faster than the pool on a CPU
+        return F.conv2d(x, x.new_ones(x.shape[1], 1, 3, 3), padding=1, groups=x.shape[1])
+    return F.avg_pool2d(x, 3, 1, 1, divisor_override=1)
+
+
+def _partial_scale(mask: Mask, window: Window) -> Tensor:
+    inside = torch.ones_like(mask.m) if mask.base is None else F.pad(torch.ones_like(mask.base.m), mask.pads)
+    ones = mask.m.new_ones(1, 1, *window.kernel)
+    seen, size = (
+        F.conv2d(F.pad(m, window.padding), ones, stride=window.stride, dilation=window.dilation)
+        for m in (mask.m, inside)
+    )
+    return torch.where(seen > 0, size / (seen + 1e-8), 0)
+
+
+def _rules(config: LayerMaskConfig, view: CNNView) -> LayerMaskRules:
+    concat = config.concat
+    if concat == "auto":
+        concat = "or" if view.joins_parallel_branches else "majority"
+    return LayerMaskRules(config, concat)
+
+
+@register(LayerMaskConfig, "timm_cnn")
+def mask_cnn(config: LayerMaskConfig, view: CNNView) -> list[Change]:
+    """The changes by which a CNN obeys `masked`."""
+    return view.mask_changes(_rules(config, view))
+
+
+@contextmanager
+def masked(model: nn.Module, mask: Tensor, config: LayerMaskConfig | None = None) -> Iterator[nn.Module]:
+    """Hide pixels from a CNN: `with mmskip.masked(model, mask): y = model(x)`.
+
+    Inside, calls of `model` (and of its `forward_features` and `forward_intermediates`) depend on kept pixels only;
+    feature maps come back with zeros where nothing is kept. An image of which nothing is kept gives what the head
+    makes of all-zero features, not NaN. A mask of ones is the plain model, at no cost. Calls in other threads are not
+    masked.
+
+    Args:
+        model: a CNN of timm or torchvision, or any other built of the same operations.
+        mask: 1 or True = keep; [B, 1, H, W], [B, H, W] or [H, W] with B that of the images or 1; bool, integer or
+            floating point; of any resolution: a coarser one is scaled up by its nearest value, of a finer one a pixel
+            is kept where half of its area is.
+        config: None: that of `apply_`, or the paper's.
+
+    Raises:
+        ValueError: a mask of wrong shape, dtype or range, or on another device than the images; a model that is no
+            CNN or has an operation that cannot be masked (`mmskip.ops.masked.UnmaskableOperation`, which names it).
+        RuntimeError: nothing was called inside, so nothing was masked.
+    """
+    view = families.find(model, ["timm_cnn"])
+    present = [c for c in applied(model) if isinstance(c, LayerMaskConfig)]
+    if present and config not in (None, present[0]):
+        raise ValueError(f"config is {config!r}, but the model carries {present[0]!r}; remove_ that first.")
+    settings = config or (present[0] if present else LayerMaskConfig())
+    keep = KeepMask(check_mask(mask, settings.soft), settings.soft)
+    changes = [] if present else view.mask_changes(_rules(settings, view))
+    for change in changes:
+        check_swappable(change.module, change.site)
+        swap(change)
+    token = active.set((*active.get(), (model, keep)))
+    try:
+        yield model
+    finally:
+        active.reset(token)
+        for change in changes:
+            unswap(change.module)
+    if not keep.calls:
+        raise RuntimeError(
+            f"no call of this {type(model).__name__} ran inside `masked`, so nothing was masked. Call the very module "
+            "given to `masked`, in the same thread."
+        )
+
+
+def check_mask(mask: Any, soft: bool) -> Tensor:
+    """The mask as floating point [B, 1, H, W].
+
+    Raises:
+        ValueError: no tensor, or one of wrong shape, dtype or range.
+    """
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"mask is {type(mask).__name__}; expected a torch.Tensor, 1 or True where pixels are kept.")
+    if mask.ndim not in (2, 3, 4) or (mask.ndim == 4 and mask.shape[1] != 1) or not mask.numel():
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}; expected [B, 1, H, W], [B, H, W] or [H, W]: one value for all "
+            "channels of a pixel."
+        )
+    if mask.dtype.is_complex:
+        raise ValueError(f"mask has dtype {mask.dtype}; expected bool, an integer or a floating point type.")
+    m = mask.float()
+    values = m.detach()
+    if not bool(((values >= 0) & (values <= 1)).all()):
+        raise ValueError(
+            f"mask has values from {float(values.min()):g} to {float(values.max()):g}; expected 0 (hidden) to 1 (kept)."
+        )
+    if not soft and bool(((values != 0) & (values != 1)).any()):
+        raise ValueError(
+            "mask has values between 0 and 1; expected 0 and 1 only, or LayerMaskConfig(soft=True) for a soft mask."
+        )
+    return m.reshape(-1, 1, *m.shape[-2:])
