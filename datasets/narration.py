@@ -150,6 +150,7 @@ class NarrationData(LightningDataModule):
         self.blank = blank
         self.folder = Path(root) / (f"embedded-{generated.id}" if annotations is None else "narrated")
         self.features_key = features_key(tower_id(**self.tower_args), fps)
+        self.features_dir = features_dir
         self.features_folder = Path(features_dir or self.folder / "features") / self.features_key
         self.store = FeatureStore(self.features_folder, self.features_key)
         self.counts: dict[str, Counter[str]] = {}
@@ -299,8 +300,7 @@ class NarrationData(LightningDataModule):
             source, videos = self.folder / split / "narrations.json", self.folder / split / "videos"
         else:
             source, videos = Path(self.annotations[split]), Path(self.video_dir[split])
-        encoded = () if self.annotations is None else self.store.names()
-        loaded, report = load_narrations(source, videos, check_videos=False, encoded=encoded, **self.source)
+        loaded, report = load_narrations(source, videos, check_videos=False, encoded=self._encoded, **self.source)
         self.counts[split] = Counter(report.counts)
         return loaded
 
@@ -311,6 +311,11 @@ class NarrationData(LightningDataModule):
         own = self._files.get(self.video_dir[split], {}).get(uid)
         others = {files[uid] for files in self._files.values() if uid in files}
         return uid if own is None or others == {own} else f"{uid}@{split}"
+
+    @property
+    def _encoded(self) -> set[str]:
+        """Videos that need no file. Under `root` features are only a cache: there a missing video is missing."""
+        return self.store.names() if self.features_dir is not None else set()
 
     @cached_property
     def _files(self) -> dict[str, dict[str, Path]]:

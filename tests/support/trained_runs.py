@@ -38,13 +38,16 @@ def narrated_set(folder: Path, videos: int, seed: int = 0, prefix: str = "v") ->
     return {"annotations": str(path), "videos": str(folder / "videos")}
 
 
-def train_run(folder: Path, data: dict[str, Any], methods: list[dict[str, Any]], **model: Any) -> Path:
+def train_run(
+    folder: Path, data: dict[str, Any], methods: list[dict[str, Any]], epochs: int = 15, **model: Any
+) -> Path:
     """Train a tiny model for a few epochs; gives the folder of the run."""
     config = {
         "seed_everything": 3,
         "trainer": {
             "accelerator": "cpu",
-            "max_epochs": 15,
+            "max_epochs": epochs,
+            "limit_val_batches": 0,
             "num_sanity_val_steps": 0,
             "enable_progress_bar": False,
             "logger": False,
@@ -62,3 +65,29 @@ def train_run(folder: Path, data: dict[str, Any], methods: list[dict[str, Any]],
     main(["--config", str(path)])
     (run,) = (folder / "runs" / "tiny").iterdir()
     return run
+
+
+def coin_set(folder: Path, videos: int = 4) -> dict[str, str]:
+    """Videos in COIN's format whose steps are told by the colour of the frames: half for training, half for testing."""
+    colours = {"paint it red": (255, 0, 0), "paint it green": (0, 255, 0), "paint it blue": (0, 0, 255)}
+    database = {}
+    for number in range(videos):
+        order = [list(colours)[(number // 2 + step) % 3] for step in range(3)]
+        frames = np.concatenate([np.full((6, 32, 32, 3), colours[name], np.uint8) for name in order])
+        write_video(folder / "videos" / f"coin{number}.mp4", frames, fps=2)
+        database[f"coin{number}"] = {
+            "class": "PaintWall" if number // 2 % 2 else "PaintDoor",
+            "recipe_type": 1,
+            "subset": "testing" if number % 2 else "training",
+            "start": 0.0,
+            "end": 9.0,
+            "duration": 9.0,
+            "video_url": "",
+            "annotation": [
+                {"id": str(index), "segment": [3.0 * index, 3.0 * index + 2.5], "label": name}
+                for index, name in enumerate(order)
+            ],
+        }
+    path = folder / "COIN.json"
+    path.write_text(json.dumps({"database": database}))
+    return {"annotations": str(path), "videos": str(folder / "videos")}

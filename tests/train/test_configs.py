@@ -3,10 +3,12 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from narration_data import LLAMA
+from trained_runs import coin_set
 
 from mmskip.datasets.generated import GeneratedConfig, generate
 from mmskip.train.cli import CONFIGS, main
@@ -37,9 +39,14 @@ def tiny(recipe: str, root: Path) -> list[str]:
         "--trainer.enable_progress_bar=false",
     ]
     if "annotations" in config["data"]["init_args"]:
-        (generated,) = root.glob("embedded-*")
-        splits = {split: str(generated / split / "narrations.json") for split in ("train", "val")}
-        videos = {split: str(generated / split / "videos") for split in ("train", "val")}
+        if config["data"]["class_path"].endswith("CoinData"):
+            coin = coin_set(root / "coin")
+            splits = dict.fromkeys(("train", "val", "test"), coin["annotations"])
+            videos: Any = coin["videos"]
+        else:
+            (generated,) = root.glob("embedded-*")
+            splits = {split: str(generated / split / "narrations.json") for split in ("train", "val")}
+            videos = {split: str(generated / split / "videos") for split in ("train", "val")}
         return [
             *overrides,
             "--data.tower=timm/vit_tiny_patch16_224",
@@ -48,13 +55,19 @@ def tiny(recipe: str, root: Path) -> list[str]:
             "--data.tokenizer=null",
             "--data.num_workers=0",
             f"--data.annotations={json.dumps(splits)}",
-            f"--data.video_dir={json.dumps(videos)}",
+            f"--data.video_dir={videos if isinstance(videos, str) else json.dumps(videos)}",
         ]
     return [*overrides, "--data.generated.train=3", "--data.generated.val=2", "--data.generated.test=1"]
 
 
 def test_there_are_recipes():
-    assert {"videollm_mod.yaml", "videollm_dense.yaml", "videollm_mod_ego4d.yaml"} <= set(RECIPES)
+    assert {
+        "videollm_mod.yaml",
+        "videollm_dense.yaml",
+        "videollm_mod_ego4d.yaml",
+        "videollm_mod_1gpu.yaml",
+        "videollm_coin.yaml",
+    } <= set(RECIPES)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

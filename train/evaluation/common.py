@@ -1,7 +1,7 @@
 """What the evaluations of a video LLM share: their arguments, their data, and the loop over samples."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +158,13 @@ class Task:
     def left_out(self, broken: dict[str, str]) -> dict[str, Any]:
         """What was not evaluated: counts by reason, and the message of each broken file."""
         return {"counts": dict(self.data.counts.get(self.split, {})), "broken": {**self.data.broken, **broken}}
+
+    def print_left_out(self, left_out: Mapping[str, Any]) -> None:
+        """Say what was not evaluated."""
+        told = ", ".join(f"{reason} {count}" for reason, count in sorted(left_out["counts"].items()))
+        print(f"\nleft out or changed: {told or 'nothing'}")
+        for name, message in left_out["broken"].items():
+            print(f"  could not be read: {name}: {message}")
 
     def status(self, left_out: dict[str, Any]) -> int:
         """Exit status: 1 if something was left out and --strict given."""

@@ -155,10 +155,7 @@ def _report(task: Task, variants: list[Variant], totals: dict[str, dict[str, Any
     ]
     if points:
         paths.append(viz.save_png(viz.quality_against_compute(points), task.out / "quality_compute.png"))
-    told = ", ".join(f"{reason} {count}" for reason, count in sorted(left_out["counts"].items()))
-    print(f"\nleft out or changed: {told or 'nothing'}")
-    for name, message in left_out["broken"].items():
-        print(f"  could not be read: {name}: {message}")
+    task.print_left_out(left_out)
     print("written to " + ", ".join(map(str, paths)))
 
 
