@@ -50,11 +50,12 @@ def apply_(model: M, config: Any) -> M:
     Raises:
         TypeError: `config` is not the config of a method.
         ValueError: no family fits the model, the method does not serve the family, a setting does not fit
-            the model, or a site is claimed already. The model is then as it was.
+            the model, a site is claimed already, or the model is wrapped by FSDP or DDP. The model is then as it was.
     """
     methods = config_types()
     if type(config).__name__ not in methods or not isinstance(config, methods[type(config).__name__]):
         raise TypeError(f"config is {config!r}; expected an instance of one of {', '.join(sorted(methods))}.")
+    _check_unwrapped(model)
     served = [family for config_type, family in _HANDLERS if config_type is type(config)]
     view = families.find(model, served)
     changes = list(_HANDLERS[type(config), view.family](config, view))
@@ -73,6 +74,19 @@ def apply_(model: M, config: Any) -> M:
 
     swap_all(changes, remember)
     return model
+
+
+def _check_unwrapped(model: Any) -> None:
+    """Weights added to a model that is already spread over processes would be neither sharded nor averaged."""
+    wrappers = {"FSDPModule": "fully_shard", "FullyShardedDataParallel": "FSDP", "DistributedDataParallel": "DDP"}
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        for name in (cls.__name__ for cls in type(module).__mro__):
+            if name in wrappers:
+                tool = wrappers[name]
+                raise ValueError(
+                    f"this model is wrapped by {tool} already, which would not see what mmskip adds; call "
+                    f"mmskip.apply_ before {tool}."
+                )
 
 
 def applied(model: nn.Module, details: bool = False) -> list[Any]:

@@ -19,7 +19,8 @@ _FORMAT = 1
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write `mmskip.json` and `mmskip.safetensors` into `folder` (made if missing), each whole or not at all.
+    """Write `mmskip.json` and `mmskip.safetensors` into `folder` (made if missing), each whole or not at all. Under
+    FSDP2 every rank must call it.
 
     Raises:
         ValueError: no method is applied to `model`.
@@ -35,10 +36,25 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             {"type": type(r.config).__name__, "family": r.family, "config": r.config.to_dict()} for r in records
         ],
     }
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in added_weights(model).items()}
+    weights = {name: _gathered(tensor).cpu().contiguous() for name, tensor in added_weights(model).items()}
     with whole(target / WEIGHTS_FILE) as partial:
         save_file(weights, str(partial))
     write_json(description, target / CONFIG_FILE)
+
+
+def _gathered(parameter: Tensor) -> Tensor:
+    """The whole of a parameter that FSDP2 may have sharded."""
+    tensor: Any = parameter.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _like(value: Tensor, parameter: Any) -> Tensor:
+    """`value` sharded as `parameter` is."""
+    if not hasattr(parameter, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
 def added_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -120,4 +136,4 @@ def _copy(own: dict[str, Tensor], saved: dict[str, Tensor], folder: Any) -> None
             )
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(saved[name])
+            tensor.copy_(_like(saved[name], tensor))

@@ -1,0 +1,145 @@
+"""Caches that cannot hold rows of different lengths are refused in words that say what to do; and compiled models."""
+
+from unittest.mock import ANY
+
+import pytest
+import torch
+from tiny_decoders import VOCAB, blocks_of, randomize_routers, stream_layout, tiny_decoder
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
+
+import mmskip
+
+LAYOUT = stream_layout(2)[None]
+IDS = torch.randint(3, VOCAB, LAYOUT.shape, generator=torch.Generator().manual_seed(0))
+NAMES = ("llama", "mistral_window", "gpt2", "gpt_neox", "qwen3_next")
+
+
+def routed(name, **config):
+    model = mmskip.apply_(tiny_decoder(name), mmskip.MoDConfig(**{"keep": 0.3, "gate": "sigmoid", **config}))
+    randomize_routers(model)
+    return model
+
+
+def quantized(config):
+    """A quantized cache without the library that would do the quantizing."""
+    cache = QuantizedCache.__new__(QuantizedCache)
+    cache.layers, cache.offloading = DynamicCache(config=config).layers, False
+    return cache
+
+
+def offloaded(config):
+    cache = DynamicCache(config=config)
+    cache.offloading = True
+    return cache
+
+
+CACHES = {
+    "StaticCache": lambda config: StaticCache(config=config, max_cache_len=64),
+    "QuantizedCache": quantized,
+    "DynamicCache offloaded to the CPU": offloaded,
+    "EncoderDecoderCache": lambda config: EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config)),
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("name", NAMES)
+def test_caches_of_another_kind_are_refused_before_they_are_written(name, kind):
+    model = routed(name)
+    if kind == "EncoderDecoderCache" and name == "qwen3_next":
+        pytest.skip("transformers makes no such cache of layers with a state")
+    cache = CACHES[kind](model.config)
+    with pytest.raises(ValueError, match=rf"past_key_values is an? {kind}.*DynamicCache"):
+        model(IDS, layout=LAYOUT, past_key_values=cache)
+    layers = [] if kind == "EncoderDecoderCache" else cache.layers
+    assert not any(getattr(layer, "is_initialized", False) for layer in layers)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral_window", "gpt2"])
+def test_generate_with_a_static_cache_says_what_to_do(name):
+    model = routed(name)
+    call = {"layout": LAYOUT, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    with pytest.raises(ValueError, match=r"StaticCache.*leave cache_implementation out"):
+        model.generate(IDS, cache_implementation="static", **call)
+    assert torch.equal(
+        model.generate(IDS, cache_implementation="dynamic", **call), model.generate(IDS, use_cache=False, **call)
+    )
+
+
+def test_without_the_refusal_a_static_cache_would_be_wrong(monkeypatch):
+    """A decoded token would attend to the places that routed blocks left empty."""
+    from mmskip.families import hf_cache, hf_subset
+
+    model = routed("llama")
+    token = torch.tensor([[7]])
+    monkeypatch.setattr(hf_subset, "check_cache", lambda cache: None)
+    monkeypatch.setattr(hf_cache, "check_cache", lambda cache: None)
+    monkeypatch.setattr(hf_subset, "slot_layer", PassingSlotLayer)
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    with torch.no_grad():
+        whole = torch.cat([IDS, token], 1), torch.cat([LAYOUT, torch.full_like(token, -1)], 1)
+        expected = model(whole[0], layout=whole[1]).logits[:, -1]
+        model(IDS, layout=LAYOUT, past_key_values=cache)
+        out = model(token, layout=torch.full_like(token, -1), past_key_values=cache).logits[:, -1]
+    assert not torch.allclose(out, expected, atol=1e-4)
+
+
+class PassingSlotLayer:
+    """A slot layer that leaves the cache as it is and announces entries as if all were kept."""
+
+    def __init__(self, cache, index, window):
+        self.total = ANY
+
+    def begin(self, slots, valid, total, tail):
+        return slots, valid, valid is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compiled_model_gives_the_same(name):
+    """The root reads the layout on the host, where the graph breaks; routed and dense blocks are compiled."""
+    model = routed(name)
+    model.config.use_cache = False
+    with torch.no_grad():
+        expected = model(IDS, layout=LAYOUT).logits
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager")
+        torch.testing.assert_close(compiled(IDS, layout=LAYOUT).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_compiled_blocks_are_not_compiled_again_at_the_same_shapes():
+    model = routed("llama")
+    model.config.use_cache = False
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    for block in blocks_of(model):
+        block.compile(backend=counter, fullgraph=True)
+    counts = []
+    with torch.no_grad():
+        for seed in range(4):
+            ids = torch.randint(3, VOCAB, IDS.shape, generator=torch.Generator().manual_seed(seed))
+            model(ids, layout=LAYOUT)
+            counts.append(counter.frame_count)
+    assert counts[0] > 0 and counts[0] == counts[-1]
+
+
+@pytest.mark.slow
+def test_decoding_with_compiled_blocks_compiles_a_bounded_number_of_times():
+    model = routed("llama")
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    with torch.no_grad():
+        plain, cache = [], DynamicCache(config=model.config)
+        model(IDS, layout=LAYOUT, past_key_values=cache)
+        tokens = torch.randint(3, VOCAB, (1, 12), generator=torch.Generator().manual_seed(1))
+        for i in range(12):
+            plain.append(model(tokens[:, i : i + 1], past_key_values=cache).logits)
+        for block in blocks_of(model):
+            block.compile(backend=counter)
+        cache, counts = DynamicCache(config=model.config), []
+        model(IDS, layout=LAYOUT, past_key_values=cache)
+        for i in range(12):
+            out = model(tokens[:, i : i + 1], past_key_values=cache).logits
+            torch.testing.assert_close(out, plain[i], atol=1e-5, rtol=1e-5)
+            counts.append(counter.frame_count)
+    assert counts[-1] == counts[5], f"graphs compiled after each of 12 steps: {counts}"
