@@ -217,6 +217,7 @@ def _implied_layout(
         prompt = given[1].repeat_interleave(batch // given[1].shape[0], dim=0)
         layout = prompt.new_full((batch, start + length), TEXT)
         layout[:, : prompt.shape[1]] = prompt[:, : start + length]
+        _check_prompt_whole(layout, start)
         return layout[:, start:]
     if length == 1 and _tail(cache, state) is not None:
         return torch.full((batch, 1), TEXT, device=device)
@@ -229,6 +230,20 @@ def _implied_layout(
 def _prompt_length(root: nn.Module) -> int | None:
     given = _prompt_layout.get()
     return given[1].shape[1] if given is not None and given[0] is root else None
+
+
+def _check_prompt_whole(layout_BT: Tensor, start: int) -> None:
+    """Prefill in chunks must not cut a frame: newlines may stand at the cut, so its neighbours do not tell."""
+    before, after = layout_BT[:, :start], layout_BT[:, start:]
+    if not before.numel() or not bool((after != TEXT).any()):
+        return
+    for row in range(len(layout_BT)):
+        cut = set(before[row].tolist()) & set(after[row].tolist()) - {TEXT}
+        if cut:
+            raise ValueError(
+                f"frame {min(cut)} of row {row} goes on from the previous call: the prompt is cut within it at token "
+                f"{start}. Use prefill_chunk_size=None."
+            )
 
 
 def _tail(cache: Any, state: RootState) -> Tensor | None:

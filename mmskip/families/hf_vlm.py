@@ -156,13 +156,13 @@ def match(model: nn.Module) -> tuple[VlmView | None, str]:
             continue
         masked = module.config.model_type in _MASKED
         for child in module.children():
-            if _sees(child):
+            if _sees(child) or not isinstance(child, PreTrainedModel):
                 continue
             view, reason = hf_decoder.match(child, causal=not masked)
             if view is not None:
                 found.append((module, view))
-            elif "causal decoder" not in reason:
-                reasons.append(reason)
+            elif getattr(child.config, "vocab_size", None):
+                reasons.append(f"the language model of {type(module).__name__} does not fit: {reason}")
     if len(found) == 1:
         outer, view = found[0]
         generators = tuple(

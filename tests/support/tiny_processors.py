@@ -197,7 +197,7 @@ def processed(name: str, side: str, videos: bool = True) -> dict[str, Any]:
     if name == "gemma3":
         call["do_pan_and_scan"] = True
     nested = name in ("smolvlm", "idefics3", "gemma3", "mistral3", "paligemma")
-    return dict(processor(text=text, images=rows if nested else sum(rows, []), **call))
+    return dict(processor(text=text, images=rows if nested else [i for row in rows for i in row], **call))
 
 
 def multi_image(name: str) -> dict[str, Any]:
