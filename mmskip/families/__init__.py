@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from mmskip.routers import Selection, TokenGroups
@@ -46,6 +47,10 @@ class TokenView(View, Protocol):
     @property
     def width(self) -> int:
         """Hidden width D."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states."""
 
     def attention_types(self) -> tuple[str, ...]:
         """The kind of attention of each block, or `STATE`; lengths and masks are read at the first block of a kind."""

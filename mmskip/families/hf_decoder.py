@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from mmskip.families import STATE, TokenPolicy
@@ -41,6 +42,12 @@ class DecoderView:
         """Hidden width D."""
         return int(self.config.hidden_size)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states, which the embeddings set, whatever quantization made of the blocks."""
+        dtype: torch.dtype = self.root.get_input_embeddings().weight.dtype  # type: ignore[operator]
+        return dtype if dtype.is_floating_point else self.root.dtype  # type: ignore[return-value]
+
     def site(self, index: int) -> str:
         """The site name of a block."""
         return f"block.{index}"
@@ -64,7 +71,10 @@ class DecoderView:
         products = []
         for module in self.blocks[index].modules():
             weight = getattr(module, "weight", None)
-            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            if isinstance(module, nn.Linear):
+                # not the shape of the weight, which quantization packs
+                products.append((module.in_features, module.out_features, 1))
+            elif type(module).__name__ == "Conv1D":
                 products.append((weight.shape[0], weight.shape[1], 1))  # type: ignore[union-attr]
             for parameter in module._parameters.values():
                 # weights of three dimensions are experts, but for short convolutions, whose cost is small

@@ -209,15 +209,11 @@ def _implied_layout(
     given = _prompt_layout.get()
     if given is not None and given[0] is root:
         rows, prompt_length = given[1].shape
-        if batch % rows or (start == 0 and prompt_length > length):
-            raise ValueError(
-                f"generate got a layout of shape {(rows, prompt_length)} for a prompt of {(batch, length)}; expected "
-                "one entry per token of the prompt."
-            )
-        prompt = given[1].repeat_interleave(batch // given[1].shape[0], dim=0)
+        prompt = given[1].repeat_interleave(batch // rows, dim=0)
         layout = prompt.new_full((batch, start + length), TEXT)
         layout[:, : prompt.shape[1]] = prompt[:, : start + length]
-        _check_prompt_whole(layout, start)
+        if 0 < start < prompt_length:
+            _check_prompt_whole(layout, start)
         return layout[:, start:]
     if length == 1 and _tail(cache, state) is not None:
         return torch.full((batch, 1), TEXT, device=device)
@@ -227,6 +223,23 @@ def _implied_layout(
     )
 
 
+def check_prompt_layout(
+    layout: Tensor, inputs: Tensor | None = None, *args: Any, past_key_values: Any = None, **kwargs: Any
+) -> None:
+    """Raise unless a layout fits the arguments of `generate` that it was given with."""
+    for given in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")):
+        if given is None:
+            continue
+        rows, length = given.shape[:2]
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if layout.dim() != 2 or layout.shape[0] != rows or layout.shape[1] not in (length, past + length):
+            raise ValueError(
+                f"generate got a layout of shape {tuple(layout.shape)} for a prompt of {(rows, length)}; expected one "
+                "entry per token of the prompt."
+            )
+        return
+
+
 def _prompt_length(root: nn.Module) -> int | None:
     given = _prompt_layout.get()
     return given[1].shape[1] if given is not None and given[0] is root else None
@@ -234,11 +247,8 @@ def _prompt_length(root: nn.Module) -> int | None:
 
 def _check_prompt_whole(layout_BT: Tensor, start: int) -> None:
     """Prefill in chunks must not cut a frame: newlines may stand at the cut, so its neighbours do not tell."""
-    before, after = layout_BT[:, :start], layout_BT[:, start:]
-    if not before.numel() or not bool((after != TEXT).any()):
-        return
-    for row in range(len(layout_BT)):
-        cut = set(before[row].tolist()) & set(after[row].tolist()) - {TEXT}
+    for row, groups in enumerate(layout_BT.tolist()):
+        cut = (set(groups[:start]) & set(groups[start:])) - {TEXT}
         if cut:
             raise ValueError(
                 f"frame {min(cut)} of row {row} goes on from the previous call: the prompt is cut within it at token "
@@ -299,6 +309,7 @@ class LayoutGenerator(nn.Module):
     def generate(self, *args: Any, layout: Tensor | None = None, **kwargs: Any) -> Any:
         if layout is None:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
+        check_prompt_layout(layout, *args, **kwargs)
         with prompt_layout(state_of(self, LayoutGenerator), layout):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 

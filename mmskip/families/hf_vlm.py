@@ -17,6 +17,7 @@ from mmskip.families.hf_subset import (
     Bidirectional,
     GivenCall,
     LayoutGenerator,
+    check_prompt_layout,
     given_call,
     prompt_is_given,
     prompt_layout,
@@ -89,6 +90,8 @@ class VisionGenerator(nn.Module):
         state: VisionState = state_of(self, VisionGenerator)
         if layout is None:
             layout = _layout_of_prompt(state.outer, inputs, kwargs)
+        else:
+            check_prompt_layout(layout, inputs, **kwargs)
         with prompt_layout(state.decoder, layout):
             return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
@@ -162,7 +165,10 @@ def match(model: nn.Module) -> tuple[VlmView | None, str]:
             if view is not None:
                 found.append((module, view))
             elif getattr(child.config, "vocab_size", None):
-                reasons.append(f"the language model of {type(module).__name__} does not fit: {reason}")
+                reasons.append(
+                    f"the language model of {type(module).__name__} does not fit: {reason} (every layer must be one: "
+                    "cross-attention and linear attention read states that a subset of the tokens cannot serve)"
+                )
     if len(found) == 1:
         outer, view = found[0]
         generators = tuple(

@@ -285,8 +285,9 @@ def route_decoder(config: MoDConfig, view: TokenView) -> list[Change]:
     children: dict[int, dict[str, nn.Module]] = {i: {} for i in routed}
     if config.router == "linear":
         for i in routed:
-            like = next(p for p in view.blocks[i].parameters() if p.is_floating_point())
-            router = TokenRouter(view.width, config.gate, like.device, like.dtype)
+            # quantized blocks keep scales and norms in dtypes of their own: the hidden states tell
+            device = next(view.blocks[i].parameters()).device
+            router = TokenRouter(view.width, config.gate, device, view.dtype)
             router.train(view.blocks[i].training)
             # without a gate no gradient reaches the scores, and DDP waits for every weight that asks for one
             router.requires_grad_(config.gate != "none")

@@ -1,0 +1,216 @@
+"""What routed vision-language models refuse, and that the refusal is needed; quantized weights; packed sequences."""
+
+import copy
+
+import pytest
+import torch
+from tiny_decoders import randomize_routers
+from tiny_vlms import IMAGE, Row, add_image, add_video, collate, example_rows, tiny_vlm
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+import mmskip
+
+TEXT = {
+    "vocab_size": 90,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+CLIP = {"model_type": "clip_vision_model", **TOWER, "image_size": 16, "patch_size": 4, "projection_dim": 16}
+
+
+def tiny(kind: str, **settings):
+    torch.manual_seed(0)
+    return AutoModelForImageTextToText.from_config(CONFIG_MAPPING[kind](**settings)).eval()
+
+
+def mllama():
+    text = {**TEXT, "cross_attention_layers": [1, 3], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    tower = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "attention_heads": 2,
+        "num_global_layers": 1,
+        "image_size": 16,
+        "patch_size": 4,
+        "vision_output_dim": 32,
+        "supported_aspect_ratios": [[1, 1]],
+        "intermediate_layers_indices": [0],
+    }
+    return tiny("mllama", text_config=text, vision_config=tower)
+
+
+def qwen3_5():
+    text = {
+        **TEXT,
+        "head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
+    tower = {"depth": 2, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 24}
+    return tiny("qwen3_5", text_config=text, vision_config={**tower, "patch_size": 4})
+
+
+def vipllava():
+    text = {"model_type": "llama", **TEXT}
+    return tiny(
+        "vipllava", text_config=text, vision_config=CLIP, image_token_index=IMAGE, vision_feature_layers=[-1, -2]
+    )
+
+
+@pytest.mark.parametrize(("build", "reason"), [(mllama, "cross-attention"), (qwen3_5, "linear attention")])
+def test_language_models_that_a_subset_cannot_serve_are_refused_with_the_reason(build, reason):
+    model = build()
+    with pytest.raises(ValueError, match=rf"hf_vlm: the language model of \w+ does not fit: .*{reason}"):
+        mmskip.apply_(model, mmskip.MoDConfig())
+    assert mmskip.applied(model) == []
+
+
+def test_a_model_that_is_neither_gets_the_reason_of_each_family():
+    with pytest.raises(ValueError, match=r"hf_decoder: .*needs.*; hf_vlm: needs a transformers vision-language model"):
+        mmskip.apply_(nn.Linear(2, 2), mmskip.MoDConfig())
+
+
+def test_a_vlm_with_unknown_groups_is_routed_by_an_explicit_layout():
+    model = vipllava()
+    base = copy.deepcopy(model)
+    mmskip.apply_(model, mmskip.MoDConfig(keep=1.0, router="norm"))
+    ids = torch.tensor([[1, *[IMAGE] * 16, 5, 6]])
+    call = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 16, 16)}
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"does not know how VipLlavaModel.*layout="):
+            model(**call)
+        with pytest.raises(ValueError, match=r"does not know how VipLlavaModel.*layout="):
+            model.generate(**call, max_new_tokens=2)
+        layout = torch.where(ids == IMAGE, 0, -1)
+        assert torch.equal(model(**call, layout=layout).logits, base(**call).logits)
+        how = {"max_new_tokens": 3, "do_sample": False}
+        assert torch.equal(model.generate(**call, layout=layout, **how), base.generate(**call, **how))
+
+
+def test_paligemma_without_token_types_is_refused_because_its_base_has_no_single_answer():
+    base = tiny_vlm("paligemma")
+    model = mmskip.apply_(copy.deepcopy(base), mmskip.MoDConfig(keep=0.3))
+    call, _ = collate("paligemma", example_rows("paligemma")[1:2])
+    del call["token_type_ids"]
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="token_type_ids"):
+            model(**call)
+        sdpa = base(**call).logits
+        base.set_attn_implementation("eager")
+        assert not torch.allclose(base(**call).logits, sdpa, atol=1e-3), "the backends agree: no reason to refuse"
+
+
+@pytest.mark.parametrize("name", ["gemma3", "paligemma"])
+def test_bidirectional_prompts_in_chunks_are_refused_because_the_order_would_show(name):
+    model = mmskip.apply_(tiny_vlm(name), mmskip.MoDConfig(keep=0.3, router="norm"))
+    call, _ = collate(name, example_rows(name)[1:2])
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="token_type_ids"):
+            model.generate(**call, max_new_tokens=2, prefill_chunk_size=5)
+        other = {**call, "token_type_ids": torch.ones_like(call["token_type_ids"]) * (name == "paligemma")}
+        assert not torch.allclose(model(**call).logits, model(**other).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "mistral3", "qwen2_5_vl"])
+def test_prefill_in_chunks_is_exact_or_refused(name):
+    model = mmskip.apply_(tiny_vlm(name), mmskip.MoDConfig(keep=0.3, router="norm"))
+    call, layout = collate(name, example_rows(name)[:1])
+    how = {"max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(**call, **how)
+    groups = layout[0].tolist()
+    exact = 0
+    for size in range(3, len(groups)):
+        cuts = range(size, len(groups), size)
+        torn = any(set(groups[:cut]) & set(groups[cut:]) - {-1} for cut in cuts)
+        if torn:
+            with pytest.raises(ValueError, match="goes on from the previous call"):
+                model.generate(**call, **how, prefill_chunk_size=size)
+        else:
+            exact += 1
+            assert torch.equal(model.generate(**call, **how, prefill_chunk_size=size), expected)
+    assert exact
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl"])
+def test_packed_sequences_equal_their_rows_alone(name):
+    model = mmskip.apply_(tiny_vlm(name), mmskip.MoDConfig(keep=0.3, gate="sigmoid"))
+    randomize_routers(model)
+    torch.manual_seed(5)
+    rows = [Row(), Row()]
+    for row, add in zip(rows, (add_image, add_video), strict=True):
+        row.text(1, 11)
+        add(name, row)
+        row.text(12, 13)
+    calls = [collate(name, [row])[0] for row in rows]
+    positions = []
+    for call in calls:
+        del call["attention_mask"]
+        text = torch.arange(call["input_ids"].shape[1])[None]
+        if name.startswith("qwen"):
+            vision, _ = model.model.get_rope_index(**call)
+            text = torch.cat([text[None], vision])
+        positions.append(text)
+    packed = {key: torch.cat([c[key] for c in calls if key in c], int("ids" in key)) for c in calls for key in c}
+    with torch.no_grad():
+        out = model(**packed, position_ids=torch.cat(positions, -1), use_cache=False).logits[0]
+        alone = [model(**call).logits[0] for call in calls]
+    torch.testing.assert_close(out, torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
+class Int8Linear(nn.Linear):
+    """A linear layer of int8 weights and a float scale, as quantizing libraries make them."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        scale = linear.weight.detach().abs().amax().float() / 127
+        self.weight = nn.Parameter((linear.weight / scale).round().to(torch.int8), requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "smolvlm"])
+def test_quantized_vlms_keep_their_weights_and_get_a_router_of_the_hidden_dtype(name):
+    base = tiny_vlm(name).to(torch.bfloat16)
+    for block in base.get_decoder().layers:
+        for parent in list(block.modules()):
+            for key, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(parent, key, Int8Linear(child))
+    model = mmskip.apply_(copy.deepcopy(base), mmskip.MoDConfig(keep=1.0))
+    call, _ = collate(name, example_rows(name))
+    real = call["attention_mask"].bool()
+    with torch.no_grad(), mmskip.trace(model) as trace:
+        assert torch.equal(model(**call).logits[real], base(**call).logits[real])
+    assert mmskip.cost(model, trace).dense_flops == mmskip.cost(tiny_vlm(name), trace).dense_flops
+    added = {key: value for key, value in model.state_dict().items() if "mmskip" in key}
+    assert added and all(value.dtype == torch.bfloat16 for value in added.values())
+    for key, value in base.state_dict().items():
+        assert model.state_dict()[key].dtype == value.dtype and torch.equal(model.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen3_vl", "gemma3"])
+def test_trace_and_cost_count_the_language_model(name):
+    model = mmskip.apply_(tiny_vlm(name), mmskip.MoDConfig(keep=0.3, router="norm", layers=(3,)))
+    rows = example_rows(name)[:1]
+    call, layout = collate(name, rows)
+    with torch.no_grad(), mmskip.trace(model) as trace:
+        model(**call)
+    record = trace.forwards[0]
+    sizes = [int((layout == group).sum()) for group in layout[layout >= 0].unique()]
+    kept = int((layout < 0).sum()) + sum(max(1, round(0.3 * size)) for size in sizes)
+    assert [layer.ran for layer in record.layers] == [layout.numel()] * 3 + [kept]
+    assert record.head_rows == layout.numel()
+    cost = mmskip.cost(model, trace)
+    assert 1 < cost.ideal_speedup < 4 / 3 and 0 < cost.kv_bytes < cost.dense_kv_bytes
