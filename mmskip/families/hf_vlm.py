@@ -165,10 +165,7 @@ def match(model: nn.Module) -> tuple[VlmView | None, str]:
             if view is not None:
                 found.append((module, view))
             elif getattr(child.config, "vocab_size", None):
-                reasons.append(
-                    f"the language model of {type(module).__name__} does not fit: {reason} (every layer must be one: "
-                    "cross-attention and linear attention read states that a subset of the tokens cannot serve)"
-                )
+                reasons.append(f"the language model of {type(module).__name__} does not fit: {reason}")
     if len(found) == 1:
         outer, view = found[0]
         generators = tuple(

@@ -164,9 +164,12 @@ def _pooled_video(root: Any, call: dict[str, Any], side: int) -> Pictures:
 
 
 READERS: dict[str, Reader] = {
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "video_llama_3"), grids),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "video_llama_3"), grids),
     **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), anyres),
-    **dict.fromkeys(("paligemma", "gemma3", "internvl", "idefics3", "smolvlm", "aya_vision"), equal_pictures),
+    **dict.fromkeys(
+        ("paligemma", "gemma3", "internvl", "idefics2", "idefics3", "smolvlm", "aya_vision", "cohere2_vision"),
+        equal_pictures,
+    ),
     **dict.fromkeys(("llava", "mistral3"), image_rows),
 }
 """Readers by `config.model_type`. A model without one is routed all the same, with `layout=` in every call."""

@@ -94,6 +94,50 @@ VLMS: dict[str, dict[str, Any]] = {
         "vision_start_token_id": START,
         "vision_end_token_id": END,
     },
+    "qwen3_5": {
+        "text_config": {
+            **_QWEN_TEXT,
+            "num_hidden_layers": 8,
+            "head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+        "vision_config": {
+            **_QWEN_TOWER,
+            "hidden_size": 16,
+            "out_hidden_size": 32,
+            "num_heads": 2,
+            "intermediate_size": 24,
+            "num_position_embeddings": 64,
+        },
+        **_TOKENS,
+        "vision_start_token_id": START,
+        "vision_end_token_id": END,
+    },
+    "qwen3_vl_moe": {
+        "text_config": {
+            **_QWEN_TEXT,
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+        },
+        "vision_config": {
+            **_QWEN_TOWER,
+            "depth": 3,
+            "hidden_size": 16,
+            "out_hidden_size": 32,
+            "num_heads": 2,
+            "intermediate_size": 24,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1, 2],
+        },
+        **_TOKENS,
+        "vision_start_token_id": START,
+        "vision_end_token_id": END,
+    },
     "video_llama_3": {
         "text_config": {"model_type": "qwen2", **_TEXT},
         "vision_config": {**_TOWER, "patch_size": 4},
@@ -118,6 +162,26 @@ VLMS: dict[str, dict[str, Any]] = {
         "image_token_id": IMAGE,
         "scale_factor": 2,
         "pad_token_id": 0,
+    },
+    "idefics2": {
+        "text_config": {"model_type": "mistral", **_TEXT, "head_dim": 8, "sliding_window": None},
+        "vision_config": {**_TOWER, "image_size": 16, "patch_size": 4},
+        "perceiver_config": {
+            "hidden_size": 32,
+            "resampler_n_latents": 4,
+            "resampler_depth": 1,
+            "resampler_n_heads": 2,
+            "num_key_value_heads": 1,
+            "resampler_head_dim": 8,
+        },
+        "image_token_id": IMAGE,
+    },
+    "cohere2_vision": {
+        "text_config": {"model_type": "cohere2", **_TEXT, "sliding_window": 9},
+        "vision_config": _SIGLIP,
+        "image_token_id": IMAGE,
+        "downsample_factor": 2,
+        "alignment_intermediate_size": 32,
     },
     "paligemma": {
         "text_config": {"model_type": "gemma", **_TEXT, "head_dim": 8},
@@ -170,7 +234,7 @@ VLMS: dict[str, dict[str, Any]] = {
         "vision_feature_layer": -1,
     },
 }
-MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
 GRIDS = (*MROPE, "video_llama_3")
 ANYRES = ("llava_onevision", "llava_next_video", "llava_next")
 PREFIX = ("paligemma", "paligemma2", "gemma3")
@@ -249,7 +313,7 @@ def _grid_picture(name: str, row: Row, kind: str, frames: int, size: tuple[int, 
     picture["merge"] = torch.tensor([merge])
     (row.images if kind == "image" else row.videos).append(picture)
     tokens = height * width // merge**2
-    apart = name in ("qwen3_vl", "video_llama_3") and kind == "video"
+    apart = name in ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "video_llama_3") and kind == "video"
     if not apart:
         row.text(START)
     for frame in range(frames):
@@ -284,7 +348,7 @@ def _pooled_video(name: str, row: Row, frames: int) -> None:
 def _tiles(name: str, row: Row, count: int) -> None:
     tokens = 16 if name in ("paligemma", "paligemma2", "llava") else 4
     row.images.append({"pixels": torch.randn(count, 3, 16, 16)})
-    apart = name in ("smolvlm", "idefics3", "aya_vision")
+    apart = name in ("smolvlm", "idefics2", "idefics3", "aya_vision")
     row.text(START)
     for tile in range(count):
         if apart:
@@ -310,7 +374,7 @@ def add_image(name: str, row: Row, variant: int = 0) -> None:
     elif name == "mistral3":
         _row_ends(row, [(16, 24), (32, 16)][variant])
     else:
-        cuts_tiles = name in ("internvl", "smolvlm", "idefics3", "aya_vision")
+        cuts_tiles = name in ("internvl", "smolvlm", "idefics2", "idefics3", "aya_vision", "cohere2_vision")
         _tiles(name, row, [1, 3][variant] if cuts_tiles else 1)
 
 
@@ -364,7 +428,7 @@ def collate(name: str, rows: list[Row], side: str = "right") -> tuple[dict[str, 
         call["token_type_ids"] = torch.tensor([pad(row.types, 0) for row in rows])
     if name.startswith("paligemma"):
         call["token_type_ids"] = torch.zeros_like(call["input_ids"])
-    if name in ("smolvlm", "idefics3"):
+    if name in ("smolvlm", "idefics2", "idefics3"):
         call |= _padded_pictures(rows)
     else:
         for kind, suffix in (("image", ""), ("video", "_videos")):

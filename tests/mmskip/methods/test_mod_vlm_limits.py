@@ -46,17 +46,10 @@ def mllama():
     return tiny("mllama", text_config=text, vision_config=tower)
 
 
-def qwen3_5():
-    text = {
-        **TEXT,
-        "head_dim": 8,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-    }
-    tower = {"depth": 2, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 24}
-    return tiny("qwen3_5", text_config=text, vision_config={**tower, "patch_size": 4})
+def llama4():
+    tower = {**TOWER, "image_size": 16, "patch_size": 4, "vision_output_dim": 32, "projector_input_dim": 32}
+    text = {**TEXT, "intermediate_size_mlp": 48, "num_local_experts": 2, "head_dim": 8}
+    return tiny("llama4", text_config=text, vision_config={**tower, "projector_output_dim": 32})
 
 
 def vipllava():
@@ -66,7 +59,7 @@ def vipllava():
     )
 
 
-@pytest.mark.parametrize(("build", "reason"), [(mllama, "cross-attention"), (qwen3_5, "linear attention")])
+@pytest.mark.parametrize(("build", "reason"), [(mllama, "cross_attention_mask"), (llama4, "chunked_attention")])
 def test_language_models_that_a_subset_cannot_serve_are_refused_with_the_reason(build, reason):
     model = build()
     with pytest.raises(ValueError, match=rf"hf_vlm: the language model of \w+ does not fit: .*{reason}"):
