@@ -12,6 +12,7 @@ SILENT = ","
 SPEAK = "]"
 OPEN = "\n["
 ASSISTANT = "\nAssistant:"
+USER = "\nUser:"
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -100,6 +101,10 @@ class StreamTokens:
     def narration(self, text: str) -> list[int]:
         """The words of a narration behind `Assistant:`, and the eos."""
         return [*_encode(self.tokenizer, f" {text}"), self.eos]
+
+    def question(self, text: str) -> list[int]:
+        """`\\nUser:` and a question; the stream part is closed before it and `\\nAssistant:` follows."""
+        return _encode(self.tokenizer, f"{USER} {text}")
 
     def decode(self, ids: Iterable[int]) -> str:
         """Readable text of narration ids, without special tokens and outer blanks."""

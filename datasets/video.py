@@ -36,6 +36,8 @@ class VideoInfo:
         source_fps: frames per second, averaged over the video.
         num_frames: frames in the file.
         height, width: pixels, as the video is shown: turned where its metadata say so (phones).
+        stated_s: length that the file claims, seconds; 0: it claims none.
+        uneven: frames shown less than half or more than twice as long as most: a variable frame rate.
     """
 
     duration_s: float
@@ -43,6 +45,8 @@ class VideoInfo:
     num_frames: int
     height: int
     width: int
+    stated_s: float = 0.0
+    uneven: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ class VideoStream:
         wanted, repeats = np.unique(np.maximum(indices, 0), return_counts=True)
         done = 0
         for chunk in _decode(self.path, self._scan, wanted):
-            frames = np.repeat(_resize(chunk, self.size), repeats[done : done + len(chunk)], axis=0)
+            frames = np.repeat(fit_square(chunk, self.size), repeats[done : done + len(chunk)], axis=0)
             done += len(chunk)
             for begin in range(0, len(frames), _CHUNK):
                 yield frames[begin : begin + _CHUNK]
@@ -218,6 +222,7 @@ def _scan(path: Path) -> _Scan:
             packets, corrupt = _read_packets(container, stream)
             base = stream.time_base
             stated = _stated_seconds(container, stream)
+            claimed = stated or (container.duration or 0) / av.time_base
             expected = stream.frames
             height, width = stream.height, stream.width
             nominal = stream.average_rate or stream.guessed_rate
@@ -240,7 +245,9 @@ def _scan(path: Path) -> _Scan:
     turns = _quarter_turns(path)
     if turns % 2:
         height, width = width, height
-    info = VideoInfo(duration, len(starts) / duration, len(starts), height, width)
+    gaps = np.diff(starts)
+    uneven = int(((gaps < 0.5 * step) | (gaps > 2 * step)).sum())
+    info = VideoInfo(duration, len(starts) / duration, len(starts), height, width, claimed, uneven)
     return _Scan(info, starts, packets[0][0], turns)
 
 
@@ -355,7 +362,7 @@ def _decode_av(path: Path, scan: _Scan, wanted: np.ndarray) -> Iterator[np.ndarr
         yield np.stack(chunk)
 
 
-def _resize(frames: np.ndarray, size: int | None) -> np.ndarray:
+def fit_square(frames: np.ndarray, size: int | None) -> np.ndarray:
     """Short side to `size`, centre crop; uint8 [F, H, W, 3] in and out."""
     if size is None or frames.shape[1:3] == (size, size):
         return frames

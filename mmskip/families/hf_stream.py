@@ -175,7 +175,7 @@ class StreamCache(Cache):
         self.roll = _roll(positions, window, self.sinks, unit_tokens, self.range)
         self.totals = [0] * streams
         self.bases = [0] * streams
-        self._device = torch.device(device)
+        self.device = torch.device(device)
         self._call: _Call | None = None
         self._rotation = Rotation(view) if self.roll is not None else None
         kinds = view.attention_types()
@@ -195,7 +195,7 @@ class StreamCache(Cache):
         own = self.view.windows[index]
         limits = [limit for limit in (own, self.window) if limit is not None]
         sinks = self.sinks if own is None else 0
-        return Ledger(len(self.totals), min(limits, default=None), sinks, self._device)
+        return Ledger(len(self.totals), min(limits, default=None), sinks, self.device)
 
     # --- one call -----------------------------------------------------------------------------------------------
 
@@ -226,7 +226,7 @@ class StreamCache(Cache):
                 f"stream {ends.index(max(ends))} would be {max(ends)} tokens long, the model has {self.range} "
                 "positions; stream with positions='rolling' and a window, or begin a new stream."
             )
-        call = _Call(layout, lengths, self.totals, self._device)
+        call = _Call(layout, lengths, self.totals, self.device)
         call.plain &= layout.shape[1] <= min([w for w in (*self.view.windows, self.window) if w], default=1 << 60)
         bases = [
             self.base_of(end - 1) if length else base
@@ -245,7 +245,7 @@ class StreamCache(Cache):
                 if call.plain
                 else self._mask(self.view.config, call.positions_BT, ledger.positions_BK(), own, dtype)
             )
-        bases_B1 = torch.tensor(bases, device=self._device)[:, None]
+        bases_B1 = torch.tensor(bases, device=self.device)[:, None]
         return {
             "attention_mask": masks if len(masks) > 1 else next(iter(masks.values())),
             "position_ids": call.positions_BT - bases_B1,
@@ -277,7 +277,7 @@ class StreamCache(Cache):
             pieces_of(runs, counts.__getitem__, ledger.sinks) for runs, counts in zip(call.runs, kept, strict=True)
         ]
         positions_BS = call.positions_BT.to(x_BSD.device).gather(1, selection.index_BS)
-        plan = ledger.announce(positions_BS.to(self._device), pieces, call.starts, call.turns)
+        plan = ledger.announce(positions_BS.to(self.device), pieces, call.starts, call.turns)
         if call.plain and selection.valid_BS is None and config._attn_implementation == "sdpa":
             return None, plan.length
         keys_BK = ledger.positions_BK().to(x_BSD.device)
