@@ -42,7 +42,7 @@ class ImageFolder:
         for file in self.files:
             try:
                 with Image.open(file) as image:
-                    frame = np.asarray(image.convert("RGB"))
+                    frame = np.array(image.convert("RGB"))
             except (UnidentifiedImageError, OSError) as error:
                 raise VideoError(f"{file}: not a readable image ({error}); remove it or copy it again") from error
             yield fit_square(frame[None], self.size)

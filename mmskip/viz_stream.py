@@ -160,7 +160,9 @@ const imgs=F.map(f=>{const i=new Image();i.src=f.p;return i});
 let frame=0,block=0;
 // block 0 of the slider: all routed blocks together, a patch fading with each block that skips it
 function share(f){const out=new Array(D.tokens).fill(1);if(!B)return out;
- for(let n=0;n<D.tokens;n++){if(block)out[n]=+f.k[block-1][n];else{let s=0;for(const k of f.k)s+=+k[n];out[n]=s/B}}return out}
+ for(let n=0;n<D.tokens;n++){
+  if(block)out[n]=+f.k[block-1][n];else{let s=0;for(const k of f.k)s+=+k[n];out[n]=s/B}}
+ return out}
 function draw(canvas,j,cls){const c=canvas.getContext("2d"),img=imgs[j];if(!img.complete||!img.naturalWidth)return;
  canvas.height=Math.round(canvas.width*img.naturalHeight/img.naturalWidth);const w=canvas.width,h=canvas.height;
  c.drawImage(img,0,0,w,h);const s=share(F[j]);if(!G)return;const off=D.tokens-G*G;
@@ -186,7 +188,8 @@ const step=Math.max(1,Math.ceil(F.length/40)),shown=F.map((f,j)=>j).filter(j=>j%
 $("sub").textContent=F.length+" frames shown, "+D.said.length+" texts; patches that a block skipped are grey";
 if(D.said.length)frame=at(D.said[0].t);
 $("hstrip").textContent=step>1?"Frames, one in "+step:"Frames";
-D.said.forEach(s=>{const li=document.createElement("li"),t=document.createElement("time"),d=document.createElement("div");
+D.said.forEach(s=>{const li=document.createElement("li"),t=document.createElement("time");
+ const d=document.createElement("div");
  t.textContent=clock(s.t);if(s.q){const q=document.createElement("q");q.textContent=s.q;d.append(q)}
  d.append(s.x||"(no words)");li.append(t,d);li.onclick=()=>{frame=at(s.t);show()};$("said").append(li);
  const i=document.createElement("i");i.style.left=(D.end?100*s.t/D.end:0)+"%";if(s.q)i.className="q";
@@ -195,7 +198,8 @@ $("line").append(cursor);
 for(let j=0;j<=4;j++){const e=document.createElement("span");e.style.left=25*j+"%";
  e.style.transform="translateX("+-25*j+"%)";e.textContent=clock(D.end*j/4);$("ticks").append(e)}
 shown.forEach(j=>{const g=document.createElement("figure"),c=document.createElement("canvas");
- const p=document.createElement("figcaption");c.width=120;p.textContent=clock(F[j].t);g.append(c,p);g.onclick=()=>{frame=j;show()};$("strip").append(g)});
+ const p=document.createElement("figcaption");c.width=120;p.textContent=clock(F[j].t);
+ g.append(c,p);g.onclick=()=>{frame=j;show()};$("strip").append(g)});
 function strip(){[...$("strip").children].forEach((g,k)=>draw(g.firstChild,shown[k],false))}
 $("frame").max=Math.max(F.length-1,0);$("block").max=B;$("block").disabled=!B;
 $("frame").oninput=e=>{frame=+e.target.value;show()};

@@ -125,7 +125,7 @@ class Session:
         needed = frames * (self.tower.num_tokens + 1)
         if cache.roll is None and cache.range is not None and needed > cache.range:
             raise ValueError(
-                f"{self.args.video} has {frames} frames at {self.fps:g} per second, {needed} tokens and more with text, "
+                f"{self.args.video} has {frames} frames at {self.fps:g} per second, {needed} tokens without any text, "
                 f"the model {cache.range} positions; give --positions rolling --window N, or a lower --fps"
             )
 

@@ -156,7 +156,8 @@ class StreamCache(Cache):
         device: where the calls' inputs lie.
 
     Raises:
-        ValueError: an unknown `positions`, rolling ones without a window, or that do not fit the range or the model.
+        ValueError: an unknown `positions`, rolling ones without a window, or that do not fit the range or the model; a
+            model with blocks other than attention.
     """
 
     def __init__(
@@ -171,6 +172,11 @@ class StreamCache(Cache):
         device: torch.device | str = "cpu",
     ) -> None:
         self.view, self.window, self.sinks = view, window, sinks if window is not None else 0
+        if unknown := set(view.attention_types()) - {"full", "sliding"}:
+            raise ValueError(
+                f"{type(view.root).__name__} has blocks of kind {', '.join(sorted(unknown))}, which keep no keys and "
+                "values; streams need a decoder of attention blocks only."
+            )
         self.range = position_range or getattr(view.config, "max_position_embeddings", None)
         self.roll = _roll(positions, window, self.sinks, unit_tokens, self.range)
         self.totals = [0] * streams
