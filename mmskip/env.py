@@ -67,9 +67,9 @@ def operation_paths(device: torch.device) -> dict[str, backend.Path]:
         Operation to `Path` (`name` is `"xformers"` or `"torch"`, `reason` says why).
     """
     return {
-        "select_tokens": backend.token_path(device),
+        "select_tokens": backend.operation_path("select_tokens", device),
         "merge_tokens": backend.Path("torch", "xFormers has no merge that is exact at gate 1"),
-        "ragged_attention": backend.attention_path(device),
+        "ragged_attention": backend.operation_path("ragged_attention", device),
     }
 
 
@@ -79,7 +79,9 @@ def report() -> str:
     lines = [f"python {platform.python_version()} on {platform.system()} {platform.machine()}"]
     lines += [f"{package} {version}" for package, version in package_versions().items()]
     lines += [f"device {device_name(device)}"]
-    lines += [f"{name}: {path.name} ({path.reason})" for name, path in operation_paths(device).items()]
+    paths = operation_paths(device)
+    lines += [f"{name}: {path.name} ({path.reason})" for name, path in paths.items()]
+    lines += [f'attention="mmskip_ragged" of a method or attn_implementation: {paths["ragged_attention"].name}']
     return "\n".join(lines)
 
 

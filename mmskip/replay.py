@@ -107,4 +107,4 @@ def replayed(site: str, selection: Selection, groups: TokenGroups) -> Selection:
             replay.flipped += int((kept & ~own_BT[row, places]).sum())
     rows = None if selection.valid_BS is None else selection.valid_BS.sum(1)
     again = compact(keep_BT.to(selection.keep_BT.device), selection.index_BS.shape[1], rows)
-    return replace(again, kept_G=selection.kept_G)
+    return replace(again, kept_G=selection.kept_G, kept_B=selection.kept_B)

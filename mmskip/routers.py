@@ -32,7 +32,7 @@ class Budget:
         k_G: LongTensor [G], tokens kept of each group; `k_max` the largest, on the host.
         slots: S, tokens kept of the fullest row, on the host.
         rows_B: LongTensor [B], tokens kept of each row where rows differ; None where all keep S.
-        host_G: k_G on the host.
+        host_G, host_B: k_G, and the tokens kept of each row, on the host.
     """
 
     k_G: Tensor
@@ -40,6 +40,7 @@ class Budget:
     slots: int
     rows_B: Tensor | None
     host_G: np.ndarray
+    host_B: np.ndarray
 
 
 @dataclass
@@ -104,7 +105,7 @@ class TokenGroups:
             rows = length - skipped
         device = self.layout_BT.device
         rows_B = torch.from_numpy(rows).to(device) if bool((rows != slots).any()) else None
-        return Budget(torch.from_numpy(k).to(device), int(k.max(initial=0)), slots, rows_B, k)
+        return Budget(torch.from_numpy(k).to(device), int(k.max(initial=0)), slots, rows_B, k, rows)
 
     def to(self, device: torch.device) -> "TokenGroups":
         """The same groups with their tensors on `device`; copied once per device (models spread over several)."""
@@ -200,17 +201,19 @@ class Selection:
         valid_BS: BoolTensor [B, S], False on padding slots; None when all rows keep S tokens.
         keep_BT: BoolTensor [B, T], True on kept tokens.
         kept_G: tokens kept of each group, on the host, [G]; None where the method does not say. Streams need it.
+        kept_B: tokens kept of each row, on the host, [B]; None likewise. Packed attention waits for the device without.
     """
 
     index_BS: Tensor
     valid_BS: Tensor | None
     keep_BT: Tensor
     kept_G: np.ndarray | None = None
+    kept_B: np.ndarray | None = None
 
     def to(self, device: torch.device) -> "Selection":
         """The same selection on `device`."""
         valid = None if self.valid_BS is None else self.valid_BS.to(device)
-        return Selection(self.index_BS.to(device), valid, self.keep_BT.to(device), self.kept_G)
+        return replace(self, index_BS=self.index_BS.to(device), valid_BS=valid, keep_BT=self.keep_BT.to(device))
 
 
 def select(scores_BT: Tensor, groups: TokenGroups, keep: float, force_last: bool = False) -> Selection:
@@ -231,7 +234,7 @@ def select(scores_BT: Tensor, groups: TokenGroups, keep: float, force_last: bool
     if groups.has_vision:
         keep_flat.scatter_(0, _chosen(scores_BT, groups, budget, force_last).reshape(-1), True)
     keep_BT = keep_flat[:-1].view(batch, length)
-    return replace(compact(keep_BT, budget.slots, budget.rows_B), kept_G=budget.host_G)
+    return replace(compact(keep_BT, budget.slots, budget.rows_B), kept_G=budget.host_G, kept_B=budget.host_B)
 
 
 def _chosen(scores_BT: Tensor, groups: TokenGroups, budget: Budget, force_last: bool) -> Tensor:

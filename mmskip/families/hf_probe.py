@@ -136,7 +136,7 @@ def probe_changes(block: nn.Module, config: Any, which: str, site: str) -> list[
     probe = Probe(which)
     state = AttentionState(ConfigView(config, PROBE), probe)
     return [
-        Change(f"{site}.probe", block, ProbedBlock, probe),
+        Change(site, block, ProbedBlock, probe),
         Change(f"{site}.attn", attention_of(block), OwnAttention, state),
     ]
 

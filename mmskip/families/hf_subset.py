@@ -20,6 +20,8 @@ from mmskip.families.hf_blocks import ABSENT_ARGUMENTS, CACHE_ARGUMENTS, PER_TOK
 from mmskip.families.hf_cache import SlotCacheLayer, check_cache, slot_layer
 from mmskip.families.hf_mask import build_mask
 from mmskip.families.hf_stream import StreamCache
+from mmskip.ops.hf_attention import NAME as RAGGED
+from mmskip.ops.hf_attention import causal_packing
 from mmskip.ops.tokens import merge_tokens, select_tokens
 from mmskip.replay import replayed
 from mmskip.routers import TEXT, Selection, TokenGroups, token_groups
@@ -27,7 +29,7 @@ from mmskip.swap import bind, state_of
 from mmskip.trace import begin_forward, report
 
 FORWARD_KEY = "mmskip_forward"
-BACKENDS = ("sdpa", "eager", "flex_attention", "mmskip_ragged")
+BACKENDS = ("sdpa", "eager", "flex_attention", RAGGED)
 _prompt_layout: ContextVar[tuple[nn.Module, Tensor] | None] = ContextVar("mmskip_prompt_layout", default=None)
 _given_call: ContextVar["tuple[nn.Module, GivenCall] | None"] = ContextVar("mmskip_given_call", default=None)
 
@@ -405,6 +407,10 @@ def _attend(
     plain = ordered and not cut and segments is None and blocks is None and (first or query.shape[1] == 1)
     if plain and state.config._attn_implementation == "sdpa":
         bound["attention_mask"] = None
+    elif plain and state.config._attn_implementation == RAGGED and selection.kept_B is not None:
+        kept = selection.kept_B.tolist()
+        q_lens, kv_lens = (kept, kept) if first else ([1] * len(kept), [key.shape[1]] * len(kept))
+        bound["attention_mask"] = causal_packing(q_lens, kv_lens, query.shape[1], key.shape[1], query.device)
     else:
         bound["attention_mask"] = _mask(state, query, key, key_valid, segments, blocks, x_BSD)
     return key.shape[1]

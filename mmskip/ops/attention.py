@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmskip.ops.backend import attention_path, import_xformers
+from mmskip.ops.backend import import_xformers, operation_path
 
 LONG_PAIRS = 2**14
 """From this many query-key pairs in a padded segment on, one call per segment beats one call on padded segments:
@@ -186,14 +186,14 @@ def pad_segments(packed: Tensor, lens: Sequence[int]) -> Tensor:
     if all(n == longest for n in lens):
         return packed.reshape(len(lens), longest, *packed.shape[1:])
     padded = packed.new_zeros(len(lens) * longest, *packed.shape[1:])
-    padded = padded.index_copy(0, _slots(lens, packed.device), packed)
+    padded = padded.index_copy(0, real_rows(lens, longest, packed.device), packed)
     return padded.view(len(lens), longest, *packed.shape[1:])
 
 
 def unpad_segments(padded: Tensor, lens: Sequence[int]) -> Tensor:
     """`[len(lens), max(lens), ...]` to `[sum(lens), ...]`, the inverse of `pad_segments`."""
     flat = padded.flatten(0, 1)
-    return flat if len(flat) == sum(lens) else flat.index_select(0, _slots(lens, flat.device))
+    return flat if len(flat) == sum(lens) else flat.index_select(0, real_rows(lens, max(lens), flat.device))
 
 
 def causal_mask(q_BQ: Tensor, kv_BS: Tensor, window: int | None) -> Tensor:
@@ -231,7 +231,7 @@ def _xformers_takes(q_NHK: Tensor, v_MGV: Tensor) -> bool:
         and q_NHK.shape[-1] % 8 == 0
         and q_NHK.shape[-1] <= 256
         and not torch.compiler.is_compiling()
-        and attention_path(q_NHK.device).name == "xformers"
+        and operation_path("ragged_attention", q_NHK.device).name == "xformers"
     )
 
 
@@ -262,9 +262,8 @@ def _xformers_attention(
     return out.squeeze(0)
 
 
-def _slots(lens: Sequence[int], device: torch.device) -> Tensor:
-    """Row numbers of the real entries in a padded `[B * max(lens)]` list."""
-    longest = max(lens)
+def real_rows(lens: Sequence[int], longest: int, device: torch.device) -> Tensor:
+    """Row numbers of the real entries in a list `[B * longest]` of segments padded at their ends."""
     slots = chain.from_iterable(range(b * longest, b * longest + n) for b, n in enumerate(lens))
     return torch.tensor(list(slots), dtype=torch.int64, device=device)
 

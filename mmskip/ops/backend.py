@@ -64,18 +64,21 @@ def _refuse_xformers(device: torch.device) -> Path | None:
     return None
 
 
-def token_path(device: torch.device) -> Path:
-    """Choose the implementation of `select_tokens` on a device.
+def operation_path(operation: str, device: torch.device) -> Path:
+    """Choose the implementation of an operation on a device.
 
     Args:
+        operation: `"select_tokens"` or `"ragged_attention"`.
         device: the device the tensors live on.
 
     Raises:
         ValueError: if the environment variable `MMSKIP_OPS` holds an unknown value.
     """
     refused = _refuse_xformers(device)
-    if refused is not None:
-        return refused
+    return _XFORMERS[operation]() if refused is None else refused
+
+
+def _index_kernels() -> Path:
     indexing = import_xformers("ops.indexing")
     if indexing is None:
         return Path("torch", "xFormers cannot be imported")
@@ -84,21 +87,13 @@ def token_path(device: torch.device) -> Path:
     return Path("xformers", "index_select_cat and scaled_index_add load")
 
 
-def attention_path(device: torch.device) -> Path:
-    """Choose the implementation of `ragged_attention` on a device.
-
-    Args:
-        device: the device the tensors live on.
-
-    Raises:
-        ValueError: if the environment variable `MMSKIP_OPS` holds an unknown value.
-    """
-    refused = _refuse_xformers(device)
-    if refused is not None:
-        return refused
+def _attention_kernels() -> Path:
     fmha = import_xformers("ops.fmha")
     if fmha is None:
         return Path("torch", "xFormers cannot be imported")
     if not any(op.is_available() for op in fmha.ALL_FW_OPS):
         return Path("torch", "no attention kernel of xFormers fits this torch and device")
     return Path("xformers", "memory_efficient_attention loads")
+
+
+_XFORMERS = {"select_tokens": _index_kernels, "ragged_attention": _attention_kernels}

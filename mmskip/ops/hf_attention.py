@@ -6,14 +6,14 @@ it is plain causal or sliding-window order among the real tokens, the fast kerne
 Shape suffixes as in `mmskip.ops.attention`; L is the number of key slots a model sees, padding included.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmskip.ops.attention import last_queries_mask, masked_attention, ragged_attention
+from mmskip.ops.attention import last_queries_mask, masked_attention, ragged_attention, real_rows
 
 NAME = "mmskip_ragged"
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
@@ -29,16 +29,16 @@ class Packing:
     """The real tokens of a padded batch, and what they see.
 
     Attributes:
-        q_rows: int64 `[N]`, rows of the real queries in the flattened `[B * Q]` list.
-        kv_rows: int64 `[M]`, rows of the keys that any query sees in the flattened `[B * L]` list.
+        q_rows: int64 `[N]`, rows of the real queries in the flattened `[B * Q]` list; None: all of them.
+        kv_rows: int64 `[M]`, rows of the keys that any query sees in the flattened `[B * L]` list; None: all of them.
         q_lens: real queries per sample.
         kv_lens: seen keys per sample.
         window: the sliding window in entries, None for full causal attention.
         mask_BQS: bool mask over the packed segments, None where causal order and the window say it all.
     """
 
-    q_rows: Tensor
-    kv_rows: Tensor
+    q_rows: Tensor | None
+    kv_rows: Tensor | None
     q_lens: tuple[int, ...]
     kv_lens: tuple[int, ...]
     window: int | None
@@ -136,6 +136,25 @@ def pack_mask(mask_B1QL: Tensor, real_BQ: Tensor | None = None, window: int | No
     )
 
 
+def causal_packing(
+    q_lens: Sequence[int], kv_lens: Sequence[int], queries: int, keys: int, device: torch.device
+) -> Tensor:
+    """The mask of rows whose first `q_lens` of Q queries and first `kv_lens` of L keys are real, in causal order with
+    the queries as their last tokens: known on the host, so that nothing is built and no device is waited for.
+
+    Returns:
+        A bool `[B, 1, Q, L]` of one stored element, carrying its `Packing`; only this backend may read it.
+    """
+    mask = torch.ones((), dtype=torch.bool, device=device).expand(len(q_lens), 1, queries, keys)
+    q_rows, kv_rows = _packed_rows(q_lens, queries, device), _packed_rows(kv_lens, keys, device)
+    setattr(mask, ATTRIBUTE, Packing(q_rows, kv_rows, tuple(q_lens), tuple(kv_lens), None, None))
+    return mask
+
+
+def _packed_rows(lens: Sequence[int], longest: int, device: torch.device) -> Tensor | None:
+    return None if all(n == longest for n in lens) else real_rows(lens, longest, device)
+
+
 def ragged_attention_forward(
     module: torch.nn.Module,
     query_BHQK: Tensor,
@@ -175,10 +194,12 @@ def ragged_attention_forward(
         out_NHV = ragged_attention(q_NHK, k_MGK, v_MGV, *lens, window=packing.window, scale=scaling)
     else:
         out_NHV = masked_attention(q_NHK, k_MGK, v_MGV, *lens, packing.mask_BQS, scaling)
-    out = out_NHV.new_zeros(B * Q, H, out_NHV.shape[-1]).index_copy(0, packing.q_rows, out_NHV)
-    return out.view(B, Q, H, -1), None
+    if packing.q_rows is not None:
+        out_NHV = out_NHV.new_zeros(B * Q, H, out_NHV.shape[-1]).index_copy(0, packing.q_rows, out_NHV)
+    return out_NHV.view(B, Q, H, -1), None
 
 
-def _rows(x_BHTK: Tensor, rows: Tensor) -> Tensor:
+def _rows(x_BHTK: Tensor, rows: Tensor | None) -> Tensor:
     """`[B, H, T, K]` to the chosen rows `[rows, H, K]`."""
-    return x_BHTK.transpose(1, 2).flatten(0, 1).index_select(0, rows)
+    x_MHK = x_BHTK.transpose(1, 2).flatten(0, 1)
+    return x_MHK if rows is None else x_MHK.index_select(0, rows)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmskip.ops.backend import import_xformers, token_path
+from mmskip.ops.backend import import_xformers, operation_path
 
 
 def select_tokens(x_BTD: Tensor, index_BS: Tensor, valid_BS: Tensor | None = None) -> Tensor:
@@ -146,7 +146,9 @@ def _with_scratch_row(x_BTD: Tensor) -> Tensor:
 
 def _use_xformers(x: Tensor) -> bool:
     """Not in a compiled graph: the compiler fuses the torch operations, a foreign kernel would split it."""
-    return x.is_cuda and not torch.compiler.is_compiling() and token_path(x.device).name == "xformers"
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return False
+    return operation_path("select_tokens", x.device).name == "xformers"
 
 
 def _gather_rows(x_MD: Tensor, flat_N: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ def test_report_names_versions_device_and_paths():
     assert f"torch {torch.__version__.split('+')[0]}" in text
     for operation in ("select_tokens", "merge_tokens", "ragged_attention"):
         assert f"{operation}: " in text
+    assert "mmskip_ragged" in text
 
 
 def test_a_cpu_runs_torch_and_says_why():
@@ -30,20 +31,20 @@ def test_missing_packages_are_said_to_be_missing():
 
 def test_the_variable_switches_xformers_off(monkeypatch):
     monkeypatch.setenv(backend.ENV_VAR, "torch")
-    assert backend.attention_path(torch.device("cuda")) == backend.Path("torch", "MMSKIP_OPS=torch")
+    assert backend.operation_path("ragged_attention", torch.device("cuda")) == backend.Path("torch", "MMSKIP_OPS=torch")
 
 
 def test_an_unknown_value_of_the_variable_is_refused(monkeypatch):
     monkeypatch.setenv(backend.ENV_VAR, "fast")
     with pytest.raises(ValueError, match="MMSKIP_OPS='fast': expected 'auto' or 'torch'"):
-        backend.token_path(torch.device("cpu"))
+        backend.operation_path("select_tokens", torch.device("cpu"))
 
 
 def test_a_cuda_machine_without_xformers_falls_back_quietly(monkeypatch, caplog):
     monkeypatch.setattr(backend, "import_xformers", lambda module: None)
     with caplog.at_level(logging.WARNING):
-        assert backend.token_path(torch.device("cuda")).name == "torch"
-        assert backend.attention_path(torch.device("cuda")).name == "torch"
+        assert backend.operation_path("select_tokens", torch.device("cuda")).name == "torch"
+        assert backend.operation_path("ragged_attention", torch.device("cuda")).name == "torch"
     assert caplog.records == []
 
 

@@ -165,6 +165,24 @@ def test_routed_blocks_can_have_a_backend_of_their_own(name, monkeypatch):
         assert torch.equal(own(ids, attention_mask=mask).logits, base(ids, attention_mask=mask).logits)
 
 
+def test_packed_attention_of_routed_blocks_builds_no_dense_mask(monkeypatch):
+    from mmskip.ops import hf_attention
+
+    model, base = routed("llama")
+    own = mmskip.apply_(copy.deepcopy(base), mmskip.MoDConfig(keep=0.3, gate="sigmoid", attention="mmskip_ragged"))
+    own.load_state_dict(model.state_dict())
+    monkeypatch.setattr(hf_attention, "pack_mask", None)
+    layout = torch.stack([stream_layout(3), torch.cat([stream_layout(1), torch.full((22,), -1)])])
+    ids = torch.randint(3, VOCAB, layout.shape, generator=torch.Generator().manual_seed(0))
+    caches, token = [DynamicCache(config=base.config) for _ in range(2)], torch.tensor([[5], [7]])
+    with torch.no_grad():
+        for call in ({"input_ids": ids, "layout": layout}, {"input_ids": token}):
+            ours, theirs = (m(**call, past_key_values=c).logits for m, c in zip((own, model), caches, strict=True))
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+            # a decoding step of rows that store different numbers of tokens has padding in between
+            monkeypatch.undo()
+
+
 def test_a_backend_without_soft_caps_is_refused_where_they_are_needed():
     with pytest.raises(ValueError, match="soft-capped scores or attention sinks, which Gemma2Config"):
         mmskip.apply_(tiny_decoder("gemma2"), mmskip.MoDConfig(attention="mmskip_ragged"))

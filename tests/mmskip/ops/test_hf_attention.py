@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, StaticCache
 from transformers.masking_utils import sliding_window_causal_mask_function
 
+import mmskip
 from mmskip.ops.attention import ragged_attention
 from mmskip.ops.hf_attention import pack_mask, ragged_mask, register_attention
 
@@ -186,3 +187,31 @@ def test_fast_kernel_receives_packed_tokens_only(pair, monkeypatch):
     _, ragged = pair
     ragged(**make_batch("left"))
     assert seen == [(19, 19, (9, 4, 6))] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_backend_on_cuda_equals_sdpa_on_a_cpu(name, dtype, tolerance, side):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    torch.manual_seed(0)
+    config = copy.deepcopy(CONFIGS[name])
+    config.head_dim = 64
+    base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    ragged = copy.deepcopy(base).to("cuda", dtype)
+    ragged.set_attn_implementation(register_attention())
+    batch = make_batch(side)
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        want = base(**batch).logits[real]
+        got = ragged(**{key: value.cuda() for key, value in batch.items()}).logits.float().cpu()[real]
+        methods = [copy.deepcopy(base), copy.deepcopy(base).to("cuda", dtype)]
+        for model, attention in zip(methods, (None, "mmskip_ragged"), strict=True):
+            mmskip.apply_(model, mmskip.MoDConfig(keep=0.4, router="uniform", layers=[1], attention=attention))
+        layout = torch.where(batch["attention_mask"] > 0, torch.tensor([-1, 0, 0, 0, 0, -1, 1, 1, -1]), -1)
+        routed = methods[0](**batch, layout=layout).logits[real]
+        ours = methods[1](**{k: v.cuda() for k, v in {**batch, "layout": layout}.items()}).logits
+    assert torch.allclose(got, want, atol=tolerance)
+    assert torch.allclose(ours.float().cpu()[real], routed, atol=tolerance)

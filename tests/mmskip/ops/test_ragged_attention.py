@@ -15,7 +15,7 @@ from mmskip.ops.attention import (
     unpad_segments,
     xformers_bias,
 )
-from mmskip.ops.backend import import_xformers
+from mmskip.ops.backend import import_xformers, operation_path
 
 LENGTHS = [
     ([5], [5]),
@@ -129,16 +129,38 @@ def test_padding_round_trip():
     assert torch.equal(unpad_segments(padded, [1, 0, 5]), packed)
 
 
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize(("q_lens", "kv_lens"), [([5], [5]), ([2, 5, 1], [9, 5, 4]), ([1, 1], [7, 4])])
-def test_xformers_biases_say_the_same_as_our_mask(q_lens, kv_lens, window):
+def naive_mask(q_lens, kv_lens, window) -> Tensor:
+    """Bool [N, M]: which packed key each packed query sees."""
+    mask = torch.zeros(sum(q_lens), sum(kv_lens), dtype=torch.bool)
+    row = column = 0
+    for n, m in zip(q_lens, kv_lens, strict=True):
+        for i in range(n):
+            for j in range(i + m - n + 1):
+                mask[row + i, column + j] = window is None or i + m - n - j < window
+        row, column = row + n, column + m
+    return mask
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 8, 50])
+@pytest.mark.parametrize(
+    ("q_lens", "kv_lens"),
+    [
+        ([5], [5]),
+        ([9, 2, 13, 1], [9, 2, 13, 1]),
+        ([2, 5, 1], [9, 5, 4]),
+        ([1, 1, 1], [7, 4, 33]),
+        ([16, 17], [16, 40]),
+    ],
+)
+def test_biases_and_masks_say_what_the_loop_says(q_lens, kv_lens, window):
+    wanted = naive_mask(q_lens, kv_lens, window)
+    mask = last_queries_mask(q_lens, kv_lens, window, torch.device("cpu"))
+    blocks = [m[:n, :s] for m, n, s in zip(mask, q_lens, kv_lens, strict=True)]
+    assert torch.equal(torch.block_diag(*blocks).bool(), wanted)
     if import_xformers("ops.fmha.attn_bias") is None:
         pytest.skip("xFormers is not installed")
     bias = xformers_bias(q_lens, kv_lens, window, torch.device("cpu"))
-    materialized = bias.materialize((sum(q_lens), sum(kv_lens))) == 0
-    mask = last_queries_mask(q_lens, kv_lens, window, torch.device("cpu"))
-    blocks = [m[:n, :s] for m, n, s in zip(mask, q_lens, kv_lens, strict=True)]
-    assert torch.equal(materialized, torch.block_diag(*blocks).bool())
+    assert torch.equal(bias.materialize(tuple(wanted.shape)) == 0, wanted)
 
 
 def materialized_attention(q: Tensor, k: Tensor, v: Tensor, attn_bias, scale: float | None) -> Tensor:
@@ -188,14 +210,26 @@ def test_head_counts_must_fit():
         ragged_attention(q, k, v, [2], [2])
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("q_lens", "kv_lens"), LENGTHS)
-def test_cuda_path_matches_the_loop(q_lens, kv_lens, dtype, window):
+def needs_cuda() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    inputs = make_case(q_lens, kv_lens, K=64, V=64, dtype=dtype, device="cuda")
+
+
+@pytest.mark.gpu
+def test_xformers_runs_on_cuda():
+    needs_cuda()
+    path = operation_path("ragged_attention", torch.device("cuda"))
+    assert path.name == "xformers", path.reason
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 3, 40])
+@pytest.mark.parametrize(("heads", "width"), [((4, 2), 64), ((8, 2), 128), ((3, 1), 80)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("q_lens", "kv_lens"), [*LENGTHS, ([61, 1, 33], [61, 77, 95])])
+def test_cuda_path_matches_the_loop(q_lens, kv_lens, dtype, heads, width, window):
+    needs_cuda()
+    inputs = make_case(q_lens, kv_lens, *heads, K=width, V=width, dtype=dtype, device="cuda")
     fast = ragged_attention(*inputs, q_lens, kv_lens, window=window)
     naive = ragged_attention_naive(*(x.double() for x in inputs), q_lens, kv_lens, window=window)
     assert_parity(fast.double(), naive, inputs, 1e-3 if dtype is torch.float32 else 0.1)

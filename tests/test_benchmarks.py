@@ -1,4 +1,4 @@
-"""The benchmark of model families runs, and compares all contenders at one budget. No test asserts a time."""
+"""Benchmarks run on tiny shapes and print what they promise. No test asserts a time."""
 
 import json
 import sys
@@ -26,3 +26,16 @@ def test_every_phase_of_a_family_is_measured_beside_its_ideal(family, contenders
         assert all(row["pairs"] == 2 and row["speedup"] > 0 for row in rows.values())
     ideals = [row["ideal"] for row in result["families"][family]["prefill"].values()]
     assert min(ideals) > 1.1 and max(ideals) < 1.15 * min(ideals), "one budget for all"
+
+
+def test_kernels_are_checked_and_timed(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import kernels
+
+    out = tmp_path / "result.json"
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--tiny", "--device", "cpu", "--pairs", "2", "--out", str(out)])
+    kernels.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["max_difference"]["float32"]["attention"] < 1e-5
+    assert all(result[name]["ideal"] > 1 for name in ("attention", "attention_windowed", "decoding"))
+    assert {path["name"] for path in result["paths"].values()} == {"torch"}
