@@ -374,6 +374,20 @@ def test_config_round_trip_and_unfit_models():
         mmskip.TokenReductionConfig.from_dict({"layers": "all"})
     with pytest.raises(ValueError, match="after is 4; expected 0 to 3"):
         mmskip.apply_(tiny_decoder("llama"), mmskip.TokenReductionConfig(after=4))
+
+
+def test_routing_may_come_before_a_reduction_but_not_in_the_block_it_reads():
+    model, _ = reduced("llama", "norm")
+    with pytest.raises(ValueError, match=r"claims block\.1, which TokenReductionConfig"):
+        mmskip.apply_(model, mmskip.MoDConfig(layers=[1]))
     model, _ = reduced("llama", "next")
-    with pytest.raises(ValueError, match="routes tokens already"):
-        mmskip.apply_(model, mmskip.MoDConfig(layers=[3]))
+    with pytest.raises(ValueError, match=r"claims block\.1, which TokenReductionConfig"):
+        mmskip.apply_(model, mmskip.MoDConfig(layers=[1]))
+    model = mmskip.apply_(tiny_decoder("llama"), mmskip.MoDConfig(keep=0.5, layers=[1]))
+    with pytest.raises(ValueError, match=r"claims block\.1, which MoDConfig"):
+        mmskip.apply_(model, mmskip.TokenReductionConfig(after=2))
+    mmskip.apply_(model, mmskip.TokenReductionConfig(keep=0.2, after=2, score="uniform"))
+    ids, layout = example(2, lead=0)
+    with torch.no_grad(), mmskip.trace(model) as trace:
+        model(ids, layout=layout)
+    assert [layer.ran for layer in trace.forwards[0].layers] == [22, 12, 6, 6]
