@@ -176,6 +176,11 @@ class ChatCollate:
 
     def _packed(self, tensors: dict[str, Tensor], counts: Sequence[int]) -> dict[str, Tensor]:
         """Lay the sequences of `tensors` into rows of `counts` sequences each. Media stay in their order."""
+        if "token_type_ids" in tensors:
+            raise ValueError(
+                f"pack=true does not serve {type(self.labels.processor).__name__}: its model masks by token_type_ids, "
+                "which know nothing of packed sequences; use pack=false"
+            )
         mask_NT = tensors.pop("attention_mask").bool()
         pad = self.labels.tokenizer.pad_token_id
         fill = {"input_ids": 0 if pad is None else pad, "labels": IGNORE}

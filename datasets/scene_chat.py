@@ -70,15 +70,15 @@ class SceneChatConfig:
         max_objects: most objects on a picture, 2..5.
     """
 
-    train: int = 3000
+    train: int = 2400
     val: int = 200
     test: int = 200
-    clips: float = 0.3
+    clips: float = 0.25
     seed: int = 0
     image_size: int = 72
-    colours: int = 6
-    shapes: int = 4
-    max_objects: int = 4
+    colours: int = 4
+    shapes: int = 3
+    max_objects: int = 3
 
     def __post_init__(self) -> None:
         limits = dict.fromkeys(SPLITS, (1, 10**7)) | {

@@ -16,11 +16,13 @@ class StepLossModule(LightningModule):
     A subclass gives `loss_sums` and `step_losses`, and names its pretrained model.
 
     Attributes:
+        llm: the model of transformers, with LoRA and methods; None until it is built.
         source: the hyper-parameter that names the pretrained model (a string), or describes one from scratch (a dict).
         same_model: the hyper-parameters in which a checkpoint and the model it is loaded into must agree.
         open_until_built: those of them that may be None until a data module is asked.
     """
 
+    llm: Any
     source = "llm"
     same_model: Sequence[str] = ("llm", "lora", "methods")
     open_until_built: Sequence[str] = ()

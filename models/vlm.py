@@ -25,6 +25,7 @@ from mmskip.models.vlm_build import (
     ROUTER,
     build_vlm,
     check_fit,
+    has_grid_positions,
     save_base,
     save_tuned,
     token_ids,
@@ -153,7 +154,7 @@ class VLM(StepLossModule):
         """Build the model, once. The token ids of a model from scratch come from the trainer's data module.
 
         Raises:
-            ValueError: there is no data module to ask.
+            ValueError: there is no data module to ask, or its batches are packed and the model cannot tell.
         """
         if self.llm is not None:
             return
@@ -171,6 +172,11 @@ class VLM(StepLossModule):
             self.hparams["dtype"],
             self.hparams["attention"],
         )
+        if getattr(data, "pack", False) and has_grid_positions(model):
+            raise ValueError(
+                f"pack=true does not serve {self._config.model_type}: its positions are those of a grid (M-RoPE), "
+                "while packed rows carry plain ones; use pack=false"
+            )
         tune(model, self._methods, self.hparams["trainable"], self._lora)
         if self.hparams["gradient_checkpointing"]:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

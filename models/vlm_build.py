@@ -125,6 +125,11 @@ def check_fit(config: PretrainedConfig, attention: str, methods: Sequence[Any], 
         )
 
 
+def has_grid_positions(model: nn.Module) -> bool:
+    """Whether a VLM reckons positions in time, height and width (M-RoPE) from its inputs."""
+    return any(hasattr(module, "get_rope_index") for module in model.modules())
+
+
 def tune(model: PreTrainedModel, methods: Sequence[Any], trainable: str, lora: LoRA | None) -> None:
     """Put LoRA and methods on `model`, in this order, and let only what `trainable` says receive gradients. Adapters
     and routers are kept in fp32: small updates vanish in bf16."""

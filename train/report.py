@@ -51,7 +51,7 @@ def narration_lines(
 
 def savings_lines(label: str, savings: Mapping[str, Any]) -> str:
     """Counted and measured savings in words."""
-    step, stream, measured = savings["training_step"], savings["streaming"], savings.get("measured")
+    step, stream, measured = savings["training_step"], savings.get("streaming"), savings.get("measured")
     lines = [
         f"{label}, against the same model with every token in every block:",
         f"  training step  {_share(step, 'flops')} of the FLOPs, {_share(step, 'activation_bytes')} of the activation "
@@ -63,10 +63,11 @@ def savings_lines(label: str, savings: Mapping[str, Any]) -> str:
             f"{measured['low']:.2f} to {measured['high']:.2f}; {1000 * measured['seconds']:.0f} ms against "
             f"{1000 * measured['dense_seconds']:.0f} ms)"
         )
-    lines.append(
-        f"  streaming      {_share(stream, 'flops')} of the FLOPs, {_share(stream, 'kv_bytes')} of the "
-        "KV cache (counted)"
-    )
+    if stream is not None:
+        lines.append(
+            f"  streaming      {_share(stream, 'flops')} of the FLOPs, {_share(stream, 'kv_bytes')} of the "
+            "KV cache (counted)"
+        )
     return "\n".join(lines)
 
 

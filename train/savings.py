@@ -10,10 +10,11 @@ import mmskip
 from mmskip.timing import interleaved_ratio
 
 if TYPE_CHECKING:
+    from mmskip.models.step_loss import StepLossModule
     from mmskip.models.video_llm import VideoLLM
 
 
-def counted_savings(model: "VideoLLM", batch: dict[str, Any]) -> dict[str, Any]:
+def counted_savings(model: "StepLossModule", batch: dict[str, Any]) -> dict[str, Any]:
     """Cost of one training step's forward and backward on `batch`, see `mmskip.cost`."""
     model.train()
     with mmskip.trace(model.llm) as trace, torch.enable_grad():
@@ -28,7 +29,7 @@ def streaming_savings(model: "VideoLLM", sample: dict[str, Any]) -> dict[str, An
     return mmskip.cost(model.llm, trace).to_dict()
 
 
-def measured_speedup(model: "VideoLLM", batch: dict[str, Any], pairs: int = 15) -> dict[str, float]:
+def measured_speedup(model: "StepLossModule", batch: dict[str, Any], pairs: int = 15) -> dict[str, float]:
     """Time of forward and backward of the dense model over that of this one.
 
     The dense model is a copy of this one with all methods removed. Both run alternately in this process, each pair

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from chat_data import SMALL, TINY_VLM
 from narration_data import LLAMA
 from trained_runs import coin_set
 
@@ -30,6 +32,16 @@ def small_set(tmp_path_factory) -> Path:
 def tiny(recipe: str, root: Path) -> list[str]:
     """Overrides that make a recipe small and independent of anything to download."""
     config = yaml.safe_load((CONFIGS / recipe).read_text())
+    if config["model"]["class_path"].endswith("VLM"):
+        return [
+            f"--model.vlm={json.dumps(TINY_VLM)}",
+            *(["--model.export=null"] if "export" in config["model"]["init_args"] else []),
+            f"--data.root={root}",
+            *(f"--data.generated.{name}={value}" for name, value in asdict(SMALL).items()),
+            "--trainer.fast_dev_run=2",
+            "--trainer.accelerator=cpu",
+            "--trainer.enable_progress_bar=false",
+        ]
     overrides = [
         f"--model.llm={json.dumps(LLAMA)}",
         "--model.max_new_tokens=4",
@@ -68,6 +80,7 @@ def test_there_are_recipes():
         "videollm_mod_1gpu.yaml",
         "videollm_coin.yaml",
     } <= set(RECIPES)
+    assert {"vlm_dense.yaml", "vlm_mod_lora.yaml", "vlm_router_only.yaml"} <= set(RECIPES)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -77,7 +90,7 @@ def test_recipe_runs(recipe, small_set, tmp_path, monkeypatch, capsys):
     shutil.copytree(small_set, root)
     main(["--config", recipe, *tiny(recipe, root)])
     printed = capsys.readouterr().out
-    assert "majority baseline" in printed
+    assert ("answer acc." if recipe.startswith("vlm") else "majority baseline") in printed
     assert "this model" in printed
 
 
@@ -93,6 +106,39 @@ def test_the_embedded_recipe_trains_tests_predicts_and_draws_its_frames(small_se
         assert {"dropped_patches.png", "keep_map.png", "results.json"} <= {path.name for path in folder.iterdir()}
     predictions = json.loads((predicted / "predictions.json").read_text())["predictions"]
     assert {item["uid"].split("#")[0] for item in predictions} == {"test-00000"}
+
+
+def test_a_vlm_is_pretrained_tuned_tested_and_asked(tmp_path, monkeypatch, capsys):
+    """The three recipes one behind the other, as their comments say."""
+    monkeypatch.chdir(tmp_path)
+    options = [
+        *(o for o in tiny("vlm_dense.yaml", tmp_path / "data") if not o.startswith(("--model", "--trainer.fast"))),
+        "--trainer.max_epochs=1",
+        "--data.batch_size=4",
+    ]
+    tuning = [*options, "--model.anneal_steps=2"]
+    with pytest.raises(SystemExit) as stop:
+        main(["--config", "vlm_mod_lora.yaml", *tuning])
+    assert stop.value.code == 2
+    assert "vlm_dense.yaml" in capsys.readouterr().err
+    main(["--config", "vlm_dense.yaml", *options, f"--model.vlm={json.dumps(TINY_VLM)}"])
+    assert {"config.json", "model.safetensors", "chat_template.jinja"} <= {
+        p.name for p in Path("data/vlm_base").iterdir()
+    }
+    main(["--config", "vlm_router_only.yaml", *tuning])
+    main(["--config", "vlm_mod_lora.yaml", *tuning, "--data.processor=null"])
+    (folder,) = Path("runs/vlm_mod_lora").iterdir()
+    assert {"mmskip", "lora"} == {path.name for path in (folder / "adapter").iterdir()}
+    results = json.loads((folder / "results.json").read_text())
+    assert results["metrics"]["before"]["keep"] == 1
+    assert results["metrics"]["model"]["keep"] == 0.5
+    assert results["savings"]["training_step"]["ideal_speedup"] > 1
+    main(["test", "--config", "vlm_mod_lora.yaml", *tuning])
+    main(["predict", "--config", "vlm_mod_lora.yaml", *tuning])
+    (file,) = Path("runs/vlm_mod_lora").glob("*-predict/predictions.json")
+    asked = json.loads(file.read_text())["predictions"]
+    assert [item["id"] for item in asked] == ["test-00000", "test-00001"]
+    assert all(item["truth"] for item in asked)
 
 
 def settings(recipe: str) -> dict:
