@@ -146,9 +146,7 @@ def randomize_routers(model: torch.nn.Module, seed: int = 1) -> None:
 
 def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The decoder layers, whatever the list is called."""
-    decoder = model.get_decoder()
-    (stack,) = (child for child in decoder.children() if isinstance(child, torch.nn.ModuleList))
-    return list(stack)
+    return list(next(m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList)))
 
 
 def routers_of(model: torch.nn.Module) -> dict[int, torch.Tensor]:

@@ -5,11 +5,22 @@ import copy
 
 import pytest
 import torch
+from masked_reference import masked_logits
 from peft import LoraConfig, get_peft_model
-from tiny_decoders import DECODERS, HYBRIDS, VOCAB, blocks_of, randomize_routers, stream_layout, tiny_decoder
+from tiny_decoders import (
+    DECODERS,
+    HYBRIDS,
+    VOCAB,
+    blocks_of,
+    randomize_routers,
+    routers_of,
+    stream_layout,
+    tiny_decoder,
+)
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import mmskip
+from mmskip.families import hf_blocks, hf_cache, hf_decoder, hf_subset
 
 SAMPLE = ("gpt2", "gpt_neox", "deepseek_v3", "gpt_oss", "gemma4_text", "qwen3_next", "nemotron_h")
 LAYOUT = stream_layout(2)[None]
@@ -107,7 +118,49 @@ REFUSED = {
     "codegen": ({"rotary_dim": 4}, r"CodeGenBlock declares no causal self-attention.*no unknown keywords"),
     "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 2}, "MptBlock declares no causal self-attention"),
     "mamba": ({}, "MambaBlock declares no causal self-attention"),
-    "llama4_text": ({"intermediate_size": 48, "intermediate_size_mlp": 48, "head_dim": 8}, "chunked_attention"),
+    "llama4_text": (
+        {
+            "intermediate_size": 48,
+            "intermediate_size_mlp": 48,
+            "head_dim": 8,
+            "num_key_value_heads": 2,
+            "attention_chunk_size": 8,
+        },
+        "chunked_attention",
+    ),
+    "deepseek_v32": (
+        {
+            "intermediate_size": 48,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "head_dim": 4,
+            "num_key_value_heads": 4,
+            "n_group": 2,
+            "topk_group": 1,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "index_n_heads": 2,
+            "index_head_dim": 8,
+            "index_topk": 4,
+        },
+        "indexed_attention",
+    ),
+    "beam": ({"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}, "attention_scaling"),
+    "minimax": (
+        {
+            "intermediate_size": 48,
+            "head_dim": 8,
+            "num_key_value_heads": 2,
+            "layer_types": ["linear_attention", "full_attention"],
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+        },
+        "a cache of its own",
+    ),
     "gemma4_text": (
         {
             "num_hidden_layers": 4,
@@ -120,7 +173,14 @@ REFUSED = {
         "keys and values of others",
     ),
     "falcon_h1": (
-        {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_d_ssm": 64, "intermediate_size": 48},
+        {
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "mamba_d_ssm": 64,
+            "intermediate_size": 48,
+            "num_key_value_heads": 2,
+        },
         "carries a state from token to token",
     ),
 }
@@ -134,3 +194,41 @@ def test_decoders_that_cannot_be_served_say_why(name):
     with pytest.raises(ValueError, match=f"no family fits.*{reason}"):
         mmskip.apply_(model, mmskip.MoDConfig(layers=(1,)))
     assert before == (list(model.state_dict()), {n: type(m) for n, m in model.named_modules()})
+
+
+@pytest.mark.parametrize("name", [*REFUSED, "qwen3_next"])
+def test_without_the_refusal_it_would_crash_or_be_wrong(name, monkeypatch):
+    """The checks are off: what then runs is not the definition, in one forward or in cached generation."""
+    monkeypatch.setattr(hf_decoder, "unfit", lambda *args: "")
+    monkeypatch.setattr(hf_blocks, "_carries_state", lambda block, causal: False)
+    monkeypatch.setattr(hf_blocks, "attention_of", lambda block, causal=True: any_state(block))
+    monkeypatch.setattr(hf_subset, "slot_layer", lenient_slot_layer)
+    torch.manual_seed(0)
+    model = (tiny_decoder(name) if name not in REFUSED else other_decoder(name, **REFUSED[name][0])).eval()
+    base, ids = copy.deepcopy(model), IDS % 47 + 1
+    # a block with a state: the first of its kind stays dense
+    index = 2 if name == "qwen3_next" else len(blocks_of(model)) - 1
+    mmskip.apply_(model, mmskip.MoDConfig(keep=0.3, gate="sigmoid", layers=(index,)))
+    randomize_routers(model)
+    try:
+        out = model(input_ids=ids, layout=LAYOUT, use_cache=False).logits
+        expected = masked_logits(base, routers_of(model), ids, LAYOUT, 0.3, "sigmoid")
+        call = {"layout": LAYOUT, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        cached, recomputed = model.generate(ids, **call), model.generate(ids, use_cache=False, **call)
+    except (ValueError, RuntimeError, TypeError, AttributeError):
+        return
+    wrong = not torch.allclose(out, expected, atol=1e-4)
+    assert wrong or not torch.equal(cached, recomputed), "the refusal would not be needed"
+
+
+def any_state(block):
+    """A child with a place in the cache, attention or not."""
+    return next((child for child in block.children() if getattr(child, "layer_idx", None) is not None), None)
+
+
+def lenient_slot_layer(cache, index, window):
+    """Puts our cache layer in the place of any other."""
+    cache.layers += [hf_cache.SlotCacheLayer() for _ in range(index + 1 - len(cache.layers))]
+    if not isinstance(cache.layers[index], hf_cache.SlotCacheLayer):
+        cache.layers[index] = hf_cache.SlotCacheLayer(window)
+    return cache.layers[index]
