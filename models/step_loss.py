@@ -8,6 +8,23 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+
+
+def check_strategy(strategy: Any) -> None:
+    """Raise unless every rank holds the whole model, as steps, evaluation and the report at the end of a run expect.
+
+    Raises:
+        ValueError: a strategy that shards weights, or leaves the reduction of gradients to the model.
+    """
+    names = [cls.__name__ for cls in type(strategy).__mro__]
+    if any(name in names for name in SHARDING):
+        raise ValueError(
+            f"trainer.strategy is {names[0]}; this module needs the whole model on every rank: use 'ddp' (with LoRA "
+            "and gradient_checkpointing if memory is short), or shard mmskip's model in a loop of your own with "
+            "torch.distributed.fsdp.fully_shard (docs/models.md)"
+        )
+
 
 class StepLossModule(LightningModule):
     """A LightningModule whose loss of an optimizer step is the summed loss of all its labels over their number, over
@@ -31,6 +48,14 @@ class StepLossModule(LightningModule):
         super().__init__()
         self._seed = torch.initial_seed() % 2**32
         self._sums: Tensor | None = None
+
+    def setup(self, stage: str) -> None:
+        """Refuse strategies under which weights would stay out of step.
+
+        Raises:
+            ValueError: the trainer shards the model.
+        """
+        check_strategy(self.trainer.strategy)
 
     def loss_sums(self, batch: Any) -> Tensor:
         """Sums over the labels of one micro-batch, a vector; the first is the differentiable loss."""
