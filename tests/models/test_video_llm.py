@@ -365,7 +365,7 @@ def test_checkpoint_of_a_named_model_leaves_out_its_frozen_weights(tmp_path):
     ("llm", "message"),
     [
         ({"model_type": "llama", "num_hidden_layers": 2}, "layers holds 9; the model has 2 blocks"),
-        ({"model_type": "gptj"}, "no family fits"),
+        ({"model_type": "falcon"}, "no family fits"),
     ],
 )
 def test_a_method_that_does_not_fit_is_refused_before_any_work(llm, message):
