@@ -9,7 +9,9 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
-@pytest.mark.parametrize(("family", "contenders"), [("llama", ["mod", "fastv", "similarity"]), ("gemma2", ["fastv"])])
+@pytest.mark.parametrize(
+    ("family", "contenders"), [("llama", ["mod", "fastv", "similarity"]), ("qwen2_5_vl", ["fastv", "mod"])]
+)
 def test_every_phase_of_a_family_is_measured_beside_its_ideal(family, contenders, monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import mod_models
@@ -25,7 +27,7 @@ def test_every_phase_of_a_family_is_measured_beside_its_ideal(family, contenders
         assert set(rows) == set(contenders)
         assert all(row["pairs"] == 2 and row["speedup"] > 0 for row in rows.values())
     ideals = [row["ideal"] for row in result["families"][family]["prefill"].values()]
-    assert min(ideals) > 1.1 and max(ideals) < 1.15 * min(ideals), "one budget for all"
+    assert min(ideals) > 1.05 and max(ideals) < 1.15 * min(ideals), "one budget for all"
 
 
 def test_kernels_are_checked_and_timed(monkeypatch, tmp_path, capsys):
