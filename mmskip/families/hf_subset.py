@@ -417,18 +417,16 @@ def _attend(
 
 
 def _blocks(call: Forward, groups: TokenGroups, selection: Selection, keys: int) -> Bidirectional | None:
-    """The bidirectional blocks [B, S] of the selected tokens."""
+    """The bidirectional blocks [B, K] of the keys, of which the last S are the selected tokens. Those of earlier calls
+    are complete: every token sees them as it sees the past."""
     if call.bidirectional is None:
         return None
-    if keys != selection.index_BS.shape[1]:
-        raise ValueError(
-            "token_type_ids ask for bidirectional attention, but past_key_values holds tokens already; routed blocks "
-            "need the whole prompt in one call (no prefill in chunks, no second image turn on a filled cache)."
-        )
     if call.segments_BT is not None:
         raise ValueError("token_type_ids ask for bidirectional attention within packed sequences; pass one per row.")
-    blocks = call.bidirectional.blocks_BT.to(selection.index_BS.device).expand(groups.shape)
-    return Bidirectional(blocks.gather(1, selection.index_BS), call.bidirectional.windowed)
+    index_BS = selection.index_BS
+    blocks_BS = call.bidirectional.blocks_BT.to(index_BS.device).expand(groups.shape).gather(1, index_BS)
+    blocks_BK = nn.functional.pad(blocks_BS, (keys - index_BS.shape[1], 0), value=-1)
+    return Bidirectional(blocks_BK, call.bidirectional.windowed)
 
 
 def _mask(
@@ -443,12 +441,13 @@ def _mask(
     """The mask by which a query sees valid keys at or before its own slot, in its window and its sequence, and those
     of its bidirectional block."""
     window = state.window
+    past = key_BK.shape[1] - query_BS.shape[1]
 
     def allowed(b: Any, h: Any, q: Any, k: Any) -> Any:
         query, key = query_BS[b, q], key_BK[b, k]
         seen = key <= query
         if blocks is not None:
-            block = blocks.blocks_BT[b, q]
+            block = blocks.blocks_BT[b, q + past]
             together = (block == blocks.blocks_BT[b, k]) & (block >= 0)
             if blocks.windowed:
                 seen = seen | together

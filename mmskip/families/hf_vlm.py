@@ -4,6 +4,7 @@ The blocks are those of `hf_decoder`; this file adds the module around the decod
 of a call and, in some models, builds the masks.
 """
 
+import inspect
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from mmskip.families.hf_subset import (
     prompt_layout,
 )
 from mmskip.families.hf_vlm_groups import layout_of_call
+from mmskip.routers import TEXT
 from mmskip.swap import Change, bind, state_of
 
 # models that build masks around the decoder: whether a sliding window cuts their bidirectional blocks
@@ -86,25 +88,27 @@ class VisionGenerator(nn.Module):
     """Mixin of a VLM with `generate`: reads the layout of the prompt before transformers encodes the pictures, after
     which their sizes are gone."""
 
-    def generate(self, inputs: Tensor | None = None, *args: Any, layout: Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, layout: Tensor | None = None, **kwargs: Any) -> Any:
         state: VisionState = state_of(self, VisionGenerator)
+        generate: Any = super().generate  # type: ignore[misc]
+        call = {**dict(zip(inspect.signature(generate).parameters, args, strict=False)), **kwargs}
+        inputs = call.pop("inputs", None)
+        if inputs is not None:
+            call["input_ids"] = inputs
         if layout is None:
-            layout = _layout_of_prompt(state.outer, inputs, kwargs)
+            layout = _layout_of_prompt(state.outer, call)
         else:
-            check_prompt_layout(layout, inputs, **kwargs)
+            check_prompt_layout(layout, **call)
         with prompt_layout(state.decoder, layout):
-            return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+            return generate(*args, **kwargs)
 
 
-def _layout_of_prompt(outer: nn.Module, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
-    call = dict(kwargs)
-    if inputs is not None:
-        call["input_ids"] = inputs
+def _layout_of_prompt(outer: nn.Module, call: dict[str, Any]) -> Tensor | None:
     start = _cached_tokens(call.get("past_key_values"))
     ids = call.get("input_ids")
     if ids is None or not 0 < start < ids.shape[1]:
         return layout_of_call(outer, call, start)
-    layout = ids.new_full(ids.shape, -1)
+    layout = ids.new_full(ids.shape, TEXT)
     fresh = layout_of_call(outer, {**call, "input_ids": ids[:, start:]}, start)
     assert fresh is not None
     layout[:, start:] = fresh
@@ -130,15 +134,21 @@ def _bidirectional(outer: Any, bound: dict[str, Any], start: int) -> Bidirection
                 "token_type_ids (0 prompt, 1 answer), which are missing; pass those of the processor."
             )
         return None
-    if tuple(types.shape) != tuple(inputs.shape[:2]):
+    batch, length = inputs.shape[:2]
+    if tuple(types.shape) != (batch, start + length) or (start and kind == "paligemma"):
         raise ValueError(
-            f"token_type_ids has shape {tuple(types.shape)}; expected {tuple(inputs.shape[:2])}, one entry per token "
-            "of this call (routed blocks need the whole prompt in one call: no prefill in chunks)."
+            f"token_type_ids has shape {tuple(types.shape)} for {length} tokens after {start} cached ones; expected "
+            f"{(batch, start + length)}, from the start of the prompt (PaliGemma: the whole prompt in one call)."
         )
     if kind == "paligemma":
         return Bidirectional((types != 0).long().neg(), _MASKED[kind])
     module: Any = sys.modules[type(outer).__module__]
-    return Bidirectional(module.get_block_sequence_ids_for_mask(types), _MASKED[kind])
+    blocks_BT = module.get_block_sequence_ids_for_mask(types)
+    if start and bool(((blocks_BT[:, start] == blocks_BT[:, start - 1]) & (blocks_BT[:, start] >= 0)).any()):
+        raise ValueError(
+            f"the call begins within an image (token {start}), whose tokens see each other; pass it in one call."
+        )
+    return Bidirectional(blocks_BT[:, start:], _MASKED[kind])
 
 
 def _is_causal(outer: Any) -> bool:

@@ -175,6 +175,10 @@ READERS: dict[str, Reader] = {
 """Readers by `config.model_type`. A model without one is routed all the same, with `layout=` in every call."""
 
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+_TEXT_ARGUMENTS = {
+    *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"),
+    *("labels", "logits_to_keep", "token_type_ids", "mm_token_type_ids"),
+}
 
 
 def layout_of_call(root: Any, call: dict[str, Any], start: int = 0) -> Tensor | None:
@@ -192,18 +196,19 @@ def layout_of_call(root: Any, call: dict[str, Any], start: int = 0) -> Tensor | 
     """
     ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
     present = [m for m in _PIXELS if _has(call, m)]
+    reader = READERS.get(root.config.model_type)
+    foreign = [] if reader else [k for k, v in call.items() if isinstance(v, Tensor) and k not in _TEXT_ARGUMENTS]
+    if reader is None and (present or foreign):
+        raise ValueError(
+            f"mmskip does not know how {type(root).__name__} divides {', '.join(foreign or present)} into frames and "
+            f"images; {PASS_LAYOUT}."
+        )
     inputs = embeds if ids is None else ids
     if inputs is None or (ids is None and not present):
         return None
     layout_BT = np.full(tuple(inputs.shape[:2]), TEXT, np.int64)
-    if not present:
+    if reader is None or not present:
         return torch.from_numpy(layout_BT).to(inputs.device)
-    reader = READERS.get(root.config.model_type)
-    if reader is None:
-        raise ValueError(
-            f"mmskip does not know how {type(root).__name__} divides its vision tokens into frames and images; "
-            f"{PASS_LAYOUT}."
-        )
     for modality in present:
         if call.get(_PIXELS[modality]) is None and call.get(f"{modality}_grid_thw") is None:
             raise ValueError(

@@ -1,5 +1,7 @@
 """Tiny random vision-language models, and batches in the form of their processors' output."""
 
+import copy
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -211,6 +213,14 @@ VLMS: dict[str, dict[str, Any]] = {
         "image_token_index": IMAGE,
         "image_seq_length": 16,
     },
+    "llava_pixtral": {
+        "model_type": "llava",
+        "text_config": {"model_type": "llama", **_TEXT},
+        "vision_config": {"model_type": "pixtral", **_TOWER, "image_size": 64, "patch_size": 8, "head_dim": 8},
+        "image_token_index": IMAGE,
+        "vision_feature_select_strategy": "full",
+        "vision_feature_layer": -1,
+    },
     "aya_vision": {
         "text_config": {"model_type": "cohere2", **_TEXT, "sliding_window": 9},
         "vision_config": _SIGLIP,
@@ -241,13 +251,18 @@ PREFIX = ("paligemma", "paligemma2", "gemma3")
 WITH_VIDEO = ("llava_onevision", "llava_next_video", *GRIDS)
 
 
-def tiny_vlm(name: str, seed: int = 0, **text: Any) -> PreTrainedModel:
-    """A tiny random VLM in evaluation mode, fp32; `text` overrides settings of its language model."""
+def tiny_vlm(name: str) -> PreTrainedModel:
+    """A tiny random VLM in evaluation mode, fp32, always the same."""
+    return copy.deepcopy(_build(name))
+
+
+@functools.cache
+def _build(name: str) -> PreTrainedModel:
     settings = {**VLMS[name]}
     attention = settings.pop("attn", "sdpa")
     config_class = CONFIG_MAPPING[settings.pop("model_type", name)]
-    config = config_class(**{**settings, "text_config": {**settings["text_config"], **text}})
-    torch.manual_seed(seed)
+    config = config_class(**settings)
+    torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -371,7 +386,7 @@ def add_image(name: str, row: Row, variant: int = 0) -> None:
         _grid_picture(name, row, "image", 1, [(4, 4), (4, 8)][variant])
     elif name in ANYRES:
         _anyres_image(row, [(16, 32), (32, 32)][variant])
-    elif name == "mistral3":
+    elif name in ("mistral3", "llava_pixtral"):
         _row_ends(row, [(16, 24), (32, 16)][variant])
     else:
         cuts_tiles = name in ("internvl", "smolvlm", "idefics2", "idefics3", "aya_vision", "cohere2_vision")

@@ -63,10 +63,9 @@ def groups_by_experiment(model, name, call):
     return [sorted(row) for row in groups]
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(("name", "videos"), CASES)
-def test_groups_are_what_each_picture_of_the_real_processor_fills(name, videos, side):
-    model, call = tiny_vlm(name), processed(name, side, videos)
+def test_groups_are_what_each_picture_of_the_real_processor_fills(name, videos):
+    model, call = tiny_vlm(name), processed(name, "left" if videos else "right", videos)
     found = as_groups(layout_of(model, call))
     assert found == groups_by_experiment(model, name, call)
     assert sum(map(len, found)) >= 4, "too few pictures to show anything"

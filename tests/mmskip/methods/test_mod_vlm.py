@@ -11,7 +11,7 @@ from tiny_vlms import BREAK, IMAGE, VLMS, collate, example_rows, tiny_vlm
 import mmskip
 
 SIDES = ("left", "right")
-NO_PLACEHOLDERS = {"suppress_tokens": list(range(IMAGE, BREAK + 1)), "max_new_tokens": 5}
+NO_PLACEHOLDERS = {"suppress_tokens": list(range(IMAGE, BREAK + 1)), "max_new_tokens": 4}
 
 
 def routed(name: str, keep: float = 0.3, gate: str = "sigmoid", **config):
@@ -72,8 +72,7 @@ def test_vlm_gradients_equal_the_naive_reference(name):
         torch.testing.assert_close(router.grad, weight.grad, atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("router", ["linear", "random"])
+@pytest.mark.parametrize(("router", "side"), [("linear", "left"), ("random", "right")])
 @pytest.mark.parametrize("name", VLMS)
 def test_a_mixed_batch_equals_its_rows_alone(name, router, side):
     model, _ = routed(name, router=router)

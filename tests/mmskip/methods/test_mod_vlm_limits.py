@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from tiny_decoders import randomize_routers
-from tiny_vlms import IMAGE, Row, add_image, add_video, collate, example_rows, tiny_vlm
+from tiny_vlms import BREAK, IMAGE, Row, add_image, add_video, collate, example_rows, joined, tiny_vlm
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, DynamicCache
 
 import mmskip
 
@@ -22,6 +22,8 @@ TEXT = {
 }
 TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 CLIP = {"model_type": "clip_vision_model", **TOWER, "image_size": 16, "patch_size": 4, "projection_dim": 16}
+
+NO_PLACEHOLDERS = {"suppress_tokens": list(range(IMAGE, BREAK + 1)), "max_new_tokens": 4}
 
 
 def tiny(kind: str, **settings):
@@ -102,35 +104,54 @@ def test_paligemma_without_token_types_is_refused_because_its_base_has_no_single
         assert not torch.allclose(base(**call).logits, sdpa, atol=1e-3), "the backends agree: no reason to refuse"
 
 
-@pytest.mark.parametrize("name", ["gemma3", "paligemma"])
-def test_bidirectional_prompts_in_chunks_are_refused_because_the_order_would_show(name):
-    model = mmskip.apply_(tiny_vlm(name), mmskip.MoDConfig(keep=0.3, router="norm"))
-    call, _ = collate(name, example_rows(name)[1:2])
+def test_a_prompt_of_paligemma_in_chunks_is_refused_because_the_first_could_not_see_the_rest():
+    model = mmskip.apply_(tiny_vlm("paligemma"), mmskip.MoDConfig(keep=0.3, router="norm"))
+    call, _ = collate("paligemma", example_rows("paligemma")[1:2])
     with torch.no_grad():
         with pytest.raises(ValueError, match="token_type_ids"):
             model.generate(**call, max_new_tokens=2, prefill_chunk_size=5)
-        other = {**call, "token_type_ids": torch.ones_like(call["token_type_ids"]) * (name == "paligemma")}
-        assert not torch.allclose(model(**call).logits, model(**other).logits, atol=1e-4)
+        causal = {**call, "token_type_ids": torch.ones_like(call["token_type_ids"])}
+        assert not torch.allclose(model(**call).logits, model(**causal).logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llava_onevision", "mistral3", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava_onevision", "mistral3", "qwen2_5_vl", "gemma3"])
 def test_prefill_in_chunks_is_exact_or_refused(name):
     model = mmskip.apply_(tiny_vlm(name), mmskip.MoDConfig(keep=0.3, router="norm"))
     call, layout = collate(name, example_rows(name)[:1])
-    how = {"max_new_tokens": 4, "do_sample": False}
+    how = {"max_new_tokens": 3, "do_sample": False}
     expected = model.generate(**call, **how)
     groups = layout[0].tolist()
-    exact = 0
+    sizes = {True: [], False: []}
     for size in range(3, len(groups)):
         cuts = range(size, len(groups), size)
-        torn = any(set(groups[:cut]) & set(groups[cut:]) - {-1} for cut in cuts)
-        if torn:
-            with pytest.raises(ValueError, match="goes on from the previous call"):
-                model.generate(**call, **how, prefill_chunk_size=size)
-        else:
-            exact += 1
-            assert torch.equal(model.generate(**call, **how, prefill_chunk_size=size), expected)
-    assert exact
+        sizes[any(set(groups[:cut]) & set(groups[cut:]) - {-1} for cut in cuts)].append(size)
+    for size in sizes[True][:3]:
+        with pytest.raises(ValueError, match=r"goes on from the previous call|begins within an image"):
+            model.generate(**call, **how, prefill_chunk_size=size)
+    assert sizes[True] and sizes[False]
+    for size in sizes[False][:3]:
+        assert torch.equal(model.generate(**call, **how, prefill_chunk_size=size), expected)
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "internvl", "mistral3", "gemma3", "aya_vision"])
+def test_a_second_turn_of_generate_on_its_cache_equals_the_whole_conversation(name):
+    model = mmskip.apply_(tiny_vlm(name), mmskip.MoDConfig(keep=0.3, gate="sigmoid"))
+    randomize_routers(model)
+    torch.manual_seed(2)
+    first, second = Row(), Row()
+    first.text(1, 11)
+    add_image(name, first)
+    first.text(12)
+    second.text(13)
+    add_image(name, second, 1)
+    second.text(14, 15)
+    whole, _ = collate(name, [joined(first, second)])
+    later = {**collate(name, [second])[0], **{k: whole[k] for k in whole if "pixel" not in k and "size" not in k}}
+    cache = DynamicCache(config=model.config.get_text_config())
+    how = {"do_sample": False, **NO_PLACEHOLDERS}
+    model.generate(**collate(name, [first])[0], past_key_values=cache, max_new_tokens=1, do_sample=False)
+    continued = model.generate(**later, past_key_values=cache, **how)
+    assert torch.equal(continued, model.generate(**whole, **how))
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl"])
