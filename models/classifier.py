@@ -1,0 +1,254 @@
+"""An image classifier of timm, trained with parts of its images missing so that missing parts do not mislead it."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import timm
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import mmskip
+from mmskip import LayerMaskConfig
+from mmskip.train.schedules import SCHEDULES, warmup_schedule
+
+if TYPE_CHECKING:
+    from mmskip.train.evaluation.masking import Loaded
+
+AUGMENTS = ("none", "patches", "layer_masking")
+
+
+class Classifier(LightningModule):
+    """A network of timm, a CNN or a ViT. Batches hold `image` [B, 3, H, W] in [0, 1] and `label` [B].
+
+    Args:
+        model: name in timm.
+        num_classes: None: taken from the data module.
+        model_kwargs: further settings of the model, e.g. `{"widths": [16, 32]}`.
+        pretrained: start from timm's weights (downloads them).
+        augment: what happens to a part of each training image: `none`; `patches`: random patches are painted with the
+            mean colour of the data; `layer_masking`: they are hidden by layer masking (CNNs only).
+        augment_share: share of the images of a batch that lose patches, in [0, 1].
+        hidden: range of the share of patches hidden, within [0, 1].
+        patch: side of a patch, pixels, >= 1.
+        mask: of `layer_masking`; None: the paper's.
+        mean, std: of images in [0, 1], per channel.
+        lr: peak learning rate of AdamW, > 0.
+        weight_decay: on matrices only, >= 0.
+        schedule, warmup: see `mmskip.train.schedules`.
+        label_smoothing: in [0, 1).
+
+    Raises:
+        ValueError: a value out of range, a name that timm does not know, or layer masking for a network that is no CNN.
+    """
+
+    def __init__(
+        self,
+        model: str = "resnet18",
+        num_classes: int | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        pretrained: bool = False,
+        augment: str = "layer_masking",
+        augment_share: float = 0.5,
+        hidden: tuple[float, float] = (0.1, 0.7),
+        patch: int = 4,
+        mask: LayerMaskConfig | None = None,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+        lr: float = 2e-3,
+        weight_decay: float = 0.02,
+        schedule: str = "cosine",
+        warmup: float = 0.05,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _check(augment, augment_share, hidden, patch, lr, schedule, label_smoothing)
+        if not timm.is_model(model):
+            raise ValueError(f"timm has no model {model!r}.")
+        self._mask = LayerMaskConfig() if mask is None else mask
+        self._set_hparams(
+            {
+                "model": model,
+                "num_classes": num_classes,
+                "model_kwargs": dict(model_kwargs or {}),
+                "pretrained": pretrained,
+                "augment": augment,
+                "augment_share": augment_share,
+                "hidden": list(hidden),
+                "patch": patch,
+                "mask": self._mask.to_dict(),
+                "mean": list(mean),
+                "std": list(std),
+                "lr": lr,
+                "weight_decay": weight_decay,
+                "schedule": schedule,
+                "warmup": warmup,
+                "label_smoothing": label_smoothing,
+            }
+        )
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(list(mean)).reshape(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(list(std)).reshape(1, -1, 1, 1), persistent=False)
+        self._seed = torch.initial_seed() % 2**32
+        self.net: Any = None
+        self.size = 0
+        if num_classes is not None:
+            self.configure_model()
+
+    def configure_model(self) -> None:
+        """Build the network, once; the number of classes may come from the trainer's data module.
+
+        Raises:
+            ValueError: the number of classes is unknown, or layer masking does not fit the network.
+        """
+        if self.net is not None:
+            return
+        data: Any = getattr(self._trainer, "datamodule", None)
+        if data is not None:
+            self.hparams["num_classes"] = self.hparams["num_classes"] or len(data.class_names)
+        if self.hparams["num_classes"] is None:
+            raise ValueError("Classifier needs num_classes, or a data module with class_names.")
+        torch.manual_seed(self._seed)
+        net: nn.Module = timm.create_model(
+            self.hparams["model"],
+            pretrained=self.hparams["pretrained"],
+            num_classes=self.hparams["num_classes"],
+            **self.hparams["model_kwargs"],
+        )
+        if self.hparams["augment"] == "layer_masking":
+            mmskip.apply_(net, self._mask)
+        self.net = net
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits [B, classes] of images [B, 3, H, W] in [0, 1], of which `mask` [B, 1, H, W] keeps pixels by layer
+        masking."""
+        x = (x - self.mean) / self.std
+        if mask is None:
+            return self.net(x)
+        with mmskip.masked(self.net, mask, self._mask):
+            return self.net(x)
+
+    # --- training -----------------------------------------------------------------------------------------------
+
+    def random_masks(self, x: Tensor) -> Tensor:
+        """Masks [B, 1, H, W]: patches hidden in a share of the images."""
+        patch, (low, high) = self.hparams["patch"], self.hparams["hidden"]
+        b, _, h, w = x.shape
+        rows, columns = -(-h // patch), -(-w // patch)
+        share = torch.rand(b, 1, 1, 1, device=x.device) * (high - low) + low
+        share = share * (torch.rand(b, 1, 1, 1, device=x.device) < self.hparams["augment_share"])
+        grid = (torch.rand(b, 1, rows, columns, device=x.device) >= share).float()
+        wide = F.interpolate(grid, scale_factor=patch, mode="nearest-exact")
+        return wide[:, :, :h, :w]
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Cross-entropy with some images partly hidden."""
+        # a resumed run must hide what the whole run would have hidden, and each rank its own
+        torch.manual_seed(hash((self._seed, self.current_epoch, batch_idx, self.global_rank)) % 2**63)
+        x, labels = batch["image"], batch["label"]
+        self.size = x.shape[-1]
+        mask = None
+        if self.hparams["augment"] == "layer_masking":
+            mask = self.random_masks(x)
+        elif self.hparams["augment"] == "patches":
+            x = torch.where(self.random_masks(x) > 0, x, self.mean)
+        logits = self(x, mask)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams["label_smoothing"])
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with warm-up; weight decay on matrices only."""
+        decayed = [p for p in self.net.parameters() if p.requires_grad and p.ndim >= 2]
+        plain = [p for p in self.net.parameters() if p.requires_grad and p.ndim < 2]
+        groups = [
+            {"params": decayed, "weight_decay": self.hparams["weight_decay"]},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.hparams["lr"])
+        total = self.trainer.estimated_stepping_batches
+        factor = warmup_schedule(self.hparams["schedule"], self.hparams["warmup"], total)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # --- evaluation ---------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Accuracy on whole images, and on the same with half of the patches painted or hidden."""
+        self._evaluate(batch, "val", batch_idx)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """As `validation_step`."""
+        self._evaluate(batch, "test", batch_idx)
+
+    def _evaluate(self, batch: dict[str, Any], stage: str, batch_idx: int) -> None:
+        x, labels = batch["image"], batch["label"]
+        self.size = x.shape[-1]
+        patch = self.hparams["patch"]
+        generator = torch.Generator().manual_seed(batch_idx)
+        grid = torch.rand(len(x), 1, -(-x.shape[2] // patch), -(-x.shape[3] // patch), generator=generator) >= 0.5
+        mask = F.interpolate(grid.float(), scale_factor=patch, mode="nearest-exact")[:, :, : x.shape[2], : x.shape[3]]
+        mask = mask.to(x)
+        answers = {"accuracy": self(x), "accuracy_painted": self(torch.where(mask > 0, x, self.mean))}
+        if self.hparams["augment"] == "layer_masking":
+            answers["accuracy_masked"] = self(x, mask)
+        for name, logits in answers.items():
+            right = (logits.argmax(1) == labels).float().mean()
+            self.log(f"{stage}/{name}", right, prog_bar=True, on_epoch=True, batch_size=len(x))
+
+    # --- from a checkpoint --------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_checkpoint(cls, path: str) -> "Classifier":
+        """The trained classifier of a checkpoint file, in evaluation mode.
+
+        Raises:
+            ValueError: the file is no checkpoint of a Classifier.
+        """
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            settings = dict(state["hyper_parameters"])
+            settings.pop("_instantiator", None)
+            settings["mask"] = LayerMaskConfig.from_dict(settings["mask"])
+        except (OSError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no checkpoint of a Classifier ({error!r}).") from error
+        model = cls(**{**settings, "pretrained": False})
+        model.load_state_dict(state["state_dict"])
+        model.size = state["image_size"]
+        return model.eval()
+
+    def loaded(self) -> "Loaded":
+        """The network without the methods on it, for `evaluate.py masking`."""
+        from mmskip.train.evaluation.masking import Loaded
+
+        mmskip.remove_(self.net)
+        return Loaded(self.net, self.size, None, self.hparams["mean"], self.hparams["std"])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the size of the images with the settings."""
+        checkpoint["image_size"] = self.size
+
+
+def _check(
+    augment: str,
+    share: float,
+    hidden: tuple[float, float],
+    patch: int,
+    lr: float,
+    schedule: str,
+    label_smoothing: float,
+) -> None:
+    if augment not in AUGMENTS:
+        raise ValueError(f"augment is {augment!r}; expected one of {', '.join(AUGMENTS)}.")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule is {schedule!r}; expected one of {', '.join(SCHEDULES)}.")
+    if not 0 <= share <= 1:
+        raise ValueError(f"augment_share is {share}; expected a number in [0, 1].")
+    if len(hidden) != 2 or not 0 <= hidden[0] <= hidden[1] <= 1:
+        raise ValueError(f"hidden is {hidden}; expected (low, high) with 0 <= low <= high <= 1.")
+    if patch < 1 or not lr > 0 or not 0 <= label_smoothing < 1:
+        raise ValueError(
+            f"patch is {patch}, lr {lr} and label_smoothing {label_smoothing}; expected >= 1, > 0 and in [0, 1)."
+        )
