@@ -198,6 +198,17 @@ class Classifier(LightningModule):
             right = (logits.argmax(1) == labels).float().mean()
             self.log(f"{stage}/{name}", right, prog_bar=True, on_epoch=True, batch_size=len(x))
 
+    def on_validation_epoch_end(self) -> None:
+        """Say how well it does, beside always naming the most frequent class."""
+        data: Any = getattr(self._trainer, "datamodule", None)
+        if data is None or not self.trainer.is_global_zero:
+            return
+        labels = data.sets["val"].labels
+        most = max(labels.count(label) for label in set(labels)) / len(labels)
+        values = {k.removeprefix("val/"): float(v) for k, v in self.trainer.callback_metrics.items() if "accuracy" in k}
+        told = ", ".join(f"{name.replace('_', ', half of the patches ')} {value:.3f}" for name, value in values.items())
+        print(f"epoch {self.current_epoch}: this model: {told}; majority baseline: accuracy {most:.3f}", flush=True)
+
     # --- from a checkpoint --------------------------------------------------------------------------------------
 
     @classmethod

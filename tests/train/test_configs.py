@@ -42,6 +42,14 @@ def tiny(recipe: str, root: Path) -> list[str]:
             "--trainer.accelerator=cpu",
             "--trainer.enable_progress_bar=false",
         ]
+    if config["model"]["class_path"].endswith("Classifier"):
+        counts = ["--data.train_count=12", "--data.val_count=12", "--data.batch_size=4"]
+        return [
+            *counts,
+            "--trainer.fast_dev_run=2",
+            "--trainer.accelerator=cpu",
+            "--trainer.enable_progress_bar=false",
+        ]
     overrides = [
         f"--model.llm={json.dumps(LLAMA)}",
         "--model.max_new_tokens=4",
