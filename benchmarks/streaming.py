@@ -294,7 +294,7 @@ def main() -> None:
     add("--tokens", type=int, nargs="+", default=list(TOKENS), help="per frame, in `grid`")
     add("--chunks", type=int, nargs="+", default=list(CHUNKS), help="frames per call, in `grid`")
     add("--streams", type=int, nargs="+", default=list(STREAMS), choices=STREAMS, help="in `grid`")
-    add("--warm", type=int, default=64, help="frames before a cell of `grid` is timed")
+    add("--warm", type=int, default=32, help="frames before a cell of `grid` is timed")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", help="result file (default: benchmarks/results/streaming_DEVICE_SHAPE.json)")
     args = parser.parse_args()

@@ -41,7 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--question", action="append", default=[], metavar='"M:S TEXT"', help="ask at a time; may be repeated")
     add("--threshold", type=float, help="speak if the silent token is less probable (default: the run's)")
     add("--max_new_tokens", type=int, help="longest text (default: the run's)")
-    add("--sample", type=float, default=0.0, metavar="T", help="sample texts at this temperature; 0: greedy")
+    add(
+        "--sample", type=float, nargs="?", const=1.0, default=0.0, metavar="T", help="sample texts at temperature T (1)"
+    )
     add("--top_p", type=float, default=1.0, help="sample among the likeliest tokens of this total probability")
     add("--seed", type=int, default=0, help="of sampling")
     add("--realtime", action="store_true", help="play at the video's own pace")

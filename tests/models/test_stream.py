@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from narration_data import TOKENS
+from narration_data import LLAMA, TOKENS
 from streams import HEAD, MOD, QUESTION, Transcript, engine, tiny_narrator, video
 
 import mmskip
@@ -30,7 +30,7 @@ def talkative(said, frames: int) -> bool:
 @pytest.mark.parametrize("window", [None, 23])
 def test_streamed_text_equals_the_offline_forward_at_every_chunk_size(methods, window):
     model = tiny_narrator(methods, seed=4)
-    videos = [video(14, seed) for seed in range(3)]
+    videos = [video(12, seed) for seed in range(2)]
     settings = {"window": window, "sinks": 3 if window else 0}
     alone = [stream(model, [features], **settings)[0] for features in videos]
     for said, features in zip(alone, videos, strict=True):
@@ -40,14 +40,12 @@ def test_streamed_text_equals_the_offline_forward_at_every_chunk_size(methods, w
     for chunk in (1, 2, 5):
         together = stream(model, videos, push=chunk, chunk=chunk, **settings)
         assert [[item[1:] for item in said] for said in together] == [[item[1:] for item in said] for said in alone]
-    assert [len(said) for said in stream(model, videos, chunk=5, **settings)] == [len(said) for said in alone]
 
 
-@pytest.mark.parametrize("chunk", [1, 5])
-@pytest.mark.parametrize("methods", [(), (MOD,)])
+@pytest.mark.parametrize(("methods", "chunk"), [((), 5), ((MOD,), 1), ((MOD,), 5)])
 def test_rolling_positions_do_not_depend_on_chunks_nor_on_other_streams(methods, chunk):
     model = tiny_narrator(methods, seed=4)
-    videos = [video(40, seed) for seed in range(2)]
+    videos = [video(28, seed) for seed in range(2)]
     settings = {"window": 23, "sinks": 3, "positions": "rolling", "position_range": 90}
     alone = [stream(model, [features], **settings)[0] for features in videos]
     assert any(alone)
@@ -56,7 +54,7 @@ def test_rolling_positions_do_not_depend_on_chunks_nor_on_other_streams(methods,
 
 
 def test_rolling_streams_equal_the_reference_that_turns_keys_back(monkeypatch):
-    model, features = tiny_narrator((MOD,), seed=4), video(40)
+    model, features = tiny_narrator((MOD,), seed=4), video(32)
     running = engine(model, threshold=THRESHOLD, window=23, sinks=3, positions="rolling", position_range=90, chunk=3)
     bases, begin = [], running.cache.begin
 
@@ -77,7 +75,7 @@ def test_rolling_streams_equal_the_reference_that_turns_keys_back(monkeypatch):
 
 @pytest.mark.parametrize("methods", [(), (MOD,)])
 def test_ten_times_the_context_length_under_a_window_within_the_announced_bytes(methods):
-    model = tiny_narrator(methods, seed=4, llm={**_llama(), "max_position_embeddings": 96})
+    model = tiny_narrator(methods, seed=4, llm={**LLAMA, "max_position_embeddings": 96})
     running = engine(model, 2, threshold=THRESHOLD, window=20, sinks=2, positions="rolling", chunk=2)
     limit, said, most = running.kv_bound(), 0, 0
     for part in range(40):
@@ -90,14 +88,8 @@ def test_ten_times_the_context_length_under_a_window_within_the_announced_bytes(
     assert most <= limit
 
 
-def _llama():
-    from narration_data import LLAMA
-
-    return LLAMA
-
-
 def test_a_stream_beyond_the_range_is_refused_and_its_state_stays():
-    model = tiny_narrator((MOD,), llm={**_llama(), "max_position_embeddings": 40})
+    model = tiny_narrator((MOD,), llm={**LLAMA, "max_position_embeddings": 40})
     running = engine(model, threshold=0.0)
     running.push(video(20))
     with pytest.raises(ValueError, match=r"the model has 40 positions.*rolling"):

@@ -53,11 +53,12 @@ def _block(decoder, block, index, sub, kept, window, sinks, offset):
     # a query among the sinks is never one of a later base, so its own position is right as well
     rotary = decoder.rotary_emb
     kinds = (decoder.config.layer_types[index],) if "layer_type" in inspect.signature(rotary.forward).parameters else ()
-    mask = torch.full((1, 1, len(kept), len(kept)), torch.finfo(sub.dtype).min, dtype=sub.dtype)
-    for i, query in enumerate(kept):
-        for j, key in enumerate(kept):
-            seen = key <= query and (own is None or query - key < own)
-            if seen and (window is None or query - key < window or key < sinks):
-                mask[0, 0, i, j] = 0
+    query, key = torch.tensor(kept)[:, None], torch.tensor(kept)[None]
+    seen = key <= query
+    if own is not None:
+        seen &= query - key < own
+    if window is not None:
+        seen &= (query - key < window) | (key < sinks)
+    mask = torch.where(seen, 0.0, torch.finfo(sub.dtype).min).to(sub.dtype)[None, None]
     out = block(sub, attention_mask=mask, position_ids=places, position_embeddings=rotary(sub, places, *kinds))
     return out[0] if isinstance(out, tuple) else out
