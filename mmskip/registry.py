@@ -44,7 +44,7 @@ def apply_(model: M, config: Any) -> M:
     """Change `model` in place as `config` says, and return it.
 
     Args:
-        model: any model that a family fits (a Hugging Face decoder, also inside a peft model).
+        model: any model that a family fits (a Hugging Face decoder or VLM, also inside a peft model, ...).
         config: the frozen config of a method, e.g. `mmskip.MoDConfig(keep=0.2)`.
 
     Raises:

@@ -108,3 +108,19 @@ def test_generation_routes_the_prompt_as_a_forward_does(name):
     with torch.no_grad():
         expected = model(**call).logits[:, -1]
     torch.testing.assert_close(out.logits[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["eager", "mmskip_ragged"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma", "aya_vision"])
+def test_every_attention_backend_sees_the_same_in_a_vlm(name, how):
+    model, base = routed(name)
+    call, _ = collate(name, example_rows(name), "left")
+    real = call["attention_mask"].bool()
+    if how == "eager":
+        other = copy.deepcopy(model)
+        other.set_attn_implementation("eager")
+    else:
+        other = mmskip.apply_(base, mmskip.MoDConfig(keep=0.3, gate="sigmoid", attention=how))
+        randomize_routers(other)
+    with torch.no_grad():
+        torch.testing.assert_close(other(**call).logits[real], model(**call).logits[real], atol=1e-5, rtol=1e-5)
