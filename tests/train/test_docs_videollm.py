@@ -28,7 +28,7 @@ PROGRAMS: dict[str, Callable[[list[str]], int | None]] = {
     "python stream.py": stream_cli.main,
     "python -m mmskip.datasets.encode": encode.main,
 }
-KWARGS = json.dumps(TOWER["tower_kwargs"])
+KWARGS = json.dumps({**TOWER["tower_kwargs"], "patch_size": 8})  # a grid of 3 needs more than 2 x 2 patches
 # what makes a command tiny, by program; nothing of the page's own arguments is dropped
 TINY = {
     "python train.py": [
