@@ -13,6 +13,7 @@ Five tasks, as VideoLLM-online and VideoLLM-MoD (arXiv 2408.16730) evaluate them
 Schema: https://coin-dataset.github.io/.
 """
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -198,21 +199,21 @@ class CoinData(NarrationData):
             return []
         folder = Path(self.video_dir[split])
         files, known = find_videos(folder), self._encoded
-        counts = Counter(self._read((self.annotations or {})[split])[1].counts)
+        report = copy.deepcopy(self._read((self.annotations or {})[split])[1])
         loaded = []
         for video in self._subset(split):
             if video.uid not in files and video.uid not in known:
-                counts["video missing"] += 1
+                report.add("video missing", video.uid)
                 continue
             # the words of questions and answers are those the tokenizer has to know
             asked = [text for item in questions(video, self.tasks) for text in (item.question, item.text)]
             told = tuple(Narration(video.start_s, text) for text in asked)
             loaded.append(NarratedVideo(video.uid, files.get(video.uid, folder / f"{video.uid}.mp4"), told))
-        self.counts[split] = counts
+        self.counts[split], self.reports[split] = Counter(report.counts), report
         if not loaded:
             raise ValueError(
                 f"{(self.annotations or {})[split]} with videos in {folder}: no video of the {SUBSETS[split]} subset "
-                f"is there ({dict(counts)}); videos must be named <video id>.mp4"
+                f"is there ({report}); videos must be named <video id>.mp4"
             )
         return loaded
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mmskip.datasets.annotated import NarratedVideo, read_json
+from mmskip.datasets.annotated import LoadReport, NarratedVideo, read_json
 from mmskip.datasets.annotations import check_format, find_videos, load_narrations
 from mmskip.datasets.features import (
     FeatureStore,
@@ -154,6 +154,7 @@ class NarrationData(LightningDataModule):
         self.features_folder = Path(features_dir or self.folder / "features") / self.features_key
         self.store = FeatureStore(self.features_folder, self.features_key)
         self.counts: dict[str, Counter[str]] = {}
+        self.reports: dict[str, LoadReport] = {}
         self.broken: dict[str, str] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._dim: int | None = None
@@ -301,7 +302,7 @@ class NarrationData(LightningDataModule):
         else:
             source, videos = Path(self.annotations[split]), Path(self.video_dir[split])
         loaded, report = load_narrations(source, videos, check_videos=False, encoded=self._encoded, **self.source)
-        self.counts[split] = Counter(report.counts)
+        self.counts[split], self.reports[split] = Counter(report.counts), report
         return loaded
 
     def _feature_name(self, split: str, uid: str) -> str:

@@ -314,3 +314,31 @@ def test_one_name_for_different_videos_of_two_splits(ego4d, tmp_path):
     assert train["two"].shape == val["features"].shape and not torch.equal(train["two"], val["features"])
     again = ready(tmp_path / "out", **(ego4d | {"video_dir": folders}))
     assert torch.equal(again.dataset("val")[0]["features"], val["features"])
+
+
+def test_another_format_is_chosen_by_yaml(ego4d, tmp_path):
+    steps = [
+        {"start_time": 1.0, "end_time": 2.0, "step_description": "open the door", "segments": []},
+        {"start_time": 2.0, "end_time": 4.0, "step_description": "look around", "segments": []},
+    ]
+    content = {"videos": [{"video_uid": "one", "segments": steps}, {"video_uid": "unknown", "segments": steps}]}
+    (tmp_path / "goalstep.json").write_text(json.dumps(content))
+    text = f"""
+data:
+  root: {tmp_path / "out"}
+  annotations: {{train: {tmp_path / "goalstep.json"}}}
+  video_dir: {ego4d["video_dir"]}
+  format: goalstep
+  narrate_at: start
+  tower: {TINY_TOWER["tower"]}
+  image_size: 32
+  grid: 2
+  tower_kwargs: {json.dumps(TINY_TOWER["tower_kwargs"])}
+"""
+    parser = ArgumentParser()
+    parser.add_class_arguments(NarrationData, "data")
+    data = parser.instantiate(parser.parse_string(text)).data
+    data.prepare_data()
+    (sample,) = list(data.dataset("train"))
+    assert [(span.narration, span.time_s) for span in sample["turns"]] == [("open the door", 1.0), ("look around", 2.0)]
+    assert data.reports["train"].examples == {"video without narration": ["cut", "two"], "video missing": ["unknown"]}

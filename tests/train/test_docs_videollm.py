@@ -87,9 +87,7 @@ def test_every_command_of_the_page_runs_in_its_order(place, monkeypatch, capsys)
     for command in page_commands():
         program = next(name for name in PROGRAMS if command.startswith(name))
         small = command.replace(LLM, "tiny-llm").replace(BIG_TOWER, TOWER["tower"])
-        extra = TINY[program]
-        if "--model.methods '[]'" in command:
-            assert "videollm_dense_1gpu" in command
+        extra = TINY[program] + (["--pairs", "2"] if "--keep" in command else [])
         arguments = shlex.split(small.removeprefix(program)) + extra
         status = PROGRAMS[program](arguments)
         assert not status, f"{command}\n{capsys.readouterr().err}"

@@ -169,7 +169,9 @@ def test_one_bad_file_does_not_end_an_evaluation(trained, tmp_path, capsys):
     assert results["results"]["trained"]["samples"] == 2
     assert results["left_out"]["counts"] == {"corrupt video": 1, "video missing": 1}
     assert "o1.mp4" in results["left_out"]["broken"]["o1"]
-    assert "could not be read: o1" in capsys.readouterr().out
+    assert results["left_out"]["examples"] == {"video missing": ["unknown"]}
+    printed = capsys.readouterr().out
+    assert "could not be read: o1" in printed and "video missing: 1 (unknown)" in printed
     command = ["ego4d", "--checkpoint", str(trained), "--out", str(tmp_path / "out"), "--device", "cpu", "--strict"]
     with pytest.warns(UserWarning, match="left out"):
         status = main([*command, *options])

@@ -156,13 +156,21 @@ class Task:
         return records, {uid: told for part in self.ranks.gather(broken) for uid, told in part.items()}
 
     def left_out(self, broken: dict[str, str]) -> dict[str, Any]:
-        """What was not evaluated: counts by reason, and the message of each broken file."""
-        return {"counts": dict(self.data.counts.get(self.split, {})), "broken": {**self.data.broken, **broken}}
+        """What was not evaluated: counts by reason with the first names, and the message of each broken file."""
+        report = self.data.reports.get(self.split)
+        return {
+            "counts": dict(self.data.counts.get(self.split, {})),
+            "examples": report.examples if report else {},
+            "broken": {**self.data.broken, **broken},
+        }
 
     def print_left_out(self, left_out: Mapping[str, Any]) -> None:
         """Say what was not evaluated."""
-        told = ", ".join(f"{reason} {count}" for reason, count in sorted(left_out["counts"].items()))
-        print(f"\nleft out or changed: {told or 'nothing'}")
+        print("\nleft out or changed:" + ("" if left_out["counts"] else " nothing"))
+        for reason, count in sorted(left_out["counts"].items()):
+            names = left_out["examples"].get(reason, [])
+            shown = f" ({', '.join(names)}{', ...' if count > len(names) else ''})" if names else ""
+            print(f"  {reason}: {count}{shown}")
         for name, message in left_out["broken"].items():
             print(f"  could not be read: {name}: {message}")
 
