@@ -17,6 +17,7 @@ from tiny_decoders import (
     stream_layout,
     tiny_decoder,
 )
+from tiny_vlms import collate, example_rows, tiny_vlm
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import mmskip
@@ -232,3 +233,19 @@ def lenient_slot_layer(cache, index, window):
     if not isinstance(cache.layers[index], hf_cache.SlotCacheLayer):
         cache.layers[index] = hf_cache.SlotCacheLayer(window)
     return cache.layers[index]
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen3_vl"])
+def test_two_configs_compose_in_a_vlm(name):
+    base = tiny_vlm(name)
+    call, _ = collate(name, example_rows(name), "left")
+    ratios = {1: 0.5, 3: 0.2}
+    one = mmskip.apply_(copy.deepcopy(base), mmskip.MoDConfig(keep=list(ratios.values()), layers=tuple(ratios)))
+    two = copy.deepcopy(base)
+    for layer, keep in ratios.items():
+        mmskip.apply_(two, mmskip.MoDConfig(keep=keep, layers=(layer,)))
+    for model in (one, two):
+        randomize_routers(model)
+    with torch.no_grad():
+        assert torch.equal(two(**call).logits, one(**call).logits)
+        assert torch.equal(mmskip.remove_(two)(**call).logits, base(**call).logits)
