@@ -6,7 +6,7 @@ import pytest
 import torch
 from naive_mod import _kept
 from naive_reduction import attention_scores, naive_reduced_logits
-from tiny_decoders import VOCAB, pad_rows, stream_layout, tiny_decoder
+from tiny_decoders import DECODERS, VOCAB, pad_rows, stream_layout, tiny_decoder
 from torch import nn
 from transformers import DynamicCache
 
@@ -28,6 +28,7 @@ NAMES = (
     "mixtral",
     "opt",
 )
+STATEFUL = ("qwen3_next", "qwen3_5_text", "lfm2", "nemotron_h")
 # the naive reference embeds and normalises by itself, which these do in ways of their own
 REFERENCE = tuple(n for n in NAMES if not n.startswith("gemma") and n != "opt")
 SETTINGS = {
@@ -79,6 +80,25 @@ def test_keeping_everything_is_the_base_model_bit_for_bit(name, setting):
         assert torch.equal(model(ids, layout=layout).logits, base(ids).logits)
     ran = [layer.kept is not None for layer in trace.forwards[0].layers]
     assert ran == [i >= SETTINGS[setting]["after"] for i in range(4)], "went round the routing path"
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_text_ranks_by_the_attention_of_the_model_itself_in_every_decoder(name):
+    base = tiny_decoder(name)
+    ids, layout = example()
+    model = copy.deepcopy(base)
+    config = mmskip.TokenReductionConfig(keep=0.3, after=2)
+    if name in STATEFUL:
+        with pytest.raises(ValueError, match=r"block\.2 .* must see every token"):
+            mmskip.apply_(model, config)
+        return
+    mmskip.apply_(model, config)
+    with torch.no_grad(), mmskip.trace(model) as trace:
+        model(ids, layout=layout)
+        scores = attention_scores(base, ids[0], layout[0], 1, "next")
+    kept = trace.forwards[0].layers[2].kept[0].nonzero().flatten().tolist()
+    assert kept == _kept(scores, layout[0], 0.3, False)
+    assert kept != _kept(-scores, layout[0], 0.3, False)
 
 
 def naive_choice(base, ids, layout, setting, keep):
