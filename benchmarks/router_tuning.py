@@ -1,9 +1,9 @@
 """Router-only tuning of a tiny VLM on the embedded chat set: loss and counted compute against steps.
 
 A base model is trained densely (configs/vlm_dense.yaml). Then its routers alone are tuned (vlm_router_only.yaml),
-or routers and LoRA (vlm_mod_lora.yaml), the keep ratio annealed from 1. Beside them: the base without a learned
-router, its tokens chosen at random at the same keep ratio, step by step (no weights, so nothing to tune), and the base
-with blanked pictures.
+or routers and LoRA (vlm_mod_lora.yaml), the keep ratio annealed from 1. Beside them: the same with tokens chosen at
+random at the same keep ratio, step by step (for routers alone there is then nothing to tune: mean of three draws), and
+the base with blanked pictures.
 
 Compute is that of the language model; the vision tower runs whole.
 
@@ -36,22 +36,35 @@ from mmskip.viz import save_png
 
 CONFIGS = ROOT / "configs"
 FOLDER = ROOT / "runs" / "router_tuning"
-TUNED = {"router": "vlm_router_only.yaml", "router+lora": "vlm_mod_lora.yaml"}
-COLORS = {"router": "#d1495b", "router+lora": "#2a6f97", "random": "#8a979f", "base": "#22313c"}
+RANDOM = {"router": "random", "noise": 0.0}
+TUNED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "router": ("vlm_router_only.yaml", {}, {}),
+    "router+lora": ("vlm_mod_lora.yaml", {}, {}),
+    "random+lora": ("vlm_mod_lora.yaml", RANDOM, {"trainable": "lora"}),
+}
+"""Recipe, and what differs from it in the method and in the model."""
+COLORS = {
+    "router": "#d1495b",
+    "router+lora": "#2a6f97",
+    "random": "#e6a5ac",
+    "random+lora": "#9dbdd2",
+    "base": "#22313c",
+}
 LABELS = {
-    "router": "router alone tuned",
-    "router+lora": "router and LoRA tuned",
-    "random": "random tokens, same keep",
+    "router": "router alone (deep blocks)",
+    "random": "random tokens there, nothing tuned",
+    "router+lora": "router and LoRA (every other block)",
+    "random+lora": "random tokens there, LoRA",
     "base": "base model",
 }
 RANDOM_SEEDS = (0, 1, 2)
 
 
-def recipe(name: str) -> dict[str, Any]:
-    """A file of configs/, its arguments by part."""
+def recipe(name: str, method: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A file of configs/, its arguments by part; `method`: settings that replace those of its methods."""
     config = yaml.safe_load((CONFIGS / name).read_text())
     model = {**config["model"]["init_args"]}
-    model["methods"] = [mmskip.MoDConfig(**m["init_args"]) for m in model.get("methods", ())]
+    model["methods"] = [mmskip.MoDConfig(**(m["init_args"] | (method or {}))) for m in model.get("methods", ())]
     model["lora"] = LoRA(**model["lora"]) if model.get("lora") else None
     keys = ("max_epochs", "gradient_clip_val")
     trainer = {key: config["trainer"].get(key) for key in keys}
@@ -133,11 +146,12 @@ def evaluate(model: VLM, data: ChatData, batch: dict[str, Any], progress: float 
 
 def tune(variant: str, base: Path, every: int) -> list[dict[str, float]]:
     """The curve of a tuned variant."""
-    settings = recipe(TUNED[variant])
+    name, method, changes = TUNED[variant]
+    settings = recipe(name, method)
     seed_everything(settings["seed"], verbose=False)
     data = ChatData(root=str(ROOT / "data"), **settings["data"])
     data.prepare_data()
-    model = VLM(**(settings["model"] | {"vlm": str(base)}))
+    model = VLM(**(settings["model"] | changes | {"vlm": str(base)}))
     curve = Curve(next(iter(data.val_dataloader())))
     runner = trainer_of(
         settings["trainer"],
@@ -153,14 +167,14 @@ def tune(variant: str, base: Path, every: int) -> list[dict[str, float]]:
 
 def random_curve(base: Path, steps: list[int]) -> list[dict[str, float]]:
     """The control: at each step, the base with tokens chosen at random at that step's ratio; mean of three draws."""
-    settings = recipe(TUNED["router"])
+    settings = recipe(TUNED["router"][0], RANDOM)
     data = ChatData(root=str(ROOT / "data"), **settings["data"])
     data.prepare_data()
     batch = next(iter(data.val_dataloader()))
     (config,), length = settings["model"]["methods"], settings["model"]["anneal_steps"]
     curves = []
     for seed in RANDOM_SEEDS:
-        values = config.to_dict() | {"router": "random", "noise": 0.0, "seed": seed}
+        values = config.to_dict() | {"seed": seed}
         model = VLM(str(base), methods=[mmskip.MoDConfig.from_dict(values)])
         model.configure_model()
         found: dict[float, dict[str, float]] = {}
@@ -194,7 +208,7 @@ def measured(base: Path, pairs: int) -> dict[str, Any]:
     """Paired time of a training step with the routers and without, beside the counted ideal."""
     from mmskip.train.savings import counted_savings, measured_speedup
 
-    settings = recipe(TUNED["router"])
+    settings = recipe(TUNED["router"][0])
     data = ChatData(root=str(ROOT / "data"), **settings["data"])
     data.prepare_data()
     model = VLM(**(settings["model"] | {"vlm": str(base)}))

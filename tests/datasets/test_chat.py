@@ -223,6 +223,29 @@ def test_media_in_later_turns_do_not_shift_the_labels(tmp_path, processor_folder
         assert learned(data, batch) == ["red <end> red <end>", "what is <end> red ring <end>"]
 
 
+def test_a_placeholder_that_is_no_token_is_cut_out_like_one_that_is(made):
+    """SmolVLM writes <video>, which its tokenizer does not know."""
+    records = read_records(made / f"chat-{SMALL.id}" / "train.jsonl")
+    chats = [parse_chat(item, made, str(index)) for index, item in enumerate(records)]
+    assert any(chat.of("video") for chat in chats)
+    usual, other = scene_processor(SMALL), scene_processor(SMALL)
+    usual.chat_template, other.video_token = UNMARKED, "<clip>"
+    other.chat_template = UNMARKED.replace("<{{ part['type'] }}>", "<{{ part['type'].replace('video', 'clip') }}>")
+    found = []
+    for processor in (usual, other):
+        labels = ChatLabels(processor)
+        found.append([labels.runs(chat, labels.render(chat.messages)) for chat in chats])
+    assert found[0] == found[1]
+
+
+def test_packing_is_refused_where_masks_follow_token_types(made):
+    data = chat_data(made)
+    collate = data.collate(pack=True)
+    tensors = {"token_type_ids": torch.zeros(1, 2), "attention_mask": torch.ones(1, 2)}
+    with pytest.raises(ValueError, match="token_type_ids"):
+        collate._packed(tensors, [1])
+
+
 @pytest.mark.filterwarnings("ignore:train")
 def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path, processor_folder):
     picture(tmp_path / "a.png")
