@@ -19,6 +19,7 @@ from torch import Tensor
 import mmskip
 from mmskip import families
 from mmskip.families.hf_ledger import TEXT_PIECE, bound
+from mmskip.families.hf_plain import PlainCache
 from mmskip.families.hf_stream import POSITIONS, StreamCache
 from mmskip.models.narrator import TokenIds, speaks
 from mmskip.models.streaming_loss import head_only_at
@@ -168,16 +169,31 @@ class StreamEngine:
         self._streams = [_Stream(list(head), list(model.ids.open)) for head in heads]
         self._draws = [torch.Generator().manual_seed(settings.seed + row) for row in range(len(heads))]
         self._routed = bool(mmskip.applied(model.llm))
-        self.cache = StreamCache(
-            families.find(model.llm),
-            len(heads),
-            settings.window,
-            settings.sinks,
-            settings.positions,
-            settings.position_range,
-            frame_tokens + TEXT_PIECE,
-            self._device,
-        )
+        self.cache: Any = self._make_cache(len(heads))
+
+    def _make_cache(self, streams: int) -> StreamCache | PlainCache:
+        llm, settings = self.model.llm, self.settings
+        try:
+            view = families.find(llm)
+        except ValueError:
+            view = None
+        if view is not None and set(view.attention_types()) <= {"full", "sliding"}:
+            return StreamCache(
+                view,
+                streams,
+                settings.window,
+                settings.sinks,
+                settings.positions,
+                settings.position_range,
+                self.frame_tokens + TEXT_PIECE,
+                self._device,
+            )
+        if streams > 1 or settings.chunk > 1 or settings.window is not None or settings.positions != "absolute":
+            raise ValueError(
+                f"{type(llm).__name__} is no decoder of attention blocks only that mmskip knows; it can be watched as "
+                "one stream, with chunk=1, without a window and at absolute positions."
+            )
+        return PlainCache(llm.config, settings.position_range, self._device)
 
     # --- input ----------------------------------------------------------------------------------------------------
 
@@ -366,6 +382,8 @@ class StreamEngine:
                 **announced,
                 **({"layout": layout_BT} if self._routed else {}),
             )
+        if isinstance(self.cache, PlainCache):
+            self.cache.end(out)
         return out.logits
 
     def _no_frames(self) -> Tensor:

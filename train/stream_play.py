@@ -6,6 +6,7 @@ Shapes: F frames, N vision tokens per frame, C feature channels.
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,7 +172,7 @@ class Player:
         """
         begin, index = time.perf_counter(), 0
         try:
-            with mmskip.trace(self.engine.model.llm) as trace:
+            with self._trace() as trace:
                 for frames in _rechunked(chunks, self.engine.settings.chunk):
                     self._wait(begin, float(times_s[index + len(frames) - 1] - times_s[0]))
                     self._watch(frames, times_s[index : index + len(frames)].tolist(), questions or {})
@@ -186,6 +187,11 @@ class Player:
             self.watched.stopped = str(error)
         self.watched.tokens = self.engine.cache.totals[0]
         return self.watched
+
+    def _trace(self) -> AbstractContextManager[mmskip.Trace | None]:
+        """A trace where tokens are routed; a model that no family knows has none."""
+        llm = self.engine.model.llm
+        return mmskip.trace(llm) if mmskip.applied(llm) else nullcontext()
 
     def _wait(self, begin: float, until_s: float) -> None:
         if self.realtime:
@@ -220,10 +226,12 @@ class Player:
         self.watched.spoken.append(spoken)
         self.say(spoken)
 
-    def _remember(self, trace: mmskip.Trace) -> None:
+    def _remember(self, trace: mmskip.Trace | None) -> None:
         """Keep which tokens ran, and nothing else: a trace of hours would not be bounded."""
         frames = len(self.watched.times_s)
         self.watched.kept += [{} for _ in range(frames - len(self.watched.kept))]
+        if trace is None:
+            return
         if any(layer.kept is not None for forward in trace.forwards for layer in forward.layers):
             for site, kept in Selections.of(trace).kept.items():
                 for (_, frame), mask in kept.items():

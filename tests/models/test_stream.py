@@ -6,6 +6,7 @@ from narration_data import LLAMA, TOKENS
 from streams import HEAD, MOD, QUESTION, Transcript, engine, tiny_narrator, video
 
 import mmskip
+from mmskip.models.narrator import speaks
 from mmskip.models.stream import StreamEngine, StreamSettings
 
 THRESHOLD = 0.05  # of these models: they speak at some frames and stay silent at others
@@ -198,3 +199,45 @@ def test_features_of_another_shape_are_refused():
     running = StreamEngine(tiny_narrator(), TOKENS, StreamSettings(), [HEAD])
     with pytest.raises(ValueError, match=rf"expected \[F, {TOKENS}, C\]"):
         running.push(torch.zeros(2, TOKENS + 1, 6))
+
+
+# --- models that keep more than keys and values ---------------------------------------------------------------------
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+OTHERS = {
+    "falcon": {**SMALL, "model_type": "falcon"},  # no family knows it
+    "qwen3_5": {
+        **SMALL,
+        "model_type": "qwen3_5_text",
+        "intermediate_size": 32,
+        "head_dim": 8,
+        "num_key_value_heads": 1,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_any_language_model_narrates_one_stream_over_its_own_cache(name):
+    model, features = tiny_narrator(llm=OTHERS[name], seed=4), video(8)
+    running = engine(model, threshold=THRESHOLD)
+    running.push(features)
+    said = running.run()
+    assert running.cache.stored_bytes > 0
+    transcript = Transcript(model, len(features), said)
+    with torch.no_grad():
+        embeds = model.embed(torch.tensor([transcript.ids]), torch.tensor([transcript.layout]), features)
+        logits = model.llm(inputs_embeds=embeds, use_cache=False).logits[0]
+    for index, spoke in transcript.decisions:
+        assert bool(speaks(logits[index], model.ids.silent, THRESHOLD)) == spoke
+    for index, token in transcript.words:
+        assert int(logits[index].argmax()) == token
+    for settings in ({"chunk": 2}, {"window": 20}, {"streams": 2}):
+        with pytest.raises(ValueError, match="as one stream, with chunk=1, without a window"):
+            engine(model, **settings)
+    with pytest.raises(ValueError, match="cannot be saved"):
+        running.state()
