@@ -16,6 +16,7 @@ from mmskip.trace import ForwardRecord
 
 RAN, SKIPPED, DENSE, INK, LINE = "#2a6f97", "#edf1f4", "#a9bfce", "#22313c", "#c3ccd3"
 HIGHLIGHT = "#d1495b"
+SERIES = ["#2a6f97", "#c98a1b", "#5f8f4e", "#7b5ea7"]
 
 
 def kept_tokens(forward: ForwardRecord, row: int = 0) -> np.ndarray:
@@ -132,16 +133,18 @@ def _faded(frame: np.ndarray, grid: np.ndarray) -> np.ndarray:
 
 
 def quality_against_compute(
-    points: Sequence[Mapping[str, Any]], metric: str = "LM-PPL", lower_is_better: bool = True
+    points: Sequence[Mapping[str, Any]], metric: str = "LM-PPL", lower_is_better: bool = True, note: str = ""
 ) -> Figure:
     """One point per model: its quality over its compute, counted beside measured.
 
     Args:
         points: dicts with `label`, `value` (the metric), `counted` (FLOPs, as a share of the dense model's),
             `measured` (time of a step as a share of the dense model's; None where it was not measured), and
-            optionally `highlight` and `series` (points of one series are joined).
+            optionally `highlight` and `series` (points of one series are joined, and named by a legend instead of their
+            labels).
         metric: name on the axis.
         lower_is_better: of the metric.
+        note: text above the panels.
 
     Raises:
         ValueError: no points.
@@ -153,11 +156,12 @@ def quality_against_compute(
     names = (("counted", "counted FLOPs, share of dense"), ("measured", "measured time of a step, share of dense"))
     for axes, (key, label) in zip(panels, names, strict=True):
         shown = [point for point in points if point.get(key) is not None]
-        for point in shown:
+        alone = [point for point in shown if not point.get("series")]
+        for point in alone:
             color = HIGHLIGHT if point.get("highlight") else RAN
             axes.scatter(point[key], point["value"], s=52, color=color, zorder=3, edgecolor="white", linewidth=0.8)
-        _join_series(axes, shown, key)
-        _label_points(axes, [(point[key], point["value"], point["label"]) for point in shown])
+        _draw_series(axes, [point for point in shown if point.get("series")], key)
+        _label_points(axes, [(point[key], point["value"], point["label"]) for point in alone])
         axes.set_xlim(0, max([1.0, *(point[key] for point in shown)]) * 1.25)
         axes.axvline(1, color=LINE, linewidth=1, linestyle=":")
         axes.set_xlabel(label)
@@ -165,16 +169,21 @@ def quality_against_compute(
         axes.margins(y=0.18)
         _quiet(axes)
     panels[0].set_ylabel(f"{metric} ({'lower' if lower_is_better else 'higher'} is better)")
+    if note:
+        figure.suptitle(note, fontsize=9, color=INK)
     return figure
 
 
-def _join_series(axes: Any, points: Sequence[Mapping[str, Any]], key: str) -> None:
-    """A line through the points of each series, by compute."""
-    for name in dict.fromkeys(point.get("series") for point in points if point.get("series")):
-        series = [point for point in points if point.get("series") == name]
-        color = HIGHLIGHT if any(point.get("highlight") for point in series) else DENSE
-        line = sorted((point[key], point["value"]) for point in series)
-        axes.plot([x for x, _ in line], [y for _, y in line], color=color, linewidth=1, zorder=2)
+def _draw_series(axes: Any, points: Sequence[Mapping[str, Any]], key: str) -> None:
+    """The points of each series, joined in the order of counted compute, and their legend."""
+    colors = iter(SERIES * len(points))
+    for name in dict.fromkeys(point["series"] for point in points):
+        series = [point for point in points if point["series"] == name]
+        color = HIGHLIGHT if any(point.get("highlight") for point in series) else next(colors)
+        line = [(point[key], point["value"]) for point in sorted(series, key=lambda point: point["counted"])]
+        axes.plot([x for x, _ in line], [y for _, y in line], "o-", color=color, linewidth=1, markersize=5, label=name)
+    if points:
+        axes.legend(fontsize=8, frameon=False)
 
 
 def _label_points(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:

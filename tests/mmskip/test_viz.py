@@ -95,3 +95,17 @@ def test_quality_stands_over_counted_and_measured_compute(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["q.png"]
     with pytest.raises(ValueError, match="at least one point"):
         viz.quality_against_compute([])
+
+
+def test_series_are_joined_in_the_order_of_their_budget_and_named_once():
+    points = [
+        {"label": f"{series}-{keep}", "value": 2 - keep, "counted": keep, "measured": 1 - keep, "series": series}
+        for series in ("learned", "random")
+        for keep in (0.8, 0.2, 0.4)
+    ]
+    figure = viz.quality_against_compute([*points, {"label": "dense", "value": 1.0, "counted": 1.0}], note="a note")
+    axes = figure.axes[1]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["learned", "random"]
+    assert [float(x) for x in axes.lines[0].get_xdata()] == pytest.approx([0.8, 0.6, 0.2])
+    assert [text.get_text() for text in figure.axes[0].texts] == ["dense"]
+    assert figure.get_suptitle() == "a note"

@@ -151,10 +151,14 @@ def _report(task: Task, variants: list[Variant], totals: dict[str, dict[str, Any
             "highlight": variant.series == "learned",
         }
         for variant in variants
-        if "compute" in totals[variant.name] and math.isfinite(totals[variant.name]["lm_ppl"])
+        # a blanked point would flatten all others, so it is told in words
+        if "compute" in totals[variant.name] and not variant.blank and math.isfinite(totals[variant.name]["lm_ppl"])
     ]
     if points:
-        paths.append(viz.save_png(viz.quality_against_compute(points), task.out / "quality_compute.png"))
+        blank = [f"video blanked: LM-PPL {totals[v.name]['lm_ppl']:.3g}" for v in variants if v.blank]
+        note = ", ".join([f"one checkpoint at other budgets, {task.split} split", *blank])
+        figure = viz.quality_against_compute(points, note=note)
+        paths.append(viz.save_png(figure, task.out / "quality_compute.png"))
     task.print_left_out(left_out)
     print("written to " + ", ".join(map(str, paths)))
 
