@@ -12,6 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from mmskip.registry import apply_, config_types
 
+# the weights of a decoder block that write into the residual stream, under the names most decoders give them
+RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
+
 
 @dataclass(frozen=True)
 class LoRA:
@@ -74,9 +77,16 @@ def refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> Non
 
 
 def build_llm(
-    llm: str | Mapping[str, Any], config: PretrainedConfig, vocab_size: int, dtype: str, attention: str
+    llm: str | Mapping[str, Any],
+    config: PretrainedConfig,
+    vocab_size: int,
+    dtype: str,
+    attention: str,
+    residual_init: float = 1.0,
 ) -> PreTrainedModel:
     """The causal LM itself, with room for `vocab_size` ids: weights by name, or random ones for a dict.
+
+    `residual_init` multiplies the random weights that write into the residual stream (`RESIDUAL_OUTPUTS`).
 
     Raises:
         ValueError: the architecture is no causal LM, or an unknown dtype.
@@ -90,7 +100,36 @@ def build_llm(
     config.vocab_size = vocab_size
     # ids of a config's own defaults would point outside a small vocabulary
     config.pad_token_id = config.bos_token_id = config.eos_token_id = None
-    return AutoModelForCausalLM.from_config(config, **kwargs)
+    model = AutoModelForCausalLM.from_config(config, **kwargs)
+    with torch.no_grad():
+        for weight in _residual_outputs(model):
+            weight.mul_(residual_init)
+    return model
+
+
+def _residual_outputs(model: PreTrainedModel) -> list[torch.Tensor]:
+    return [weight for name, weight in model.named_parameters() if name.endswith(RESIDUAL_OUTPUTS)]
+
+
+def check_residual_init(llm: str | Mapping[str, Any], config: PretrainedConfig, residual_init: float) -> None:
+    """Whether `build_llm` can do what `residual_init` asks for; builds no weights.
+
+    Raises:
+        ValueError: other than 1 for a pretrained model, or for blocks whose weights have other names; or negative.
+    """
+    if not residual_init >= 0:
+        raise ValueError(f"residual_init is {residual_init!r}; expected a number >= 0.")
+    if residual_init == 1:
+        return
+    if isinstance(llm, str):
+        raise ValueError(f"residual_init={residual_init} would spoil the pretrained weights of {llm!r}; leave it at 1.")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    if not _residual_outputs(model):
+        raise ValueError(
+            f"residual_init={residual_init} needs blocks that write by {' and '.join(RESIDUAL_OUTPUTS)}; "
+            f"{type(model).__name__} has other names, so leave it at 1."
+        )
 
 
 def check_methods(config: PretrainedConfig, attention: str, methods: Sequence[Any]) -> None:

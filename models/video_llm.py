@@ -20,6 +20,7 @@ from mmskip.models.language_model import (
     add_lora,
     build_llm,
     check_methods,
+    check_residual_init,
     llm_config,
     methods_from_dicts,
     methods_to_dicts,
@@ -47,6 +48,8 @@ class VideoLLM(StepLossModule):
         lora: adapters by peft, with the base model frozen; None: the whole model is trained.
         llm_dtype: dtype of the language model's weights: float32, bfloat16 or float16.
         attention: attention backend of transformers: sdpa, eager, ...
+        residual_init: factor, >= 0, on the initial weights of a model from scratch that write into its residual
+            stream; 0: every block starts as the identity, and a small model learns to look sooner.
         gradient_checkpointing: recompute each decoder layer in the backward pass.
         stream_weight: factor on the loss of "stay silent or speak", >= 0.
         lr: peak learning rate of AdamW, > 0.
@@ -75,6 +78,7 @@ class VideoLLM(StepLossModule):
         lora: LoRA | None = None,
         llm_dtype: str = "float32",
         attention: str = "sdpa",
+        residual_init: float = 1.0,
         gradient_checkpointing: bool = False,
         stream_weight: float = 1.0,
         lr: float = 1e-3,
@@ -104,6 +108,7 @@ class VideoLLM(StepLossModule):
                 "lora": None if lora is None else asdict(lora),
                 "llm_dtype": llm_dtype,
                 "attention": attention,
+                "residual_init": residual_init,
                 "gradient_checkpointing": gradient_checkpointing,
                 "stream_weight": stream_weight,
                 "lr": lr,
@@ -120,6 +125,7 @@ class VideoLLM(StepLossModule):
         )
         self._config = llm_config(llm)
         self._methods = methods_from_dicts(self.hparams["methods"])
+        check_residual_init(llm, self._config, residual_init)
         check_methods(self._config, attention, self._methods)
         self._lora = lora
         self.llm: Any = None
@@ -157,6 +163,7 @@ class VideoLLM(StepLossModule):
             self._ids.vocab_size,
             self.hparams["llm_dtype"],
             self.hparams["attention"],
+            self.hparams["residual_init"],
         )
         self.connector = Connector(self.hparams["feature_dim"], llm.config.get_text_config().hidden_size)
         if hasattr(data, "feature_statistics"):

@@ -266,6 +266,8 @@ def test_split_rows_undoes_collation():
         ({"methods": [{"class_path": "mmskip.ModConfig"}]}, "ModConfig.*MoDConfig"),
         ({"methods": [{"class_path": "mmskip.MoDConfig", "init_args": {"keep": 2.0}}]}, "keep is 2"),
         ({"methods": [mmskip.MoDConfig(layers=(1, 9))]}, "9"),
+        ({"residual_init": -0.5}, "residual_init is -0.5"),
+        ({"llm": {"model_type": "opt"}, "residual_init": 0.0}, "OPTForCausalLM has other names"),
     ],
 )
 def test_bad_settings_are_refused(kwargs, message):
@@ -313,6 +315,23 @@ def test_initial_weights_do_not_depend_on_what_ran_before_nor_on_the_methods():
     own = first.state_dict()
     for name, value in second.state_dict().items():
         assert "mmskip_router" in name or torch.equal(own[name], value)
+
+
+def test_blocks_may_start_as_the_identity():
+    torch.manual_seed(5)
+    model = VideoLLM(LLAMA, residual_init=0.0, feature_dim=FEATURES, tokens=token_ids().to_dict())
+    embeds = torch.randn(1, 4, LLAMA["hidden_size"])
+    out = model.llm.model(inputs_embeds=embeds, output_hidden_states=True)
+    assert all(torch.equal(hidden, embeds) for hidden in out.hidden_states[:-1])
+    batch = collate_narration([sample([2, 3])], 0)
+    model.loss_sums(batch)[0].backward()
+    assert all(block.self_attn.o_proj.weight.grad.any() for block in model.llm.model.layers), "and learn from there"
+
+
+def test_pretrained_weights_are_not_scaled(tmp_path):
+    VideoLLM(LLAMA, feature_dim=FEATURES, tokens=token_ids().to_dict()).llm.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="residual_init=0.0 would spoil the pretrained weights"):
+        VideoLLM(str(tmp_path), residual_init=0.0)
 
 
 def test_checkpoint_loads_by_itself_weights_only(tmp_path):
