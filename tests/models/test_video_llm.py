@@ -330,7 +330,7 @@ def test_blocks_may_start_as_the_identity():
 
 def test_pretrained_weights_are_not_scaled(tmp_path):
     VideoLLM(LLAMA, feature_dim=FEATURES, tokens=token_ids().to_dict()).llm.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="residual_init=0.0 would spoil the pretrained weights"):
+    with pytest.raises(ValueError, match=r"residual_init=0\.0 would spoil the pretrained weights"):
         VideoLLM(str(tmp_path), residual_init=0.0)
 
 
