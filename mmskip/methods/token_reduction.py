@@ -39,7 +39,8 @@ class TokenReductionConfig(MethodConfig):
     """Dropping or merging vision tokens once.
 
     A dropped token costs nothing in the later blocks: no attention, no feed-forward, no cache entry. Its hidden state
-    stays what the block `after - 1` made of it.
+    stays what the block `after - 1` made of it. Under `torch.compile` the blocks that choose by `"attention"`
+    (`after - 1` and `after`) or `"similarity"` (`after`) break the graph; all others compile whole.
 
     Args:
         keep: ratio of each frame's vision tokens that later blocks process, in (0, 1]; of n tokens,

@@ -411,3 +411,14 @@ def test_routing_may_come_before_a_reduction_but_not_in_the_block_it_reads():
     with torch.no_grad(), mmskip.trace(model) as trace:
         model(ids, layout=layout)
     assert [layer.ran for layer in trace.forwards[0].layers] == [22, 12, 6, 6]
+
+
+def test_reduced_blocks_compile_without_a_graph_break():
+    model, _ = reduced("llama", "norm")
+    ids, layout = example(2)
+    model.config.use_cache = False
+    with torch.no_grad():
+        expected = model(ids, layout=layout).logits
+        for block in model.model.layers:
+            block.compile(fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(model(ids, layout=layout).logits, expected, atol=1e-5, rtol=1e-5)
