@@ -17,7 +17,6 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from _measure import emit
 from torch import Tensor, nn
 
 from mmskip.train.evaluation.masking import Loaded, read_weights
@@ -126,6 +125,8 @@ NETWORKS = {
 
 def main() -> None:
     """Report on every network and print one JSON line."""
+    from _measure import emit
+
     from mmskip.datasets.images import open_images
     from mmskip.train.evaluation.masking import default_patch, sample
     from mmskip.train.metrics.missingness import MASKINGS, ORDERS, Normalised, measure, table
