@@ -187,9 +187,9 @@ def random_curve(base: Path, steps: list[int]) -> list[dict[str, float]]:
 
 def picture(curves: dict[str, list[dict[str, float]]], base: dict[str, float]) -> Figure:
     """Loss and compute against steps."""
-    figure = Figure(figsize=(9.0, 3.6), layout="constrained")
+    figure = Figure(figsize=(9.0, 4.0), layout="constrained")
     panels: Any = figure.subplots(1, 2)
-    titles = (("loss", "validation loss"), ("compute", "counted compute of the language model, share of dense"))
+    titles = (("loss", "validation loss"), ("compute", "counted compute, share of dense"))
     for axes, (key, label) in zip(panels, titles, strict=True):
         axes.axhline(base[key], color=COLORS["base"], linewidth=1, linestyle=":", label=LABELS["base"])
         for name, points in curves.items():
@@ -200,7 +200,9 @@ def picture(curves: dict[str, list[dict[str, float]]], base: dict[str, float]) -
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e8ecef", linewidth=0.7)
     panels[1].set_ylim(0, 1.05)
-    panels[0].legend(frameon=False, fontsize=8)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8
+    )
     return figure
 
 
