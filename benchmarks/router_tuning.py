@@ -207,10 +207,11 @@ def picture(curves: dict[str, list[dict[str, float]]], base: dict[str, float]) -
 
 
 def measured(base: Path, pairs: int) -> dict[str, Any]:
-    """Paired time of a training step with the routers and without, beside the counted ideal."""
+    """Paired time of a training step of routers and LoRA against one without the routers, beside the counted ideal. (With
+    routers alone there is nothing to train without them.)"""
     from mmskip.train.savings import counted_savings, measured_speedup
 
-    settings = recipe(TUNED["router"][0])
+    settings = recipe(TUNED["router+lora"][0])
     data = ChatData(root=str(ROOT / "data"), **settings["data"])
     data.prepare_data()
     model = VLM(**(settings["model"] | {"vlm": str(base)}))
