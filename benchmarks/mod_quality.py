@@ -1,6 +1,6 @@
 """Does learned routing keep the quality of the dense model, and are the controls worse? On the embedded set.
 
-    python benchmarks/mod_quality.py                    all variants, three seeds (about 50 minutes on two quiet cores)
+    python benchmarks/mod_quality.py                    all variants, three seeds (about 45 minutes on two quiet cores)
     python benchmarks/mod_quality.py --seeds 0 --only dense mod random
     python benchmarks/mod_quality.py --epochs 1         a quick look
     python benchmarks/mod_quality.py --split val --data-seed 100 --seeds 100 101      where settings are chosen
