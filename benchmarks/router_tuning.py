@@ -207,8 +207,7 @@ def picture(curves: dict[str, list[dict[str, float]]], base: dict[str, float]) -
 
 
 def measured(base: Path, pairs: int) -> dict[str, Any]:
-    """Paired time of a training step of routers and LoRA against one without the routers, beside the counted ideal. (With
-    routers alone there is nothing to train without them.)"""
+    """Paired time of a training step of routers and LoRA against LoRA alone, beside the counted ideal."""
     from mmskip.train.savings import counted_savings, measured_speedup
 
     settings = recipe(TUNED["router+lora"][0])
