@@ -10,8 +10,9 @@ from torch import nn
 from mmskip.families import STATE, TokenPolicy
 from mmskip.families.hf_blocks import attention_of, is_stack, kinds, unfit, windows, without_attention
 from mmskip.families.hf_probe import own_attention, own_config, probe_changes
+from mmskip.families.hf_prompt import LayoutGenerator
 from mmskip.families.hf_stream import StreamCache
-from mmskip.families.hf_subset import BlockState, LayoutGenerator, LayoutRoot, RootState, SubsetBlock, check_backend
+from mmskip.families.hf_subset import BlockState, LayoutRoot, RootState, SubsetBlock, check_backend
 from mmskip.swap import Change
 
 

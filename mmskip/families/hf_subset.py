@@ -19,6 +19,7 @@ from mmskip.families import TokenPolicy
 from mmskip.families.hf_blocks import ABSENT_ARGUMENTS, CACHE_ARGUMENTS, PER_TOKEN_ARGUMENTS
 from mmskip.families.hf_cache import SlotCacheLayer, check_cache, slot_layer
 from mmskip.families.hf_mask import build_mask
+from mmskip.families.hf_prompt import given_prompt
 from mmskip.families.hf_stream import StreamCache
 from mmskip.ops.hf_attention import NAME as RAGGED
 from mmskip.ops.hf_attention import causal_packing
@@ -30,7 +31,6 @@ from mmskip.trace import begin_forward, report
 
 FORWARD_KEY = "mmskip_forward"
 BACKENDS = ("sdpa", "eager", "flex_attention", RAGGED)
-_prompt_layout: ContextVar[tuple[nn.Module, Tensor] | None] = ContextVar("mmskip_prompt_layout", default=None)
 _given_call: ContextVar["tuple[nn.Module, GivenCall] | None"] = ContextVar("mmskip_given_call", default=None)
 
 
@@ -107,22 +107,6 @@ class Forward:
 
 
 @contextmanager
-def prompt_layout(root: nn.Module, layout: Tensor | None) -> Iterator[None]:
-    """Calls of `root` inside take their part of the layout of a prompt, [B, T]; None: nothing is given."""
-    token = _prompt_layout.set(None if layout is None else (root, layout))
-    try:
-        yield
-    finally:
-        _prompt_layout.reset(token)
-
-
-def prompt_is_given(root: nn.Module) -> bool:
-    """Whether calls of `root` take their layout from a prompt's."""
-    given = _prompt_layout.get()
-    return given is not None and given[0] is root
-
-
-@contextmanager
 def given_call(root: nn.Module, call: GivenCall) -> Iterator[None]:
     """The call of `root` inside is described by `call`."""
     token = _given_call.set((root, call))
@@ -186,7 +170,8 @@ def _read_call(
     mask = known.attention_mask if known is not None and known.masked else bound.get("attention_mask")
     real = _real_tokens(mask, batch, length)
     groups = token_groups(layout, real, start).to(inputs.device)
-    groups.prompt = _prompt_length(root)
+    prompt = given_prompt(root)
+    groups.prompt = None if prompt is None else prompt.shape[1]
     _check_frames_whole(groups, _tail(cache, state))
     for policy in state.policies.values():
         policy.prepare(groups)
@@ -208,10 +193,10 @@ def _implied_layout(
 ) -> Tensor:
     """The layout of a call without one: inside `generate`, the prompt's; one more token of a stream is text."""
     batch, length = shape
-    given = _prompt_layout.get()
-    if given is not None and given[0] is root:
-        rows, prompt_length = given[1].shape
-        prompt = given[1].repeat_interleave(batch // rows, dim=0)
+    prompt = given_prompt(root)
+    if prompt is not None:
+        rows, prompt_length = prompt.shape
+        prompt = prompt.repeat_interleave(batch // rows, dim=0)
         layout = prompt.new_full((batch, start + length), TEXT)
         layout[:, : prompt.shape[1]] = prompt[:, : start + length]
         if 0 < start < prompt_length:
@@ -223,28 +208,6 @@ def _implied_layout(
         "mmskip needs a layout to tell vision tokens from text: pass layout=, an integer tensor [batch, tokens] with "
         "the frame id of each vision token and -1 for text (all -1 for pure text)."
     )
-
-
-def check_prompt_layout(
-    layout: Tensor, inputs: Tensor | None = None, *args: Any, past_key_values: Any = None, **kwargs: Any
-) -> None:
-    """Raise unless a layout fits the arguments of `generate` that it was given with."""
-    for given in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")):
-        if given is None:
-            continue
-        rows, length = given.shape[:2]
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if layout.dim() != 2 or layout.shape[0] != rows or layout.shape[1] not in (length, past + length):
-            raise ValueError(
-                f"generate got a layout of shape {tuple(layout.shape)} for a prompt of {(rows, length)}; expected one "
-                "entry per token of the prompt."
-            )
-        return
-
-
-def _prompt_length(root: nn.Module) -> int | None:
-    given = _prompt_layout.get()
-    return given[1].shape[1] if given is not None and given[0] is root else None
 
 
 def _check_prompt_whole(layout_BT: Tensor, start: int) -> None:
@@ -303,17 +266,6 @@ def _segments(bound: dict[str, Any], real: Tensor | None) -> Tensor | None:
         return None
     breaks = torch.diff(positions, dim=-1, prepend=positions[:, :1] - 1) != 1
     return breaks.cumsum(-1) if bool(breaks.any()) else None
-
-
-class LayoutGenerator(nn.Module):
-    """Mixin of a module with `generate`: takes `layout=` of the prompt and hands it to the decoder."""
-
-    def generate(self, *args: Any, layout: Tensor | None = None, **kwargs: Any) -> Any:
-        if layout is None:
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
-        check_prompt_layout(layout, *args, **kwargs)
-        with prompt_layout(state_of(self, LayoutGenerator), layout):
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
 
 
 class SubsetBlock(nn.Module):

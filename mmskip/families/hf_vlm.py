@@ -4,7 +4,6 @@ The blocks are those of `hf_decoder`; this file adds the module around the decod
 of a call and, in some models, builds the masks.
 """
 
-import inspect
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,17 +13,17 @@ from torch import Tensor, nn
 
 from mmskip.families import TokenPolicy, hf_decoder
 from mmskip.families.hf_decoder import DecoderView
-from mmskip.families.hf_subset import (
-    Bidirectional,
-    GivenCall,
+from mmskip.families.hf_prompt import (
     LayoutGenerator,
-    check_prompt_layout,
-    given_call,
-    prompt_is_given,
+    arguments_of,
+    from_start,
+    given_prompt,
+    only_new_tokens,
     prompt_layout,
+    whole_prompt,
 )
+from mmskip.families.hf_subset import Bidirectional, GivenCall, given_call
 from mmskip.families.hf_vlm_groups import layout_of_call
-from mmskip.routers import TEXT
 from mmskip.swap import Change, bind, state_of
 
 # models that build masks around the decoder: whether a sliding window cuts their bidirectional blocks
@@ -74,7 +73,7 @@ class VisionRoot(nn.Module):
         state: VisionState = state_of(self, VisionRoot)
         bound = bind(self, args, kwargs)
         start = _cached_tokens(bound.get("past_key_values"))
-        if layout is None and not prompt_is_given(state.decoder):
+        if layout is None and given_prompt(state.decoder) is None:
             layout = layout_of_call(self, bound, start)
         kind = self.config.model_type  # type: ignore[union-attr]
         call = GivenCall(layout)
@@ -91,14 +90,8 @@ class VisionGenerator(nn.Module):
     def generate(self, *args: Any, layout: Tensor | None = None, **kwargs: Any) -> Any:
         state: VisionState = state_of(self, VisionGenerator)
         generate: Any = super().generate  # type: ignore[misc]
-        call = {**dict(zip(inspect.signature(generate).parameters, args, strict=False)), **kwargs}
-        inputs = call.pop("inputs", None)
-        if inputs is not None:
-            call["input_ids"] = inputs
-        if layout is None:
-            layout = _layout_of_prompt(state.outer, call)
-        else:
-            check_prompt_layout(layout, **call)
+        call = arguments_of(generate, args, kwargs)
+        layout = _layout_of_prompt(state.outer, call) if layout is None else whole_prompt(layout, call)
         with prompt_layout(state.decoder, layout):
             return generate(*args, **kwargs)
 
@@ -106,13 +99,12 @@ class VisionGenerator(nn.Module):
 def _layout_of_prompt(outer: nn.Module, call: dict[str, Any]) -> Tensor | None:
     start = _cached_tokens(call.get("past_key_values"))
     ids = call.get("input_ids")
-    if ids is None or not 0 < start < ids.shape[1]:
+    if ids is None or not start:
         return layout_of_call(outer, call, start)
-    layout = ids.new_full(ids.shape, TEXT)
-    fresh = layout_of_call(outer, {**call, "input_ids": ids[:, start:]}, start)
-    assert fresh is not None
-    layout[:, start:] = fresh
-    return layout
+    new = ids if only_new_tokens(call, start) else ids[:, start:]
+    layout = layout_of_call(outer, {**call, "input_ids": new}, start)
+    assert layout is not None
+    return from_start(layout, start)
 
 
 def _cached_tokens(cache: Any) -> int:

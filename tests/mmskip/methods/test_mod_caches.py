@@ -84,6 +84,23 @@ def test_without_the_refusal_a_static_cache_would_be_wrong(monkeypatch):
     assert not torch.allclose(out, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("form", ["all ids", "new ids", "new ids and the whole layout"])
+@pytest.mark.parametrize("name", ["llama", "mistral_window", "gemma3_text"])
+def test_a_second_turn_of_generate_equals_the_whole_conversation(name, form):
+    """As in transformers, the new ids alone are told by an attention mask of the whole conversation."""
+    model, cut = routed(name), 13
+    mask = torch.ones_like(IDS)
+    how = {"do_sample": False, "max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
+    expected = model.generate(IDS, attention_mask=mask, layout=LAYOUT, **how)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(IDS[:, :cut], layout=LAYOUT[:, :cut], past_key_values=cache)
+    ids = IDS if form == "all ids" else IDS[:, cut:]
+    layout = LAYOUT[:, cut:] if form == "new ids" else LAYOUT
+    continued = model.generate(ids, attention_mask=mask, layout=layout, past_key_values=cache, **how)
+    torch.testing.assert_close(torch.stack(continued.logits), torch.stack(expected.logits), atol=1e-5, rtol=1e-5)
+
+
 class PassingSlotLayer:
     """A slot layer that leaves the cache as it is and announces entries as if all were kept."""
 

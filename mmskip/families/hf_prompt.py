@@ -1,0 +1,92 @@
+"""What `generate` knows of its prompt, which transformers does not hand on to the decoder: the layout.
+
+Shape suffixes: B batch, T tokens of the prompt.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor, nn
+
+from mmskip.routers import TEXT
+from mmskip.swap import state_of
+
+_prompt_layout: ContextVar[tuple[nn.Module, Tensor] | None] = ContextVar("mmskip_prompt_layout", default=None)
+
+
+@contextmanager
+def prompt_layout(root: nn.Module, layout: Tensor | None) -> Iterator[None]:
+    """Calls of `root` inside take their part of the layout of a prompt, [B, T]; None: nothing is given."""
+    token = _prompt_layout.set(None if layout is None else (root, layout))
+    try:
+        yield
+    finally:
+        _prompt_layout.reset(token)
+
+
+def given_prompt(root: nn.Module) -> Tensor | None:
+    """The layout of the prompt of which calls of `root` take their part, [B, T]; None outside of `generate`."""
+    given = _prompt_layout.get()
+    return given[1] if given is not None and given[0] is root else None
+
+
+def only_new_tokens(call: Mapping[str, Any], start: int) -> bool:
+    """Whether the arguments of a `generate` that goes on from `start` cached tokens hold the new tokens only, told by
+    transformers' rule: the mask is longer than the ids."""
+    mask, ids = call.get("attention_mask"), call.get("input_ids")
+    if not start or ids is None or mask is None or call.get("inputs_embeds") is not None:
+        return False
+    return bool(mask.shape[1] != ids.shape[1])
+
+
+def from_start(layout: Tensor, start: int) -> Tensor:
+    """The layout of the new tokens, [B, T], behind `start` cached ones, [B, start + T]; those are past: text."""
+    return nn.functional.pad(layout, (start, 0), value=TEXT)
+
+
+def whole_prompt(layout: Tensor, call: Mapping[str, Any]) -> Tensor:
+    """The layout of a prompt from the start of its cache, given that of the tokens passed to `generate`.
+
+    Raises:
+        ValueError: the layout does not fit the other arguments.
+    """
+    cache = call.get("past_key_values")
+    start = cache.get_seq_length() if cache is not None else 0
+    new = only_new_tokens(call, start)
+    for given in (call.get("input_ids"), call.get("inputs_embeds")):
+        if given is None or not given.shape[1]:
+            continue
+        rows, length = given.shape[:2]
+        lengths = (length, start + length) if new else (length,)
+        if layout.dim() != 2 or layout.shape[0] != rows or layout.shape[1] not in lengths:
+            raise ValueError(
+                f"generate got a layout of shape {tuple(layout.shape)} for a prompt of {(rows, length)} that holds "
+                f"{'the new tokens only' if new else 'everything from its start'}; expected one entry per token of the "
+                "prompt."
+            )
+        return from_start(layout, start) if new and layout.shape[1] == length else layout
+    return layout
+
+
+def arguments_of(generate: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a `generate` by name, its ids always as `input_ids`."""
+    call = {**dict(zip(inspect.signature(generate).parameters, args, strict=False)), **kwargs}
+    inputs = call.pop("inputs", None)
+    if inputs is not None:
+        call["input_ids"] = inputs
+    return call
+
+
+class LayoutGenerator(nn.Module):
+    """Mixin of a module with `generate`: takes `layout=` of the prompt and hands it to the decoder."""
+
+    def generate(self, *args: Any, layout: Tensor | None = None, **kwargs: Any) -> Any:
+        generate: Any = super().generate  # type: ignore[misc]
+        if layout is None:
+            return generate(*args, **kwargs)
+        layout = whole_prompt(layout, arguments_of(generate, args, kwargs))
+        with prompt_layout(state_of(self, LayoutGenerator), layout):
+            return generate(*args, **kwargs)
