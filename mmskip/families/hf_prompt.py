@@ -80,13 +80,26 @@ def arguments_of(generate: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return call
 
 
+def check_guidance(model: Any, call: Mapping[str, Any]) -> None:
+    """Raise if `generate` would call the model for two prompts in turn, of which only one has a layout."""
+    config = call.get("generation_config") or model.generation_config
+    scale = call.get("guidance_scale", getattr(config, "guidance_scale", None))
+    if scale is not None and scale != 1:
+        raise ValueError(
+            f"guidance_scale is {scale}; classifier-free guidance calls the model for a second prompt, whose layout "
+            "mmskip cannot know. Leave guidance_scale out (or 1), or call mmskip.remove_(model) first."
+        )
+
+
 class LayoutGenerator(nn.Module):
     """Mixin of a module with `generate`: takes `layout=` of the prompt and hands it to the decoder."""
 
     def generate(self, *args: Any, layout: Tensor | None = None, **kwargs: Any) -> Any:
         generate: Any = super().generate  # type: ignore[misc]
+        call = arguments_of(generate, args, kwargs)
+        check_guidance(self, call)
         if layout is None:
             return generate(*args, **kwargs)
-        layout = whole_prompt(layout, arguments_of(generate, args, kwargs))
+        layout = whole_prompt(layout, call)
         with prompt_layout(state_of(self, LayoutGenerator), layout):
             return generate(*args, **kwargs)

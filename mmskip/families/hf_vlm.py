@@ -16,6 +16,7 @@ from mmskip.families.hf_decoder import DecoderView
 from mmskip.families.hf_prompt import (
     LayoutGenerator,
     arguments_of,
+    check_guidance,
     from_start,
     given_prompt,
     only_new_tokens,
@@ -91,6 +92,7 @@ class VisionGenerator(nn.Module):
         state: VisionState = state_of(self, VisionGenerator)
         generate: Any = super().generate  # type: ignore[misc]
         call = arguments_of(generate, args, kwargs)
+        check_guidance(self, call)
         layout = _layout_of_prompt(state.outer, call) if layout is None else whole_prompt(layout, call)
         with prompt_layout(state.decoder, layout):
             return generate(*args, **kwargs)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_decoders import VOCAB, blocks_of, randomize_routers, stream_layout, tiny_decoder
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, QuantizedCache, StaticCache
 
 import mmskip
 
@@ -99,6 +99,20 @@ def test_a_second_turn_of_generate_equals_the_whole_conversation(name, form):
     layout = LAYOUT[:, cut:] if form == "new ids" else LAYOUT
     continued = model.generate(ids, attention_mask=mask, layout=layout, past_key_values=cache, **how)
     torch.testing.assert_close(torch.stack(continued.logits), torch.stack(expected.logits), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["argument", "config of the call", "config of the model"])
+def test_guidance_is_refused_in_generate(where):
+    """Its unconditional calls would take the layout of the conditional prompt."""
+    model = routed("llama")
+    call = {"layout": LAYOUT, "max_new_tokens": 2, "do_sample": False}
+    config = GenerationConfig(guidance_scale=1.5)
+    if where == "config of the model":
+        model.generation_config.guidance_scale = 1.5
+    call |= {"argument": {"guidance_scale": 1.5}, "config of the call": {"generation_config": config}}.get(where, {})
+    with pytest.raises(ValueError, match=r"guidance_scale is 1\.5.*second prompt"):
+        model.generate(IDS, **call)
+    assert model.generate(IDS, **{**call, "guidance_scale": 1.0}).shape[1] == IDS.shape[1] + 2
 
 
 class PassingSlotLayer:

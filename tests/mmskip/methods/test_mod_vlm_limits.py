@@ -160,6 +160,13 @@ def test_a_second_turn_of_generate_on_its_cache_equals_the_whole_conversation(na
     torch.testing.assert_close(torch.stack(continued.logits), torch.stack(expected.logits), atol=1e-5, rtol=1e-5)
 
 
+def test_guidance_is_refused_in_the_generate_of_a_vlm():
+    model = mmskip.apply_(tiny_vlm("llava_onevision"), mmskip.MoDConfig(keep=0.3, router="norm"))
+    call, _ = collate("llava_onevision", example_rows("llava_onevision")[:1])
+    with pytest.raises(ValueError, match=r"guidance_scale is 2\.0.*second prompt"):
+        model.generate(**call, guidance_scale=2.0, max_new_tokens=2)
+
+
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl"])
 def test_packed_sequences_equal_their_rows_alone(name):
     model = mmskip.apply_(tiny_vlm(name), mmskip.MoDConfig(keep=0.3, gate="sigmoid"))
