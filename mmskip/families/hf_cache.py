@@ -235,6 +235,8 @@ def slot_layer(cache: Cache, layer_idx: int, window: int | None) -> SlotCacheLay
             "mmskip; start from an empty cache after apply_."
         )
     fresh = SlotCacheLayer(window)
+    # without a config all layers keep everything; transformers takes mask sizes from the first layer that slides
+    fresh.is_sliding = present.is_sliding
     fresh.record_past = getattr(present, "record_past", False)
     cache.layers[layer_idx] = fresh
     return fresh

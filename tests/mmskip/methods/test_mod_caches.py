@@ -115,6 +115,18 @@ def test_guidance_is_refused_in_generate(where):
     assert model.generate(IDS, **{**call, "guidance_scale": 1.0}).shape[1] == IDS.shape[1] + 2
 
 
+@pytest.mark.parametrize("name", ["mistral_window", "starcoder2", "gemma3_text", "llama"])
+def test_a_cache_made_without_a_config_is_exact(name):
+    """Its dense layers keep everything, also where the model has windows."""
+    model, cut = routed(name), 13
+    cache = DynamicCache()
+    with torch.no_grad():
+        expected = model(IDS, layout=LAYOUT, use_cache=False).logits
+        parts = [model(IDS[:, :cut], layout=LAYOUT[:, :cut], past_key_values=cache).logits]
+        parts.append(model(IDS[:, cut:], layout=LAYOUT[:, cut:], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-5, rtol=1e-5)
+
+
 class PassingSlotLayer:
     """A slot layer that leaves the cache as it is and announces entries as if all were kept."""
 
