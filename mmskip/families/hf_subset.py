@@ -169,6 +169,7 @@ def _read_call(
         )
     mask = known.attention_mask if known is not None and known.masked else bound.get("attention_mask")
     real = _real_tokens(mask, batch, length)
+    _check_router_logits(root, bound, mask, batch)
     groups = token_groups(layout, real, start).to(inputs.device)
     prompt = given_prompt(root)
     groups.prompt = None if prompt is None else prompt.shape[1]
@@ -239,6 +240,20 @@ def _check_frames_whole(groups: TokenGroups, tail: Tensor | None) -> None:
         raise ValueError(
             f"frame {int(first[row])} of row {row} goes on from the previous call; pass all tokens of a frame in one "
             "call, and give consecutive frames different ids."
+        )
+
+
+def _check_router_logits(root: Any, bound: dict[str, Any], mask: Any, batch: int) -> None:
+    """The load-balancing loss of transformers weighs the router logits of every block by one mask, for which routed
+    blocks have too few; without a mask it counts what fills up the shorter rows of a batch."""
+    wanted = bound.get("output_router_logits")
+    if wanted is None:
+        wanted = getattr(root.config, "output_router_logits", False)
+    if wanted and (mask is not None or batch > 1):
+        raise ValueError(
+            "output_router_logits is set with an attention_mask or several rows, but routed blocks have router logits "
+            "of their own tokens only, which the load-balancing loss cannot count. Set output_router_logits=False "
+            "(here and in the config), or pass one row without attention_mask."
         )
 
 

@@ -99,6 +99,32 @@ def test_lora_in_both_orders_trains_adapters_and_routers(name, lora_first):
     assert not any("mmskip" in n for n, _ in model.named_parameters() if "lora_" in n)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_the_balancing_loss_of_experts_is_exact_or_refused(name):
+    """It weighs the router logits of every block by one mask, which fits no block that has fewer tokens."""
+    model, call = routed(name), {"labels": IDS, "layout": LAYOUT, "use_cache": False}
+    masked = {**call, "attention_mask": torch.ones_like(IDS)}
+    for wrong in (masked, {key: v.repeat(2, 1) if key != "use_cache" else v for key, v in call.items()}):
+        ids = IDS.expand(len(wrong["labels"]), -1)
+        with pytest.raises(ValueError, match=r"output_router_logits.*load-balancing loss cannot count"):
+            model(ids, **wrong, output_router_logits=True)
+    assert model(IDS, **masked).loss.isfinite()
+    out = model(IDS, **call, output_router_logits=True)
+    logits = torch.cat(out.router_logits)
+    chosen = torch.nn.functional.one_hot(logits.topk(2).indices, 4).sum(1).float().mean(0)
+    torch.testing.assert_close(out.aux_loss, 4 * (chosen * logits.softmax(-1).mean(0)).sum())
+    model.config.output_router_logits = True
+    with pytest.raises(ValueError, match="output_router_logits"):
+        model(IDS, **masked)
+
+
+def test_the_balancing_loss_of_experts_is_refused_in_a_vlm():
+    model = mmskip.apply_(tiny_vlm("qwen3_vl_moe"), mmskip.MoDConfig(keep=0.3))
+    call, _ = collate("qwen3_vl_moe", example_rows("qwen3_vl_moe"))
+    with pytest.raises(ValueError, match=r"output_router_logits.*load-balancing loss cannot count"):
+        model(**call, labels=call["input_ids"], output_router_logits=True)
+
+
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_blocks_with_a_state_stay_dense(name):
     model = tiny_decoder(name)
