@@ -17,6 +17,8 @@ from transformers.cache_utils import (
     StaticCache,
 )
 
+from mmskip.families.hf_frames import seen_before
+
 
 class SlotCacheLayer(CacheLayerMixin):
     """Keys and values of the tokens a block processed, with the place of each in its row.
@@ -30,7 +32,8 @@ class SlotCacheLayer(CacheLayerMixin):
         slots: LongTensor [B, K]
         valid: BoolTensor [B, K], False on padding
         total: tokens of the stream so far
-        tail: LongTensor [B], layout value of the last token of each row
+        frames: LongTensor [B, F, 3], the frames seen, see `hf_frames`; None: none
+        cropped: whether tokens were removed since the last update
     """
 
     is_croppable = True
@@ -47,20 +50,23 @@ class SlotCacheLayer(CacheLayerMixin):
         self.is_initialized = False
         self.slots: Tensor | None = None
         self.valid: Tensor | None = None
-        self.tail: Tensor | None = None
+        self.frames: Tensor | None = None
+        self.cropped = False
         self.total = 0
         self.all_valid = True
         # (entries, end) of each update, and the end of the last one dropped: what is stored is known on the host
         self._chunks: list[tuple[int, int]] = []
         self._floor = 0
-        self._pending: tuple[Tensor, Tensor, int, bool, Tensor] | None = None
+        self._pending: tuple[Tensor, Tensor, int, bool, Tensor | None] | None = None
 
-    def begin(self, slots: Tensor, valid: Tensor | None, total: int, tail: Tensor) -> tuple[Tensor, Tensor, bool]:
+    def begin(
+        self, slots: Tensor, valid: Tensor | None, total: int, frames: Tensor | None
+    ) -> tuple[Tensor, Tensor, bool]:
         """Announce the entries that the next `update` brings.
 
         Args:
             slots: LongTensor [B, S]; valid: BoolTensor [B, S] or None (all valid); total: length of the stream
-                after this forward; tail: LongTensor [B].
+                after this forward; frames: LongTensor [B, F, 3], those seen after it, or None.
 
         Returns:
             slots [B, K + S], validity [B, K + S] and whether all are valid, of the keys attention will see.
@@ -72,7 +78,7 @@ class SlotCacheLayer(CacheLayerMixin):
         if self.slots is not None and self.valid is not None:
             slots = torch.cat([self.slots, slots], dim=1)
             valid_S = torch.cat([self.valid, valid_S], dim=1)
-        self._pending = (slots, valid_S, total, all_valid, tail)
+        self._pending = (slots, valid_S, total, all_valid, frames)
         return slots, valid_S, all_valid
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -94,8 +100,8 @@ class SlotCacheLayer(CacheLayerMixin):
         keys = torch.cat([self.keys, key_states], dim=-2)
         values = torch.cat([self.values, value_states], dim=-2)
         self.keys, self.values = keys, values
-        self.slots, self.valid, self.total, self.all_valid, self.tail = self._pending
-        self._pending = None
+        self.slots, self.valid, self.total, self.all_valid, self.frames = self._pending
+        self._pending, self.cropped = None, False
         self._chunks.append((key_states.shape[-2], self.total))
         self._drop_before_window()
         return keys, values
@@ -157,7 +163,9 @@ class SlotCacheLayer(CacheLayerMixin):
         kept = int(self.valid.any(0).nonzero().max().item()) + 1 if bool(self.valid.any()) else 0
         self._keep(slice(0, kept))
         self.all_valid = bool(self.valid.all())
-        self.tail = torch.full_like(self.tail, -1) if self.tail is not None else None
+        self.cropped = True
+        if self.frames is not None:
+            self.frames = seen_before(self.frames, total)
         self._crop_chunks(kept, total)
         self._drop_before_window()
 
@@ -174,7 +182,8 @@ class SlotCacheLayer(CacheLayerMixin):
         if self.keys is None or self.values is None:
             return
         self.keys, self.values = pick(self.keys), pick(self.values)
-        self.slots, self.valid, self.tail = pick(self.slots), pick(self.valid), pick(self.tail)
+        self.slots, self.valid = pick(self.slots), pick(self.valid)
+        self.frames = pick(self.frames) if self.frames is not None else None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._rows(lambda t: t.index_select(0, beam_idx.to(t.device)))

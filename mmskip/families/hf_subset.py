@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mmskip.families import TokenPolicy
 from mmskip.families.hf_blocks import ABSENT_ARGUMENTS, CACHE_ARGUMENTS, PER_TOKEN_ARGUMENTS
 from mmskip.families.hf_cache import SlotCacheLayer, check_cache, slot_layer
+from mmskip.families.hf_frames import check_not_cut, frames_of, seen_after
 from mmskip.families.hf_mask import build_mask
 from mmskip.families.hf_prompt import given_prompt
 from mmskip.families.hf_stream import StreamCache
@@ -95,14 +96,19 @@ class GivenCall:
 class Forward:
     """What travels from the root to the routed blocks of one forward."""
 
-    __slots__ = ("bidirectional", "groups", "ran", "segments_BT")
+    __slots__ = ("bidirectional", "frames", "groups", "ran", "segments_BT")
 
     def __init__(
-        self, groups: TokenGroups, segments_BT: Tensor | None, bidirectional: Bidirectional | None = None
+        self,
+        groups: TokenGroups,
+        segments_BT: Tensor | None,
+        bidirectional: Bidirectional | None = None,
+        frames: Tensor | None = None,
     ) -> None:
         self.groups = groups
         self.segments_BT = segments_BT
         self.bidirectional = bidirectional
+        self.frames = frames
         self.ran: set[int] = set()
 
 
@@ -173,10 +179,10 @@ def _read_call(
     groups = token_groups(layout, real, start).to(inputs.device)
     prompt = given_prompt(root)
     groups.prompt = None if prompt is None else prompt.shape[1]
-    _check_frames_whole(groups, _tail(cache, state))
+    frames = _frames(cache, state, groups)
     for policy in state.policies.values():
         policy.prepare(groups)
-    return Forward(groups, _segments(bound, real), known.bidirectional if known is not None else None)
+    return Forward(groups, _segments(bound, real), known.bidirectional if known is not None else None, frames)
 
 
 def _read_stream(state: RootState, cache: StreamCache, layout: Tensor | None, device: torch.device) -> Forward:
@@ -196,14 +202,11 @@ def _implied_layout(
     batch, length = shape
     prompt = given_prompt(root)
     if prompt is not None:
-        rows, prompt_length = prompt.shape
-        prompt = prompt.repeat_interleave(batch // rows, dim=0)
+        prompt = prompt.repeat_interleave(batch // len(prompt), dim=0)
         layout = prompt.new_full((batch, start + length), TEXT)
         layout[:, : prompt.shape[1]] = prompt[:, : start + length]
-        if 0 < start < prompt_length:
-            _check_prompt_whole(layout, start)
         return layout[:, start:]
-    if length == 1 and _tail(cache, state) is not None:
+    if length == 1 and _slots(cache, state) is not None:
         return torch.full((batch, 1), TEXT, device=device)
     raise ValueError(
         "mmskip needs a layout to tell vision tokens from text: pass layout=, an integer tensor [batch, tokens] with "
@@ -211,36 +214,21 @@ def _implied_layout(
     )
 
 
-def _check_prompt_whole(layout_BT: Tensor, start: int) -> None:
-    """Prefill in chunks must not cut a frame: newlines may stand at the cut, so its neighbours do not tell."""
-    for row, groups in enumerate(layout_BT.tolist()):
-        cut = (set(groups[:start]) & set(groups[start:])) - {TEXT}
-        if cut:
-            raise ValueError(
-                f"frame {min(cut)} of row {row} goes on from the previous call: the prompt is cut within it at token "
-                f"{start}. Use prefill_chunk_size=None."
-            )
-
-
-def _tail(cache: Any, state: RootState) -> Tensor | None:
+def _slots(cache: Any, state: RootState) -> SlotCacheLayer | None:
+    """The cache layer of the first routed block, if it holds anything."""
     index = next(iter(state.policies))
-    if cache is None or len(cache.layers) <= index or not isinstance(cache.layers[index], SlotCacheLayer):
+    if cache is None or len(cache.layers) <= index:
         return None
-    return cache.layers[index].tail
+    layer = cache.layers[index]
+    return layer if isinstance(layer, SlotCacheLayer) and layer.slots is not None else None
 
 
-def _check_frames_whole(groups: TokenGroups, tail: Tensor | None) -> None:
-    """A frame must arrive in one call: its top-k cannot be taken in parts."""
-    if tail is None or not groups.has_vision:
-        return
-    first = groups.layout_BT[:, 0]
-    split = ((tail.to(first.device) == first) & (first != TEXT)).nonzero()
-    if len(split):
-        row = int(split[0])
-        raise ValueError(
-            f"frame {int(first[row])} of row {row} goes on from the previous call; pass all tokens of a frame in one "
-            "call, and give consecutive frames different ids."
-        )
+def _frames(cache: Any, state: RootState, groups: TokenGroups) -> Tensor | None:
+    """The frames seen after a call, [B, F, 3]; a frame must arrive in one call."""
+    layer = _slots(cache, state)
+    if layer is not None and layer.cropped and layer.frames is not None:
+        check_not_cut(layer.frames, layer.total)
+    return seen_after(layer.frames if layer is not None else None, frames_of(groups)) if cache is not None else None
 
 
 def _check_router_logits(root: Any, bound: dict[str, Any], mask: Any, batch: int) -> None:
@@ -363,7 +351,7 @@ def _attend(
                 f"{state.site} holds {layer.total} tokens of the stream in its cache, the model {groups.start}; the "
                 "cache was filled or cropped outside this model."
             )
-        key, key_valid, all_valid = layer.begin(query, valid, total, groups.layout_BT[:, -1])
+        key, key_valid, all_valid = layer.begin(query, valid, total, call.frames)
     elif call.segments_BT is not None:
         segments = call.segments_BT.to(index.device).expand(groups.shape).gather(1, index)
     blocks = _blocks(call, groups, selection, key.shape[1])

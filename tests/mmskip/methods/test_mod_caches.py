@@ -1,5 +1,6 @@
 """Caches that cannot hold rows of different lengths are refused in words that say what to do; and compiled models."""
 
+import functools
 from unittest.mock import ANY
 
 import pytest
@@ -127,13 +128,54 @@ def test_a_cache_made_without_a_config_is_exact(name):
     torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-5, rtol=1e-5)
 
 
+TWICE = torch.tensor([[-1, 0, 0, 0, -1, 0, 0, 0, -1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize("kind", ["apart", "reordered rows", "in generate"])
+def test_a_frame_whose_parts_are_divided_by_text_is_refused_in_two_calls(kind):
+    model, cut = routed("llama"), 5
+    ids, layout = IDS[:, : TWICE.shape[1]].repeat(2, 1), torch.cat([TWICE, torch.full_like(TWICE, -1)])
+    cache, bad = DynamicCache(config=model.config), 0
+    model(ids[:, :cut], layout=layout[:, :cut], past_key_values=cache)
+    rest = {"layout": layout[:, cut:], "past_key_values": cache}
+    if kind == "reordered rows":
+        cache.reorder_cache(torch.tensor([1, 0]))
+        rest["layout"], bad = layout[:, cut:].flip(0), 1
+    if kind == "in generate":
+        run = functools.partial(model.generate, attention_mask=torch.ones_like(ids), max_new_tokens=2)
+    else:
+        run = model
+    with pytest.raises(ValueError, match=rf"frame 0 of row {bad} goes on from an earlier call"):
+        run(ids[:, cut:], **rest)
+    rest["layout"] = rest["layout"].masked_fill(rest["layout"] == 0, 7)
+    assert model(ids[:, cut:], **rest).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("then", ["the frame", "text", "the frame from its start"])
+def test_a_stream_cropped_within_a_frame_does_not_go_on(then):
+    model, cache = routed("llama"), DynamicCache()
+    start = int((LAYOUT[0] == 1).nonzero()[0])
+    left = start if then == "the frame from its start" else start + 4
+    with torch.no_grad():
+        expected = model(IDS, layout=LAYOUT).logits
+        model(IDS, layout=LAYOUT, past_key_values=cache)
+        cache.crop(left - IDS.shape[1])
+        if left == start:
+            out = model(IDS[:, left:], layout=LAYOUT[:, left:], past_key_values=cache).logits
+            torch.testing.assert_close(out, expected[:, left:], atol=1e-5, rtol=1e-5)
+            return
+        layout = LAYOUT[:, left:] if then == "the frame" else torch.tensor([[-1]])
+        with pytest.raises(ValueError, match=rf"cropped to {left} tokens, within frame 1 of row 0.*{start} or less"):
+            model(IDS[:, -layout.shape[1] :], layout=layout, past_key_values=cache)
+
+
 class PassingSlotLayer:
     """A slot layer that leaves the cache as it is and announces entries as if all were kept."""
 
     def __init__(self, cache, index, window):
         self.total = ANY
 
-    def begin(self, slots, valid, total, tail):
+    def begin(self, slots, valid, total, frames):
         return slots, valid, valid is None
 
 
