@@ -61,17 +61,17 @@ def added_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights mmskip added, by site: `block.1.mmskip_router.weight`, whatever wraps the model (peft, ...)."""
     if not any("mmskip_" in name for name, _ in model.named_parameters()):
         return {}
-    if not any("mmskip_" in name for name, _ in model.named_parameters()):
-        return {}
     view = families.find(model)
     found = {}
     for index, block in enumerate(view.blocks):
         for name, parameter in block.named_parameters():
             top, _, rest = name.partition(".")
             if top.startswith("mmskip_") and "original_module." not in rest:
-                # peft's modules_to_save keeps the trained copy under this name
-                key = rest.split(".")[-1] if "modules_to_save." in rest else rest
-                found[f"{view.site(index)}.{top}.{key}"] = parameter
+                # peft's modules_to_save keeps one trained copy per adapter beside the original
+                _, copied, own = rest.partition("modules_to_save.")
+                adapter, _, key = own.partition(".")
+                if not copied or adapter in getattr(block, top).active_adapters:
+                    found[f"{view.site(index)}.{top}.{key or rest}"] = parameter
     return found
 
 
@@ -87,7 +87,7 @@ def load_(model: M, folder: str | os.PathLike[str]) -> M:
     configs = _read_configs(Path(folder))
     weights = load_file(str(Path(folder) / WEIGHTS_FILE))
     present = applied(model)
-    if present and present != configs:
+    if present and sorted(map(repr, present)) != sorted(map(repr, configs)):
         raise ValueError(
             f"{folder} was saved with {configs}, but the model carries {present}; remove_ those first, or load into an "
             "untouched model."

@@ -106,3 +106,19 @@ def test_a_failed_write_leaves_the_earlier_adapter_whole(tmp_path, monkeypatch):
         mmskip.save(routed(keep=0.3), tmp_path)
     assert (tmp_path / "mmskip.safetensors").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mmskip.json", "mmskip.safetensors"]
+
+
+def test_of_several_adapters_the_active_ones_router_is_saved(tmp_path):
+    settings = LoraConfig(target_modules=["q_proj"], modules_to_save=["mmskip_router"])
+    model = get_peft_model(mmskip.apply_(tiny_decoder("llama"), mmskip.MoDConfig()), settings)
+    model.add_adapter("two", settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "mmskip_router.modules_to_save" in name:
+                parameter.fill_(2.0 if ".two." in name else 1.0)
+    for adapter, value in (("two", 2.0), ("default", 1.0)):
+        model.set_adapter(adapter)
+        mmskip.save(model, tmp_path / adapter)
+        loaded = mmskip.load_(tiny_decoder("llama"), tmp_path / adapter)
+        routers = [p for n, p in loaded.named_parameters() if "mmskip_router" in n]
+        assert len(routers) == 2 and all(bool((p == value).all()) for p in routers)
