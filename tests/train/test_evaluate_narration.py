@@ -104,7 +104,7 @@ def test_two_ranks_give_the_same_numbers(trained, alone, tmp_path, capfd):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = ["ego4d", "--checkpoint", str(trained), "--out", str(tmp_path), "--device", "cpu", "--batch-size", "1"]
-    start_processes(run_rank, (arguments, port), nprocs=2, start_method="fork")
+    start_processes(run_rank, (arguments, port), nprocs=2, start_method="spawn")
     assert capfd.readouterr().out.count("LM-PPL") == 1, "one rank prints"
     same(alone[0], tmp_path)
     assert not list(tmp_path.glob("*/samples-*.jsonl"))
