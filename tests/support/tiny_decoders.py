@@ -144,6 +144,28 @@ def randomize_routers(model: torch.nn.Module, seed: int = 1) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
 
+def sharpen(model: torch.nn.Module, factor: float = 40.0) -> None:
+    """Larger logits from an output layer of its own, so that tokens and beams depend on what came before."""
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach() * factor)
+
+
+def assert_same_generation(model: torch.nn.Module, seed: int = 0, **call) -> None:
+    """Generation with a cache equals that without: tokens, the logits and scores of every step, those of beams."""
+    call |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    outputs = []
+    for use_cache in (True, False):
+        torch.manual_seed(seed)
+        outputs.append(model.generate(**call, use_cache=use_cache))
+    cached, plain = outputs
+    for key in ("logits", "scores"):
+        torch.testing.assert_close(torch.stack(cached[key]), torch.stack(plain[key]), atol=1e-4, rtol=1e-4)
+    assert torch.equal(cached.sequences, plain.sequences)
+    if call.get("num_beams", 1) > 1:
+        torch.testing.assert_close(cached.sequences_scores, plain.sequences_scores, atol=1e-4, rtol=1e-4)
+        assert torch.equal(cached.beam_indices, plain.beam_indices)
+
+
 def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The decoder layers, whatever the list is called."""
     return list(next(m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList)))
