@@ -2,6 +2,7 @@
 why."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -223,29 +224,67 @@ def test_decoders_that_cannot_be_served_say_why(name):
     assert before == (list(model.state_dict()), {n: type(m) for n, m in model.named_modules()})
 
 
-@pytest.mark.parametrize("name", [*REFUSED, "qwen3_next"])
-def test_without_the_refusal_it_would_crash_or_be_wrong(name, monkeypatch):
-    """The checks are off: what then runs is not the definition, in one forward or in cached generation."""
+NO_LAYOUT = ("falcon", "gptj", "bloom", "codegen", "mpt", "mamba")
+# in one forward or with a cache: what is raised, its words, and the file it comes from
+CRASHES = {
+    "deepseek_v32": ("forward", TypeError, "not subscriptable", "modeling_deepseek_v32.py"),
+    "beam": ("forward", RuntimeError, "must match the size", "modeling_beam.py"),
+    "minimax": ("generate", RuntimeError, "24 tokens of the stream in its cache, the model 0", "hf_subset.py"),
+    "gemma4_text": ("generate", ValueError, "expected positions within", "tokens.py"),
+    "falcon_h1": ("generate", ValueError, "Cannot get conv state", "cache_utils.py"),
+    "qwen3_next": ("generate", ValueError, "Cannot get conv state", "cache_utils.py"),
+}
+GENERATE = {"layout": LAYOUT, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+
+
+def routed_in_spite_of_the_refusal(name, monkeypatch):
     monkeypatch.setattr(hf_decoder, "unfit", lambda *args: "")
     monkeypatch.setattr(hf_blocks, "_carries_state", lambda block, causal: False)
     monkeypatch.setattr(hf_blocks, "attention_of", lambda block, causal=True: any_state(block))
     monkeypatch.setattr(hf_subset, "slot_layer", lenient_slot_layer)
     torch.manual_seed(0)
     model = (tiny_decoder(name) if name not in REFUSED else other_decoder(name, **REFUSED[name][0])).eval()
-    base, ids = copy.deepcopy(model), IDS % 47 + 1
+    base = copy.deepcopy(model)
     # a block with a state: the first of its kind stays dense
     index = 2 if name == "qwen3_next" else len(blocks_of(model)) - 1
     mmskip.apply_(model, mmskip.MoDConfig(keep=0.3, gate="sigmoid", layers=(index,)))
     randomize_routers(model)
-    try:
-        out = model(input_ids=ids, layout=LAYOUT, use_cache=False).logits
+    return model, base
+
+
+def test_every_refusal_is_shown_to_be_needed():
+    assert {*NO_LAYOUT, *CRASHES, "llama4_text"} == {*REFUSED, "qwen3_next"}
+
+
+@pytest.mark.parametrize("name", NO_LAYOUT)
+def test_without_the_refusal_the_layout_would_not_reach_the_layers(name, monkeypatch):
+    """Unknown keywords are dropped on the way: the error is our own, on the first call instead of in apply_."""
+    model, _ = routed_in_spite_of_the_refusal(name, monkeypatch)
+    with pytest.raises(ValueError, match="mmskip needs a layout"):
+        model(input_ids=IDS % 47 + 1, layout=LAYOUT, use_cache=False)
+
+
+@pytest.mark.parametrize("name", CRASHES)
+def test_without_the_refusal_it_would_crash(name, monkeypatch):
+    model, _ = routed_in_spite_of_the_refusal(name, monkeypatch)
+    where, error, words, origin = CRASHES[name]
+    ids = IDS % 47 + 1
+    forward = functools.partial(model, input_ids=ids, layout=LAYOUT, use_cache=False)
+    if where == "generate":
+        assert forward().logits.isfinite().all()
+    with pytest.raises(error, match=words) as caught:
+        forward() if where == "forward" else model.generate(ids, **GENERATE)
+    assert caught.traceback[-1].path.name == origin
+
+
+def test_without_the_refusal_chunked_attention_would_be_wrong(monkeypatch):
+    """Chunks would be counted in kept tokens instead of positions."""
+    model, base = routed_in_spite_of_the_refusal("llama4_text", monkeypatch)
+    ids = IDS % 47 + 1
+    with torch.no_grad():
         expected = masked_logits(base, routers_of(model), ids, LAYOUT, 0.3, "sigmoid")
-        call = {"layout": LAYOUT, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-        cached, recomputed = model.generate(ids, **call), model.generate(ids, use_cache=False, **call)
-    except (ValueError, RuntimeError, TypeError, AttributeError):
-        return
-    wrong = not torch.allclose(out, expected, atol=1e-4)
-    assert wrong or not torch.equal(cached, recomputed), "the refusal would not be needed"
+        out = model(input_ids=ids, layout=LAYOUT, use_cache=False).logits
+    assert not torch.allclose(out, expected, atol=1e-4), "the refusal would not be needed"
 
 
 def any_state(block):
