@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from ports import unused_port
 from torch.multiprocessing import start_processes
 from trained_runs import TOWER, narrated_set, train_run
 
@@ -100,11 +100,8 @@ def run_rank(rank: int, arguments: list[str], port: int) -> None:
 
 
 def test_two_ranks_give_the_same_numbers(trained, alone, tmp_path, capfd):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     arguments = ["ego4d", "--checkpoint", str(trained), "--out", str(tmp_path), "--device", "cpu", "--batch-size", "1"]
-    start_processes(run_rank, (arguments, port), nprocs=2, start_method="spawn")
+    start_processes(run_rank, (arguments, unused_port()), nprocs=2, start_method="spawn")
     assert capfd.readouterr().out.count("LM-PPL") == 1, "one rank prints"
     same(alone[0], tmp_path)
     assert not list(tmp_path.glob("*/samples-*.jsonl"))

@@ -12,6 +12,7 @@ import yaml
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from narration_data import LLAMA, RecordGradients, TinyData
+from ports import unused_port
 
 import mmskip
 from mmskip.models.video_llm import VideoLLM
@@ -106,6 +107,7 @@ def test_two_ranks_of_train_py_equal_one(tmp_path):
     }
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(config))
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tests/support"), "OMP_NUM_THREADS": "1"}
+    environment["MASTER_PORT"] = str(unused_port())
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), "--config", "two.yaml"],
         cwd=tmp_path,
