@@ -106,7 +106,10 @@ def test_two_ranks_of_train_py_equal_one(tmp_path):
         },
     }
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(config))
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests/support"), "OMP_NUM_THREADS": "1"}
+    # what other tests of this process left of their own ranks would keep the second rank from being started
+    left = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    clean = {name: value for name, value in os.environ.items() if name not in left}
+    environment = clean | {"PYTHONPATH": str(ROOT / "tests/support"), "OMP_NUM_THREADS": "1"}
     environment["MASTER_PORT"] = str(unused_port())
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), "--config", "two.yaml"],
