@@ -445,7 +445,7 @@ def _paint(
     patch = image[top:bottom, left:right]
     patch += cover * (np.asarray(colour, dtype=np.float32) - patch)
     if shape == "ring":
-        _paint(image, "circle", x, y, 0.55 * radius, (0.95, 0.95, 0.95), opacity)
+        _paint(image, "circle", x, y, 0.75 * radius, (0.95, 0.95, 0.95), opacity)
 
 
 def _distance(shape: str, u: np.ndarray, v: np.ndarray, radius: float) -> np.ndarray:
