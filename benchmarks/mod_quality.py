@@ -27,7 +27,7 @@ import os
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,11 +130,11 @@ def train(run: Run) -> None:
     write_json({"metrics": metrics, "words": word_losses(model, loader), "steps": trainer.global_step}, run.file)
 
 
-def timed_models(variants: list[str], layers: int) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Untrained models of the variants, each with its batch of the same videos."""
+def timed_models(variants: list[str], like: Run) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Untrained models of the variants, `like` that run otherwise, each with its batch of the same videos."""
     found = {}
     for variant in variants:
-        model, data = build(Run(variant, 0, layers).recipe())
+        model, data = build(replace(like, variant=variant).recipe())
         model.hparams.update(feature_dim=data.feature_dim, fps=data.fps)
         model.trainer = _Stub(data)
         model.configure_model()
@@ -161,21 +161,21 @@ def step_of(model: Any, batch: dict[str, Any]) -> Any:
     return step
 
 
-def equal_time_layers(pairs: int) -> int:
+def equal_time_layers(like: Run, pairs: int) -> int:
     """Layers of the shallowest dense model whose step takes at least as long as the routed one's."""
-    model, batch = timed_models(["mod"], 1)["mod"]
+    model, batch = timed_models(["mod"], like)["mod"]
     routed = step_of(model, batch)
-    full = Run("dense", 0, 1).recipe()["model"]["init_args"]["llm"]["num_hidden_layers"]
+    full = like.recipe()["model"]["init_args"]["llm"]["num_hidden_layers"]
     for layers in range(full // 2, full):
-        shallow = step_of(*timed_models(["shallow"], layers)["shallow"])
+        shallow = step_of(*timed_models(["shallow"], replace(like, layers=layers))["shallow"])
         if interleaved_ratio(shallow, routed, pairs).median >= 1:
             return layers
     return full
 
 
-def costs(variants: list[str], layers: int, pairs: int) -> dict[str, dict[str, Any]]:
+def costs(variants: list[str], like: Run, pairs: int) -> dict[str, dict[str, Any]]:
     """Counted FLOPs as a share of dense, and the measured speed-up of a training step over dense."""
-    models = timed_models([*dict.fromkeys(["dense", *(v for v in variants if not v.endswith("_blank"))])], layers)
+    models = timed_models([*dict.fromkeys(["dense", *(v for v in variants if not v.endswith("_blank"))])], like)
     counted = {}
     for variant, (model, batch) in models.items():
         with mmskip.trace(model.llm) as trace:
@@ -306,10 +306,11 @@ def main() -> None:
     if arguments.worker:
         return train(Run(**json.loads(arguments.worker)))
     where = (arguments.epochs, arguments.split, arguments.data_seed)
+    like = Run("dense", arguments.seeds[0], arguments.layers or 1, *where)
     for variant in ("dense", "coarse"):  # features are encoded once, before trainings share them
         if variant == "dense" or variant in arguments.only:
-            build(Run(variant, 0, 1, *where).recipe())
-    layers = arguments.layers or equal_time_layers(arguments.pairs)
+            build(replace(like, variant=variant).recipe())
+    layers = arguments.layers or equal_time_layers(like, arguments.pairs)
     print(f"the shallow control has {layers} layers")
     runs = {
         variant: [Run(variant, seed, layers, *where) for seed in seeds_of(variant, arguments.seeds)]
@@ -318,7 +319,7 @@ def main() -> None:
     ordered = sorted((run for several in runs.values() for run in several), key=lambda run: run.seed)
     run_all([run for run in ordered if not run.file.exists()], arguments.jobs)
     results = summary(runs)
-    for variant, cost in costs(arguments.only, layers, arguments.pairs).items():
+    for variant, cost in costs(arguments.only, replace(like, layers=layers), arguments.pairs).items():
         if variant in results:
             results[variant]["cost"] = cost
     print(table(results))

@@ -29,7 +29,7 @@ from mmskip.datasets.video import write_video
 from mmskip.files import write_json
 
 SPLITS = ("train", "val", "test")
-_FORMAT = 2  # raised when the same settings give other videos
+_FORMAT = 3  # raised when the same settings give other videos
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class SceneConfig:
         return_rate: share of entering objects that are of a kind which was there and left ("another ...").
         cue: strength of the glow and streak of an object in the narrated half of its motion, 0 (events show only in
             the difference of frames) to 1 (they show in one frame).
-        rest: opacity of objects that do not act, 0..1; below 1 the acting one stands out.
+        rest: opacity of objects that neither act nor are hit, 0..1; below 1 those of an event stand out.
         jiggle: largest random displacement of resting objects, pixels of a 96-pixel frame.
         noise: strength of the pixel noise, 0..1.
         texture: strength of the background texture, 0..1.
@@ -102,7 +102,7 @@ class Thing:
     """One object of a world.
 
     `path` holds its place at the ticks where its motion changes, in cells; `acts` the ticks at which it
-    starts to act.
+    starts to act, `hits` those at which another starts to hit it.
     """
 
     colour: str
@@ -112,6 +112,7 @@ class Thing:
     hidden: bool = False
     left: bool = False
     acts: list[int] = field(default_factory=list)
+    hits: list[int] = field(default_factory=list)
     path: dict[float, Point] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
 
@@ -285,6 +286,7 @@ class _Director:
             reach = 1 - thing.radius - event.other.radius
             thing.path |= {tick: cell, tick + 1: _along(cell, event.way, reach + 0.05), tick + 2: cell}
             pushed = _along(target, event.way, 0.15)
+            event.other.hits.append(tick)
             event.other.path |= {tick + 0.5: target, tick + 1: pushed, tick + 2: target}
             cells = (cell, target)
         else:
@@ -360,10 +362,11 @@ def draw_world(world: World, size: int, per_tick: int, rng: np.random.Generator)
             if place_now is not None:
                 shift = offset + rng.uniform(-jiggle, jiggle, 2)
                 x, y = (place_now[0] + 0.5) * cell + shift[0], (place_now[1] + 0.5) * cell + shift[1]
-                acting = _act_begin(thing, index / per_tick) is not None
+                now = index / per_tick
+                acting = _told_half(thing.acts, now) is not None
                 if acting:
-                    _paint_cue(image, thing, index / per_tick, (x, y), cell, config.cue)
-                opacity = 1.0 if acting else config.rest
+                    _paint_cue(image, thing, now, (x, y), cell, config.cue)
+                opacity = 1.0 if acting or _told_half(thing.hits, now) is not None else config.rest
                 _paint(image, thing.shape, x, y, thing.radius * cell, COLOURS[thing.colour], opacity)
         image = np.where(wall_mask, background, image)
         image += rng.normal(0, config.noise, (size, size, 1)).astype(np.float32)
@@ -405,7 +408,7 @@ def _wall_mask(size: int, cell: float, wall: Cell) -> np.ndarray:
 
 def _paint_cue(image: np.ndarray, thing: Thing, tick: float, at: Point, cell: float, strength: float) -> None:
     """A glow around an object in the told half of an event, and a fading streak to where it came from."""
-    begin, now = _act_begin(thing, tick), _position(thing, tick)
+    begin, now = _told_half(thing.acts, tick), _position(thing, tick)
     before = None if begin is None else _position(thing, begin)
     if now is None or before is None or strength == 0:
         return
@@ -418,9 +421,9 @@ def _paint_cue(image: np.ndarray, thing: Thing, tick: float, at: Point, cell: fl
     _paint(image, "circle", at[0], at[1], 1.4 * thing.radius * cell, glow, strength)
 
 
-def _act_begin(thing: Thing, tick: float) -> int | None:
-    """The tick at which the event began whose told half a thing is in."""
-    return next((begin for begin in thing.acts if begin < tick <= begin + 1), None)
+def _told_half(begins: list[int], tick: float) -> int | None:
+    """The tick at which the event began whose told half `tick` lies in."""
+    return next((begin for begin in begins if begin < tick <= begin + 1), None)
 
 
 def _paint(
