@@ -1,9 +1,11 @@
-"""Labelled images: folders, CIFAR-format files, npz arrays, and a generated set with object masks.
+"""Labelled images: folders, CIFAR- and MNIST-format files, npz arrays, and a generated set with object masks.
 
-Images are RGB uint8 [H, W, 3] until a batch is made; a batch holds `image` [B, 3, H, W] in [0, 1] and `label` [B].
+Images are RGB uint8 [H, W, 3] until a batch is made; a batch holds `image` [B, 3, H, W] in [0, 1] and `label` [B]
+(diffusion models ask for other channels and [-1, 1], see `ImageData`).
 """
 
 import csv
+import gzip
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,8 +52,8 @@ def open_images(source: str | Path, split: str = "val", count: int = 512, size: 
 
     Args:
         source: a folder of class folders (or with `split`/ in it), a folder with labels.csv (columns file,
-            class_index), a folder of CIFAR-10's binary files (*.bin), an .npz with `images` and `labels`, or
-            "embedded": a generated set.
+            class_index), a folder of CIFAR-10's binary files (*.bin) or of MNIST's (*-images-idx3-ubyte, .gz or not),
+            an .npz with `images` and `labels`, or "embedded": a generated set.
         split: of a source that has splits.
         count, size: images and side in pixels of the generated set.
 
@@ -69,6 +71,8 @@ def open_images(source: str | Path, split: str = "val", count: int = 512, size: 
         return _listed(path)
     if list(path.glob("*.bin")):
         return _cifar(path, split)
+    if list(path.glob("*-images*idx3-ubyte*")):
+        return _mnist(path, split)
     return _class_folders(path / split if (path / split).is_dir() else path)
 
 
@@ -115,6 +119,34 @@ def _cifar(path: Path, split: str) -> ImageSet:
     names = path / "batches.meta.txt"
     class_names = names.read_text().split() if names.is_file() else [str(i) for i in range(10)]
     return ImageSet(lambda i: images[i], rows[:, 0].tolist(), class_names, None, str(path))
+
+
+def _mnist(path: Path, split: str) -> ImageSet:
+    prefix = "train" if split == "train" else "t10k"
+    found = [sorted(path.glob(f"{prefix}-{kind}*ubyte*")) for kind in ("images", "labels")]
+    if not all(found):
+        raise ValueError(
+            f"{path} has no {prefix}-images-idx3-ubyte and {prefix}-labels-idx1-ubyte (.gz or not), which the {split} "
+            "split of MNIST's format needs."
+        )
+    images, labels = (_idx(files[0]) for files in found)
+    if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
+        raise ValueError(
+            f"{found[0][0]} holds {images.shape} and {found[1][0]} {labels.shape}; expected [N, H, W], [N]."
+        )
+    names = [str(i) for i in range(int(labels.max()) + 1)]
+    return ImageSet(lambda i: images[i][..., None].repeat(3, -1), labels.tolist(), names, None, str(path))
+
+
+def _idx(path: Path) -> np.ndarray:
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        content = gzip.decompress(content)
+    dims = content[3] if len(content) > 3 and content[:3] == b"\x00\x00\x08" else 0
+    shape = tuple(np.frombuffer(content, ">i4", dims, 4).tolist()) if dims and len(content) >= 4 + 4 * dims else ()
+    if not shape or len(content) != 4 + 4 * dims + int(np.prod(shape)):
+        raise ValueError(f"{path} is no idx file of unsigned bytes, or is cut short; download it again.")
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape)
 
 
 def _npz(path: Path) -> ImageSet:
@@ -210,10 +242,21 @@ class LabelledImages(Dataset[dict[str, Any]]):
         size: side of the inputs, pixels.
         resize: see `to_input`.
         flip: flip half of the images, at random.
+        channels: 3, or 1 for grey.
+        signed: pixels in [-1, 1] instead of [0, 1].
     """
 
-    def __init__(self, images: ImageSet, size: int, resize: int | None = None, flip: bool = False) -> None:
+    def __init__(
+        self,
+        images: ImageSet,
+        size: int,
+        resize: int | None = None,
+        flip: bool = False,
+        channels: int = 3,
+        signed: bool = False,
+    ) -> None:
         self.images, self.size, self.resize, self.flip = images, size, resize, flip
+        self.channels, self.signed = channels, signed
 
     def __len__(self) -> int:
         return len(self.images)
@@ -222,6 +265,10 @@ class LabelledImages(Dataset[dict[str, Any]]):
         x = to_input(self.images.read(index), self.resize, self.size)
         if self.flip and torch.rand(()) < 0.5:
             x = x.flip(-1)
+        if self.channels == 1:
+            x = x.mean(0, keepdim=True)
+        if self.signed:
+            x = 2 * x - 1
         return {"image": x, "label": self.images.labels[index]}
 
 
@@ -237,6 +284,9 @@ class ImageData(LightningDataModule):
         batch_size: images per step.
         num_workers: loader processes.
         train_count, val_count: images of the generated set.
+        generated_size: side of the generated images, pixels; None: `image_size`. Smaller ones are enlarged.
+        channels: 3, or 1 for grey.
+        signed: pixels in [-1, 1], as diffusion models take them, instead of [0, 1].
 
     Raises:
         ValueError: a size out of range.
@@ -253,8 +303,13 @@ class ImageData(LightningDataModule):
         num_workers: int = 0,
         train_count: int = 3000,
         val_count: int = 480,
+        generated_size: int | None = None,
+        channels: int = 3,
+        signed: bool = False,
     ) -> None:
         super().__init__()
+        if channels not in (1, 3):
+            raise ValueError(f"channels is {channels}; expected 3 (colour) or 1 (grey).")
         for name, value in (("image_size", image_size), ("batch_size", batch_size), ("train_count", train_count)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; expected at least 1.")
@@ -262,6 +317,7 @@ class ImageData(LightningDataModule):
         self.image_size, self.resize, self.flip = image_size, resize, flip
         self.batch_size, self.num_workers = batch_size, num_workers
         self.counts = {"train": train_count, "val": val_count}
+        self.generated_size, self.channels, self.signed = generated_size or image_size, channels, signed
         self.sets: dict[str, ImageSet] = {}
 
     def setup(self, stage: str | None = None) -> None:
@@ -273,7 +329,7 @@ class ImageData(LightningDataModule):
         if self.sets:
             return
         for split, source in (("train", self.source), ("val", self.val_source or self.source)):
-            self.sets[split] = open_images(source, split, self.counts[split], self.image_size)
+            self.sets[split] = open_images(source, split, self.counts[split], self.generated_size)
         train, val = (self.sets[split].class_names for split in ("train", "val"))
         if train != val:
             raise ValueError(f"the training images have classes {train[:5]}..., the validation images {val[:5]}...")
@@ -297,7 +353,9 @@ class ImageData(LightningDataModule):
         return self.val_dataloader()
 
     def _loader(self, split: str, shuffle: bool) -> DataLoader[dict[str, Any]]:
-        images = LabelledImages(self.sets[split], self.image_size, self.resize, self.flip and shuffle)
+        images = LabelledImages(
+            self.sets[split], self.image_size, self.resize, self.flip and shuffle, self.channels, self.signed
+        )
         return DataLoader(images, self.batch_size, shuffle=shuffle, num_workers=self.num_workers)
 
 

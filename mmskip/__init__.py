@@ -13,6 +13,7 @@ from mmskip.methods.step_cache import StepCacheConfig
 from mmskip.methods.token_reduction import TokenReductionConfig
 from mmskip.registry import applied, apply_, remove_
 from mmskip.save import load_, save
+from mmskip.search import search
 from mmskip.trace import Trace, trace
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "masked",
     "remove_",
     "save",
+    "search",
     "skip_norms",
     "trace",
 ]

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mmskip.models.samplers import sample
+from mmskip.models.samplers import Denoiser, Drawer
 from mmskip.train.schedules import SCHEDULES, warmup_schedule
 
 
@@ -82,6 +82,12 @@ class Diffusion(LightningModule):
         return config.in_channels, height, width
 
     @property
+    def classes(self) -> int | None:
+        """Classes of images that can be asked for; None without class conditions."""
+        known = self.hparams["unet"].get("num_class_embeds")
+        return known - bool(self.hparams["label_dropout"]) if known else None
+
+    @property
     def sampler_unet(self) -> nn.Module:
         """The averaged network: where skip scales and step caching are applied."""
         return self.averaged.module
@@ -132,37 +138,24 @@ class Diffusion(LightningModule):
         images = batch["image"]
         generator = torch.Generator().manual_seed(index)
         noise = torch.randn(images.shape, generator=generator).to(images)
-        spread = torch.linspace(0.02, 0.98, len(images), device=images.device)
-        log_sigma_B = torch.erfinv(2 * spread - 1) * math.sqrt(2) * self.hparams["log_sigma_std"]
-        loss = self._loss(self.averaged.module.eval(), batch, noise, log_sigma_B + self.hparams["log_sigma_mean"])
+        log_sigma_B = self.validation_log_sigma(len(images)).to(images)
+        loss = self._loss(self.averaged.module.eval(), batch, noise, log_sigma_B)
         self.log("val/loss", loss, prog_bar=True, batch_size=len(images), sync_dist=True)
 
     test_step = validation_step
 
-    @torch.no_grad()
-    def generate(
-        self,
-        count: int,
-        seed: int = 0,
-        sampler: str = "heun",
-        steps: int = 5,
-        guidance: float = 1.0,
-        batch_size: int = 250,
-        start: int = 0,
-    ) -> tuple[Tensor, int]:
-        """Images by the averaged weights, the same for equal seeds whatever the batch size.
+    def validation_log_sigma(self, count: int) -> Tensor:
+        """ln(sigma) [count] of a validation batch: even quantiles of the training distribution."""
+        spread = torch.linspace(0.02, 0.98, count)
+        normal = torch.erfinv(2 * spread - 1) * math.sqrt(2)
+        return normal * self.hparams["log_sigma_std"] + self.hparams["log_sigma_mean"]
+
+    def drawer(self, guidance: float = 1.0) -> Drawer:
+        """What draws images by the averaged weights; with classes, image i is of class i modulo their number.
 
         Args:
-            count: images; image i has noise and, with classes, class of its own number `start` + i.
-            seed: of the noise.
-            sampler, steps: see `mmskip.models.samplers.sample`.
             guidance: weight of the class condition, >= 0; other than 1 it needs `label_dropout`, and doubles the
                 evaluations (both calls count).
-            batch_size: images at a time.
-            start: number of the first image.
-
-        Returns:
-            Images [count, C, H, W] on the CPU, in [-1, 1], and the network's evaluations per image.
 
         Raises:
             ValueError: guidance without a class for "any".
@@ -170,39 +163,30 @@ class Diffusion(LightningModule):
         if guidance != 1 and not self.hparams["label_dropout"]:
             raise ValueError("guidance needs a model trained with label_dropout > 0; use guidance=1.")
         unet = self.sampler_unet.eval()
-        images, evaluations = [], 0
-        for first in range(start, start + count, batch_size):
-            numbers = range(first, min(first + batch_size, start + count))
-            noise = torch.stack(
-                [
-                    torch.randn(self.image_shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + n))
-                    for n in numbers
-                ]
-            )
-            drawn, evaluations = sample(
-                self._guided(unet, torch.tensor(list(numbers), device=self.device), guidance),
-                noise.to(self.device),
-                sampler,
-                steps,
-                self.hparams["sigma_min"],
-                self.hparams["sigma_max"],
-            )
-            images.append(drawn.clamp(-1, 1).cpu())
-        return torch.cat(images), evaluations * (1 if guidance == 1 else 2)
+        low, high = self.hparams["sigma_min"], self.hparams["sigma_max"]
+        return Drawer(
+            unet,
+            lambda number_B: self._guided(unet, number_B, guidance),
+            self.image_shape,
+            low,
+            high,
+            {"levels": "edm", "prediction": "sample", "sigma_min": low, "sigma_max": high},
+            calls=1 if guidance == 1 else 2,
+        )
 
-    def _noise(self, seed: int) -> Tensor:
-        return torch.randn(self.image_shape, generator=torch.Generator().manual_seed(seed))
+    def generate(self, count: int, seed: int = 0, guidance: float = 1.0, **settings: Any) -> tuple[Tensor, int]:
+        """Images [count, C, H, W] in [-1, 1] and the evaluations per image; see `Drawer.draw`."""
+        return self.drawer(guidance).draw(count, seed, **settings)
 
-    def _guided(self, unet: nn.Module, number_B: Tensor, guidance: float) -> Any:
-        classes = self.hparams["unet"].get("num_class_embeds")
-        if not classes:
+    def _guided(self, unet: nn.Module, number_B: Tensor, guidance: float) -> Denoiser:
+        if not self.classes:
             return lambda x, sigma: self.denoise(unet, x, sigma)
-        label_B = number_B % (classes - bool(self.hparams["label_dropout"]))
+        label_B = number_B % self.classes
         if guidance == 1:
             return lambda x, sigma: self.denoise(unet, x, sigma, label_B)
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            any_B = torch.full_like(label_B, classes - 1)
+            any_B = torch.full_like(label_B, self.hparams["unet"]["num_class_embeds"] - 1)
             with_class, without = self.denoise(
                 unet, torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([label_B, any_B])
             ).chunk(2)

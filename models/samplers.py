@@ -9,11 +9,12 @@ Shapes: B images, C channels, H and W pixels.
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """D(x [B, C, H, W], sigma [B]) -> [B, C, H, W]"""
@@ -99,6 +100,23 @@ def evaluations_of(sampler: str, steps: int) -> int:
     return 2 * steps - 1 if sampler == "heun" else steps
 
 
+def steps_of(sampler: str, evaluations: int) -> int:
+    """Steps of a sampler that make so many function evaluations.
+
+    Raises:
+        ValueError: an unknown sampler, or a number it cannot make.
+    """
+    if sampler not in _SOLVERS:
+        raise ValueError(f"sampler is {sampler!r}; expected one of {', '.join(SAMPLERS)}.")
+    steps = (evaluations + 1) // 2 if sampler == "heun" else evaluations
+    if steps < 1 or evaluations_of(sampler, steps) != evaluations:
+        raise ValueError(
+            f"{sampler} cannot make {evaluations} function evaluations; expected "
+            + ("an odd number >= 1 (two a step, one in the last)." if sampler == "heun" else "a number >= 1.")
+        )
+    return steps
+
+
 @torch.no_grad()
 def sample(
     denoise: Denoiser,
@@ -132,6 +150,64 @@ def sample(
     sigmas = karras_sigmas(steps, sigma_min, sigma_max, rho)
     images = _SOLVERS[sampler](counted, noise_BCHW * sigmas[0], sigmas)
     return images, counted.evaluations
+
+
+def starting_noise(shape: Sequence[int], seed: int, numbers: Sequence[int]) -> Tensor:
+    """Standard normal [B, *shape], each image's from its own number, so that no batch size changes it."""
+    return torch.stack(
+        [torch.randn(*shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + n)) for n in numbers]
+    )
+
+
+@dataclass(frozen=True)
+class Drawer:
+    """A trained diffusion network and all that is needed to draw images with it, whatever it was trained by.
+
+    Attributes:
+        unet: the network to which methods are applied.
+        denoiser: from the numbers [B] of the images, which may tell their classes, to their D(x, sigma).
+        image_shape: C, H, W.
+        sigma_min, sigma_max: noise levels where sampling ends and begins.
+        levels: settings of `mmskip.SkipScaleConfig` that tell how the network is told its noise level and what it
+            predicts, for schedules over the noise level.
+        finish: brings what was drawn into [-1, 1].
+        calls: evaluations of the network per call of D (2 with guidance).
+    """
+
+    unet: nn.Module
+    denoiser: Callable[[Tensor], Denoiser]
+    image_shape: tuple[int, int, int]
+    sigma_min: float
+    sigma_max: float
+    levels: dict[str, Any] = field(default_factory=dict)
+    finish: Callable[[Tensor], Tensor] = lambda x: x.clamp(-1, 1)
+    calls: int = 1
+
+    @torch.no_grad()
+    def draw(
+        self, count: int, seed: int = 0, sampler: str = "heun", steps: int = 5, batch_size: int = 250, start: int = 0
+    ) -> tuple[Tensor, int]:
+        """Images, the same for equal seeds whatever the batch size.
+
+        Args:
+            count: images.
+            seed: of the noise.
+            sampler, steps: see `sample`.
+            batch_size: images at a time.
+            start: number of the first image.
+
+        Returns:
+            Images [count, C, H, W] on the CPU, in [-1, 1], and the network's evaluations per image.
+        """
+        device = next(self.unet.parameters()).device
+        images, evaluations = [], 0
+        for first in range(start, start + count, batch_size):
+            numbers = list(range(first, min(first + batch_size, start + count)))
+            noise = starting_noise(self.image_shape, seed, numbers).to(device)
+            denoise = self.denoiser(torch.tensor(numbers, device=device))
+            drawn, evaluations = sample(denoise, noise, sampler, steps, self.sigma_min, self.sigma_max)
+            images.append(self.finish(drawn).cpu())
+        return torch.cat(images), evaluations * self.calls
 
 
 def ddpm_denoiser(predict: Callable[[Tensor, Tensor], Tensor], betas: Tensor) -> tuple[Denoiser, float, float]:

@@ -14,6 +14,7 @@ from mmskip.train.cli import told as own_message
 COMMANDS = {
     "ego4d": ("mmskip.train.evaluation.ego4d", "streaming narration: LM-PPL, LM-Correctness, TimeDiff, Fluency"),
     "masking": ("mmskip.train.evaluation.masking", "which way of leaving pixels out suits an image classifier"),
+    "fid": ("mmskip.train.evaluation.fid", "generated images: Frechet distance, KID, precision and recall"),
     "coin": ("mmskip.train.evaluation.coin", "COIN: step, task, next, procedure and procedure+ accuracy"),
 }
 USAGE = """\

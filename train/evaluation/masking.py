@@ -1,17 +1,16 @@
 """`python evaluate.py masking`: which way of leaving pixels out suits a classifier?"""
 
 import argparse
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmskip.datasets.images import ImageSet, batch_of, open_images
 from mmskip.files import write_json, write_text
+from mmskip.train.evaluation.own import call_function
 from mmskip.train.metrics.missingness import MASKINGS, ORDERS, Normalised, measure, table
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -129,15 +128,7 @@ def load_model(arguments: argparse.Namespace) -> Loaded:
 
 
 def _from_file(path: Path, function: str) -> Loaded:
-    if not path.is_file() or not function:
-        raise ValueError(f"{path}:{function} names no function; expected FILE.py:FUNCTION.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, function):
-        raise ValueError(f"{path} has no function {function!r}.")
-    result = getattr(module, function)()
+    result = call_function(path, function)
     if not isinstance(result, Loaded):
         raise ValueError(f"{path}:{function} returned {type(result).__name__}; expected mmskip...masking.Loaded.")
     return result
