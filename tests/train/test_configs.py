@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from chat_data import SMALL, TINY_VLM
+from drawing import UNET_OPTIONS
 from narration_data import LLAMA
 from trained_runs import coin_set
 
@@ -50,6 +51,8 @@ def tiny(recipe: str, root: Path) -> list[str]:
             "--trainer.accelerator=cpu",
             "--trainer.enable_progress_bar=false",
         ]
+    if config["model"]["class_path"].endswith("Diffusion"):
+        return UNET_OPTIONS
     overrides = [
         f"--model.llm={json.dumps(LLAMA)}",
         "--model.max_new_tokens=4",
@@ -98,7 +101,8 @@ def test_recipe_runs(recipe, small_set, tmp_path, monkeypatch, capsys):
     shutil.copytree(small_set, root)
     main(["--config", recipe, *tiny(recipe, root)])
     printed = capsys.readouterr().out
-    assert ("answer acc." if recipe.startswith("vlm") else "majority baseline") in printed
+    told = {"vlm": "answer acc.", "ski": "baseline: pixels' spread"}
+    assert told.get(recipe[:3], "majority baseline") in printed
     assert "this model" in printed
 
 

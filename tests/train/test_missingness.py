@@ -1,5 +1,6 @@
 """The missingness report and `evaluate.py masking`."""
 
+import gzip
 import json
 import math
 
@@ -9,7 +10,7 @@ import torch
 from cnn_zoo import shake
 from torch import nn
 
-from mmskip.datasets.images import embedded_images, open_images
+from mmskip.datasets.images import ImageData, embedded_images, open_images
 from mmskip.train.evaluation.commands import main
 from mmskip.train.evaluation.masking import default_patch
 from mmskip.train.metrics.missingness import (
@@ -140,11 +141,36 @@ def test_sources_of_images(tmp_path):
     assert listed.labels == [3] and listed.class_names[3] == "cat"
     assert (arrays.read(0) == pixels).all()
     assert cifar.labels == [7] and cifar.read(0).shape == (32, 32, 3)
+    (tmp_path / "mnist").mkdir()
+    (tmp_path / "mnist/t10k-images-idx3-ubyte").write_bytes(
+        bytes([0, 0, 8, 3, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 2, 9, 8, 7, 6])
+    )
+    (tmp_path / "mnist/t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 1, 4])))
+    digits = open_images(tmp_path / "mnist")
+    assert digits.labels == [4] and digits.read(0)[..., 2].tolist() == [[9, 8], [7, 6]]
+    with pytest.raises(ValueError, match="has no train-images-idx3-ubyte"):
+        open_images(tmp_path / "mnist", "train")
+    (tmp_path / "mnist/t10k-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 2, 9]))
+    with pytest.raises(ValueError, match="is cut short"):
+        open_images(tmp_path / "mnist")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="neither a folder nor"):
         open_images(tmp_path / "none")
     with pytest.raises(ValueError, match="unpickling runs code"):
         open_images(tmp_path / "empty")
+
+
+def test_images_for_diffusion_are_signed_and_may_be_grey_or_enlarged():
+    for channels in (1, 3):
+        data = ImageData(
+            image_size=32, generated_size=16, signed=True, channels=channels, train_count=6, val_count=6, batch_size=6
+        )
+        data.setup()
+        (batch,) = data.val_dataloader()
+        assert batch["image"].shape == (6, channels, 32, 32) and data.sets["val"].read(0).shape == (16, 16, 3)
+        assert -1 <= batch["image"].min() < -0.3 and batch["image"].max() <= 1
+    with pytest.raises(ValueError, match="channels is 2"):
+        ImageData(channels=2)
 
 
 def test_patches_divide_the_image():
