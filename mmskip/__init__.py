@@ -1,12 +1,14 @@
 """mmskip: a dial on depth for multimodal models.
 
 Verbs change a model in place (`apply_`, `remove_`, `load_`); functions do not (`trace`, `cost`, `save`,
-`applied`, `masked`). A method is described by a frozen config such as `MoDConfig`.
+`applied`, `masked`, `importance`). A method is described by a frozen config such as `MoDConfig`.
 """
 
 from mmskip.cost import Cost, cost
+from mmskip.importance import ImportanceTable, importance
 from mmskip.methods.freeu import FreeUConfig
 from mmskip.methods.layer_mask import LayerMaskConfig, masked
+from mmskip.methods.layer_plan import LayerPlanConfig
 from mmskip.methods.mod import MoDConfig
 from mmskip.methods.skip_scale import SkipScaleConfig, skip_norms
 from mmskip.methods.step_cache import StepCacheConfig
@@ -21,7 +23,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Cost",
     "FreeUConfig",
+    "ImportanceTable",
     "LayerMaskConfig",
+    "LayerPlanConfig",
     "MoDConfig",
     "SkipScaleConfig",
     "StepCacheConfig",
@@ -30,6 +34,7 @@ __all__ = [
     "applied",
     "apply_",
     "cost",
+    "importance",
     "load_",
     "masked",
     "remove_",

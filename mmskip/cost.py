@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from mmskip import families
-from mmskip.trace import ForwardRecord, Trace
+from mmskip.trace import ForwardRecord, LayerRecord, Trace
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def cost(model: nn.Module, trace: Trace) -> Cost:
         raise ValueError("the trace is empty; run the model inside `with mmskip.trace(model) as trace:`.")
     view = families.find(model)
     blocks = [_BlockCost(view, index) for index in range(len(view.blocks))]
-    head = _head_flops(view)
+    head = view.head_flops()
     flops = dense = 0.0
     activations = dense_activations = 0
     for forward in trace.forwards:
@@ -83,22 +83,28 @@ class _BlockCost:
         self.pair = 4.0 * view.attention_width(index)
         self.router = 2.0 * sum(p.numel() for p in view.router_parameters(index))
         item = view.item_bytes(index)
+        self.view, self.index = view, index
         self.activation = item * sum(count * (rows + columns) for rows, columns, count in products)
+
+    def planned(self, layer: LayerRecord) -> float:
+        """FLOPs of a block that a plan runs in parts: what is neither attention nor MLP goes with every visit."""
+        parts = {name: self.view.block_flops(self.index, name, 0) for name in ("attn", "mlp", "fill")}
+        rest = self.linear - parts["attn"] - parts["mlp"]
+        attn = (layer.attn or 0) * (parts["attn"] + self.pair * layer.keys)
+        return attn + (layer.mlp or 0) * parts["mlp"] + layer.filled * parts["fill"] + layer.ran * rest
 
 
 def _forward_cost(blocks: list[_BlockCost], forward: ForwardRecord) -> tuple[float, float, int, int]:
     ran = full = 0.0
     kept_bytes = full_bytes = 0
     for block, layer in zip(blocks, forward.layers, strict=True):
-        ran += layer.ran * (block.linear + block.pair * layer.keys)
+        if layer.attn is None:
+            ran += layer.ran * (block.linear + block.pair * layer.keys)
+        else:
+            ran += block.planned(layer)
         full += layer.tokens * (block.linear + block.pair * layer.dense_keys)
         if layer.kept is not None:
             ran += block.router * (layer.tokens + layer.ran)
         kept_bytes += block.activation * layer.ran
         full_bytes += block.activation * layer.tokens
     return ran, full, kept_bytes, full_bytes
-
-
-def _head_flops(view: Any) -> float:
-    heads = {id(h): h for h in (m.get_output_embeddings() for m in view.generators) if h is not None}
-    return 2.0 * sum(h.weight.numel() for h in heads.values())

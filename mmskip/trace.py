@@ -27,6 +27,8 @@ class LayerRecord:
         kept: BoolTensor [B, T] on the device, True where a token was processed; None: all.
         kv_bytes: bytes of keys and values stored for this block after the forward; 0 without a cache.
         dense_kv_bytes: the same for the dense block.
+        attn, mlp: token slots that the attention and the MLP processed, where a plan runs them apart; None: `ran`.
+        filled: token slots whose keys and values alone were computed, for a block or attention that was left out.
     """
 
     site: str
@@ -37,6 +39,9 @@ class LayerRecord:
     kept: Tensor | None = None
     kv_bytes: int = 0
     dense_kv_bytes: int = 0
+    attn: int | None = None
+    mlp: int | None = None
+    filled: int = 0
 
 
 @dataclass
@@ -61,6 +66,17 @@ class ForwardRecord:
     training: bool = False
 
 
+@dataclass(frozen=True)
+class _VisitRecord:
+    """One run of a block by a plan."""
+
+    slots: int
+    attn: bool
+    mlp: bool
+    filled: bool
+    kv_bytes: int
+
+
 class Trace:
     """Records of the forwards inside `with mmskip.trace(model) as trace`."""
 
@@ -69,6 +85,7 @@ class Trace:
         self._open: ForwardRecord | None = None
         self._pending: tuple[nn.Module, Tensor, int, int] | None = None
         self._header: tuple[nn.Module, Tensor, Tensor | None] | None = None
+        self._visits: dict[int, list[_VisitRecord]] = {}
 
     @property
     def tokens(self) -> int:
@@ -102,6 +119,32 @@ def report(block: nn.Module, kept_BT: Tensor, slots: int, keys: int) -> None:
     trace = None if torch.compiler.is_compiling() else _active.get()
     if trace is not None:
         trace._pending = (block, kept_BT, slots, keys)
+
+
+def report_slot(index: int) -> None:
+    """Called by a planned block: only reported visits count for it in the forward under way."""
+    trace = None if torch.compiler.is_compiling() else _active.get()
+    if trace is not None and trace._open is not None:
+        trace._visits.setdefault(index, [])
+
+
+def report_visit(index: int, x_BTD: Tensor, attn: bool, mlp: bool, filled: bool, cache: Any, entry: int | None) -> None:
+    """Called by a planned block after a visit of block `index`, which stored in `entry` of the cache."""
+    trace = None if torch.compiler.is_compiling() else _active.get()
+    if trace is None or trace._open is None:
+        return
+    layer = cache.layers[entry] if cache is not None and entry is not None and (attn or filled) else None
+    stored = 0 if layer is None else sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
+    record = _VisitRecord(x_BTD.shape[0] * x_BTD.shape[1], attn, mlp, filled, stored)
+    trace._visits.setdefault(index, []).append(record)
+
+
+def _count_visits(layer: LayerRecord, visits: list[_VisitRecord]) -> None:
+    layer.ran = sum(v.slots for v in visits if v.attn or v.mlp)
+    layer.attn = sum(v.slots for v in visits if v.attn)
+    layer.mlp = sum(v.slots for v in visits if v.mlp)
+    layer.filled = sum(v.slots for v in visits if v.filled)
+    layer.kv_bytes = sum(v.kv_bytes for v in visits)
 
 
 @contextmanager
@@ -151,8 +194,11 @@ def _close_forward(trace: Trace) -> Any:
         if trace._open is not None:
             if trace._header is not None and trace._header[0] is root:
                 _, trace._open.layout, trace._open.real = trace._header
+            for index, visits in trace._visits.items():
+                _count_visits(trace._open.layers[index], visits)
             trace.forwards.append(trace._open)
         trace._open = trace._header = trace._pending = None
+        trace._visits = {}
 
     return hook
 

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,38 @@ from mmskip.swap import Change
 STATE = "state"
 """Kind of a block that carries a state from token to token (state space, linear attention, convolution) or has no
 attention at all: it sees every token, so token routing leaves it dense."""
+PHASES = ("both", "prefill", "decode")
 _FAMILIES = ("hf_decoder", "hf_vlm")
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One run of a block in a plan.
+
+    Attributes:
+        block: its index.
+        attn, mlp: whether its attention and its MLP run.
+    """
+
+    block: int
+    attn: bool = True
+    mlp: bool = True
+
+
+@dataclass(frozen=True)
+class DepthPlan:
+    """Which blocks run, in which order.
+
+    Attributes:
+        visits: in the order they run.
+        phase: `both`, `prefill` (tokens of the prompt) or `decode` (tokens after it); in the other phase the model
+            runs as it was.
+        fill: whether keys and values are stored for blocks and attentions that are left out.
+    """
+
+    visits: tuple[Visit, ...]
+    phase: str = "both"
+    fill: bool = False
 
 
 class View(Protocol):
@@ -72,6 +104,28 @@ class TokenView(View, Protocol):
     def probe_changes(self, index: int, which: str) -> list[Change]:
         """The changes by which a block scores the tokens of every call by the attention that text pays to them: [B, T]
         in `TokenGroups.shared[ATTENTION_SCORES]`. `which` as in `mmskip.routers.ranking_queries`."""
+
+
+class PlanView(View, Protocol):
+    """A model whose blocks can run by a plan."""
+
+    blocks: tuple[nn.Module, ...]
+
+    def attention_types(self) -> tuple[str, ...]:
+        """The kind of attention of each block, or `STATE`."""
+
+    def plan_changes(self, plan: DepthPlan) -> list[Change]:
+        """The changes by which the blocks run as `plan` says.
+
+        Raises:
+            ValueError: the model cannot run this plan exactly.
+        """
+
+    def block_flops(self, index: int, part: str, keys: int) -> float:
+        """FLOPs per token of `"attn"`, `"mlp"`, `"fill"` (keys and values alone) or `"block"` with so many keys."""
+
+    def head_flops(self) -> float:
+        """FLOPs of the output head per token."""
 
 
 def find(model: nn.Module, among: Sequence[str] = _FAMILIES) -> Any:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmskip.families import STATE, TokenPolicy
+from mmskip.families import STATE, DepthPlan, TokenPolicy
 from mmskip.families.hf_blocks import attention_of, is_stack, kinds, unfit, windows, without_attention
+from mmskip.families.hf_plan import output_projection, parts_of, plan_changes
 from mmskip.families.hf_probe import own_attention, own_config, probe_changes
 from mmskip.families.hf_prompt import LayoutGenerator
 from mmskip.families.hf_stream import StreamCache
@@ -69,8 +70,11 @@ class DecoderView:
         Raises:
             ValueError: the block has expert weights whose use per token the config does not tell.
         """
+        return self._products(self.blocks[index])
+
+    def _products(self, whole: nn.Module) -> list[tuple[int, int, int]]:
         products = []
-        for module in self.blocks[index].modules():
+        for module in whole.modules():
             weight = getattr(module, "weight", None)
             if isinstance(module, nn.Linear):
                 # not the shape of the weight, which quantization packs
@@ -101,6 +105,22 @@ class DecoderView:
         value = getattr(attention, "v_head_dim", head)
         return int((key + value) * config.num_attention_heads) // 2
 
+    def block_flops(self, index: int, part: str, keys: int) -> float:
+        """FLOPs per token of `"attn"`, `"mlp"`, `"fill"` (what stores keys and values: all of the attention before its
+        scores) or `"block"`, with so many keys."""
+        attention, mlp = parts_of(self.blocks[index])
+        pairs = 4.0 * self.attention_width(index) * keys
+        modules = {"block": self.blocks[index], "attn": attention, "fill": attention, "mlp": mlp}
+        linear = 0 if modules[part] is None else _flops(self._products(modules[part]))
+        if part == "fill" and attention is not None:
+            linear -= _flops(self._products(output_projection(attention)))
+        return linear + (pairs if part in ("block", "attn") else 0.0)
+
+    def head_flops(self) -> float:
+        """FLOPs of the output heads per token."""
+        heads = {id(h): h for h in (m.get_output_embeddings() for m in self.generators) if h is not None}  # type: ignore[operator]
+        return 2.0 * sum(h.weight.numel() for h in heads.values())
+
     def item_bytes(self, index: int) -> int:
         """Bytes of one number of the hidden states."""
         return next(p.element_size() for p in self.blocks[index].parameters() if p.is_floating_point())
@@ -118,10 +138,15 @@ class DecoderView:
             return length, 0, 0
         if isinstance(cache, StreamCache):
             return cache.use(index)
-        total, window = cache.get_seq_length(index), self.windows[index]
+        same = [i for i, kind in enumerate(self.kinds) if kind == self.kinds[index] and i < len(cache.layers)]
+        held = [i for i in same if getattr(cache.layers[i], "keys", None) is not None]
+        if not held:
+            return 0, 0, 0
+        # a plan leaves some entries short or empty: a dense block would store what another of its kind does
+        total, window = max(int(cache.get_seq_length(i)) for i in held), self.windows[index]
+        entry = cache.layers[index if index in held else held[0]]
         past = total - length if window is None else min(total - length, window - 1)
         stored = total if window is None else min(total, window - 1)
-        entry = cache.layers[index]
         per_slot = (entry.keys[:, :, :1].numel() + entry.values[:, :, :1].numel()) * entry.keys.element_size()
         return past + length, per_slot * entry.keys.shape[-2], per_slot * stored
 
@@ -164,9 +189,21 @@ class DecoderView:
             changes += [Change("generate", module, LayoutGenerator, self.root) for module in self.generators]
         return changes
 
+    def plan_changes(self, plan: DepthPlan) -> list[Change]:
+        """The changes by which the blocks run as `plan` says.
+
+        Raises:
+            ValueError: the model cannot run this plan exactly.
+        """
+        return plan_changes(self, plan)
+
     def probe_changes(self, index: int, which: str) -> list[Change]:
         """The changes by which a block scores the tokens of every call by the attention that text pays to them."""
         return probe_changes(self.blocks[index], self.config, which, self.site(index))
+
+
+def _flops(products: list[tuple[int, int, int]]) -> float:
+    return 2.0 * sum(count * rows * columns for rows, columns, count in products)
 
 
 def match(model: nn.Module, causal: bool = True) -> tuple[DecoderView | None, str]:

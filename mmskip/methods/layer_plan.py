@@ -1,0 +1,306 @@
+"""Layer plans: blocks of a pretrained decoder left out, repeated, reordered, or run without attention or MLP.
+
+Unified Layer Skipping (arXiv 2404.06954) keeps evenly spaced blocks while decoding; LLM-Drop (arXiv 2406.15786) leaves
+out the blocks, attentions or MLPs that change their input least; CoLa (arXiv 2507.07996) runs any path of blocks.
+"""
+
+import logging
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from torch import nn
+
+from mmskip import families
+from mmskip.config import MethodConfig, check_choice, check_count
+from mmskip.families import PHASES, DepthPlan, PlanView, Visit
+from mmskip.importance import ImportanceTable, fingerprint
+from mmskip.registry import register
+from mmskip.swap import Change
+
+KV = ("compact", "fill")
+RULES = (None, "unified", "random")
+MODES = ("released", "balanced")
+KINDS = ("block", "attn", "mlp", "joint")
+CONTEXT = 256
+"""Tokens attended to where the counted speed-up of decoding is told without a length."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LayerPlanConfig(MethodConfig):
+    """A static plan of which blocks run, and in which order.
+
+    The default is the identity. `LayerPlanConfig.unified`, `.random`, `.llm_drop` and `.cola` make the plans of the
+    literature.
+
+    Args:
+        drop: indices of blocks that are left out.
+        drop_attn, drop_mlp: indices of blocks that run without their attention, or without their MLP.
+        order: block indices in the order of their visits, which may repeat: `(0, 1, 2, 1, 2, 3)`. Blocks that do not
+            stand there are left out. None: every block once.
+        kv: `"compact"`: what is left out stores no keys and values; `"fill"`: it computes and stores those of every
+            token, so that all cache entries have one length and the phases may differ from turn to turn.
+        phase: where the plan holds: `"both"`, `"prefill"` (the prompt) or `"decode"` (tokens after it); in the other
+            phase the model runs as it was. Inside `generate` the prompt is what it was given; elsewhere a call of one
+            token onto a filled cache decodes (see `mmskip.families.hf_plan.decode_from`). With `"decode"` and
+            `"compact"` a cache serves one prompt: a second prompt on it is refused.
+        layers: number of blocks the indices were made for; None: not checked.
+        made_for: the architecture they were made for, as an importance table names it; None: not checked.
+        rule: `"unified"` or `"random"`: the blocks are chosen when the model is known; the fields below are theirs.
+        speedup: of `"unified"`, > 1.
+        mode: of `"unified"`: `"released"`, the rule of the released code, or `"balanced"`, the number of evenly spaced
+            blocks whose counted decoding speed-up, output head included, is nearest to `speedup`.
+        count: of `"random"`: blocks to be left out. The first block always stays.
+        seed: of `"random"`.
+    """
+
+    drop: Sequence[int] = ()
+    drop_attn: Sequence[int] = ()
+    drop_mlp: Sequence[int] = ()
+    order: Sequence[int] | None = None
+    kv: str = "compact"
+    phase: str = "both"
+    layers: int | None = None
+    made_for: str | None = None
+    rule: str | None = None
+    speedup: float | None = None
+    mode: str = "released"
+    count: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("drop", "drop_attn", "drop_mlp", "order"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _indices(name, getattr(self, name), name == "order"))
+        for name, choices in (("kv", KV), ("phase", PHASES), ("rule", RULES), ("mode", MODES)):
+            check_choice(name, getattr(self, name), choices)
+        if self.layers is not None:
+            check_count("layers", self.layers)
+        check_count("count", self.count)
+        check_count("seed", self.seed)
+        if self.order is not None and not self.order:
+            raise ValueError("order is empty; a plan needs at least one block.")
+        if self.order is not None and set(self.order) & set(self.drop):
+            raise ValueError(
+                f"order holds {sorted(set(self.order) & set(self.drop))}, which drop leaves out; name them in one."
+            )
+        if (self.rule == "unified") != (self.speedup is not None):
+            raise ValueError(f"speedup is {self.speedup!r} with rule={self.rule!r}; they go together.")
+        if self.speedup is not None and not self.speedup > 1:
+            raise ValueError(f"speedup is {self.speedup!r}; expected a number > 1.")
+        if self.rule is not None and (self.drop or self.order is not None):
+            raise ValueError(f"rule={self.rule!r} chooses the blocks; leave drop and order out.")
+
+    @classmethod
+    def unified(cls, speedup: float, mode: str = "released", phase: str = "decode", kv: str = "compact") -> Self:
+        """Unified Layer Skipping: the prompt runs all blocks, decoding evenly spaced ones."""
+        return cls(rule="unified", speedup=speedup, mode=mode, phase=phase, kv=kv)
+
+    @classmethod
+    def random(cls, n: int, seed: int = 0, phase: str = "both", kv: str = "compact") -> Self:
+        """The control: `n` blocks drawn at random are left out; the first one stays."""
+        return cls(rule="random", count=n, seed=seed, phase=phase, kv=kv)
+
+    @classmethod
+    def cola(cls, path: Sequence[int], layers: int | None = None) -> Self:
+        """Chain of layers: the blocks of a path, in its order. A path chosen with the answer known is an oracle."""
+        return cls(order=tuple(path), layers=layers)
+
+    @classmethod
+    def llm_drop(
+        cls, table: ImportanceTable, n: int, kind: str = "block", phase: str = "both", kv: str = "compact"
+    ) -> Self:
+        """LLM-Drop: the `n` blocks, attentions or MLPs whose output is most like their input are left out.
+
+        Args:
+            table: of `mmskip.importance(model, data)`.
+            n: how many; with `"joint"` attentions and MLPs are sorted together.
+            kind: `"block"`, `"attn"`, `"mlp"` or `"joint"`.
+
+        Raises:
+            ValueError: n out of range.
+        """
+        check_choice("kind", kind, KINDS)
+        check_count("n", n)
+        columns = {"block": ("drop_block",), "joint": ("drop_attn", "drop_mlp")}.get(kind, (f"drop_{kind}",))
+        scored = [
+            (value, column.removeprefix("drop_"), index)
+            for column in columns
+            for index, value in enumerate(table.columns[column])
+            if value is not None
+        ]
+        if (n >= len(scored) and kind == "block") or n > len(scored):
+            raise ValueError(f"n is {n}; this table can leave out fewer than {len(scored)} of kind {kind!r}.")
+        best = sorted(scored, key=lambda item: (-item[0], -item[2]))[:n]
+        chosen = {part: tuple(sorted(i for _, p, i in best if p == part)) for part in ("block", "attn", "mlp")}
+        return cls(
+            drop=chosen["block"],
+            drop_attn=chosen["attn"],
+            drop_mlp=chosen["mlp"],
+            phase=phase,
+            kv=kv,
+            layers=table.layers,
+            made_for=table.model,
+        )
+
+
+def _indices(name: str, values: Any, repeats: bool) -> tuple[int, ...]:
+    values = tuple(values)
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name} holds {value!r}; expected block indices >= 0.")
+    if not repeats and len(set(values)) != len(values):
+        raise ValueError(f"{name} is {list(values)}; each index may stand there once.")
+    return values if repeats else tuple(sorted(values))
+
+
+def unified_released(layers: int, speedup: float) -> tuple[int, ...]:
+    """The blocks that the released code of Unified Layer Skipping keeps.
+
+    Raises:
+        ValueError: fewer than two blocks would be left (the released rule divides by zero).
+    """
+    kept = int(layers / speedup)
+    if kept < 2:
+        raise ValueError(
+            f"speedup {speedup} leaves {kept} of {layers} blocks; the released rule needs two, a speedup of at most "
+            f"{layers / 2}."
+        )
+    interval = int(layers / (kept - 1))
+    inner = [index for index in range(1, layers - 1) if index % interval == 0][: kept - 2]
+    return tuple(sorted({0, layers - 1, *inner}))
+
+
+def evenly(layers: int, kept: int) -> tuple[int, ...]:
+    """`kept` evenly spaced blocks, the first and the last among them."""
+    return tuple(round(i * (layers - 1) / (kept - 1)) for i in range(kept))
+
+
+def decode_flops(view: PlanView, visits: Sequence[Visit], fill: bool = False, keys: int = CONTEXT) -> float:
+    """FLOPs of decoding one token by a plan with so many keys, output head included."""
+    total = view.head_flops()
+    for visit in visits:
+        parts = [part for part in ("attn", "mlp") if not getattr(visit, part)]
+        total += view.block_flops(visit.block, "block", keys)
+        total -= sum(view.block_flops(visit.block, part, keys) for part in parts)
+        total += view.block_flops(visit.block, "fill", keys) if fill and not visit.attn else 0.0
+    left_out = set(range(len(view.blocks))) - {visit.block for visit in visits}
+    return total + (sum(view.block_flops(i, "fill", keys) for i in left_out) if fill else 0.0)
+
+
+def _full(view: PlanView) -> list[Visit]:
+    return [Visit(index) for index in range(len(view.blocks))]
+
+
+def _balanced(view: PlanView, speedup: float, fill: bool) -> tuple[int, ...]:
+    dense, count = decode_flops(view, _full(view)), len(view.blocks)
+    plans = [evenly(count, kept) for kept in range(2, count + 1)]
+    gains = [dense / decode_flops(view, [Visit(i) for i in plan], fill) for plan in plans]
+    return plans[min(range(len(plans)), key=lambda i: abs(gains[i] - speedup))]
+
+
+def resolve(config: LayerPlanConfig, view: PlanView) -> DepthPlan:
+    """The plan of a config for a model.
+
+    Raises:
+        ValueError: the config does not fit the model.
+    """
+    count, fill = len(view.blocks), config.kv == "fill"
+    if config.layers not in (None, count):
+        raise ValueError(f"the plan was made for {config.layers} blocks; this model has {count}.")
+    if config.made_for not in (None, fingerprint(view)):
+        raise ValueError(
+            f"the plan was made from the importance of another model ({config.made_for}); this one is "
+            f"{fingerprint(view)}. Run mmskip.importance on it."
+        )
+    named = {*config.drop, *config.drop_attn, *config.drop_mlp, *(config.order or ())}
+    if named and max(named) >= count:
+        raise ValueError(f"the plan names block {max(named)}; the model has {count} blocks, 0 to {count - 1}.")
+    order: Sequence[int] = range(count) if config.order is None else config.order
+    if config.rule == "unified":
+        assert config.speedup is not None
+        released = config.mode == "released"
+        order = unified_released(count, config.speedup) if released else _balanced(view, config.speedup, fill)
+    elif config.rule == "random":
+        if config.count >= count:
+            raise ValueError(f"count is {config.count}; a model of {count} blocks can leave out {count - 1} at most.")
+        dropped = random.Random(config.seed).sample(range(1, count), config.count)
+        order = [index for index in range(count) if index not in dropped]
+    visits = tuple(
+        Visit(index, index not in config.drop_attn, index not in config.drop_mlp)
+        for index in order
+        if index not in config.drop
+    )
+    if not any(visit.attn or visit.mlp for visit in visits):
+        raise ValueError("the plan leaves nothing to run; keep at least one block.")
+    return DepthPlan(visits, config.phase, fill)
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What a plan means for a model.
+
+    Attributes:
+        order: indices of the blocks in the order of their visits.
+        speedup: counted speed-up of decoding one token at `CONTEXT` tokens, output head included.
+        asked: what a `unified` config asks for, or None.
+        reachable: for `unified`, the counted speed-ups next below and above `asked` that evenly spaced blocks reach.
+    """
+
+    order: tuple[int, ...]
+    speedup: float
+    asked: float | None = None
+    reachable: tuple[float, ...] = ()
+
+    def __str__(self) -> str:
+        text = f"runs blocks {list(self.order)}; counted speed-up of decoding {self.speedup:.3f}"
+        if self.asked is None:
+            return text
+        near = " and ".join(f"{value:.3f}" for value in self.reachable)
+        return f"{text}, asked for {self.asked}; nearest reachable with evenly spaced blocks: {near}"
+
+
+def report(model: nn.Module, config: LayerPlanConfig) -> PlanReport:
+    """What `config` would run on `model`, and its counted speed-up of decoding. `print` it.
+
+    Raises:
+        ValueError: the config does not fit the model.
+    """
+    return _report(config, families.find(model, ("hf_decoder", "hf_vlm")))
+
+
+def _report(config: LayerPlanConfig, view: PlanView) -> PlanReport:
+    plan = resolve(config, view)
+    dense = decode_flops(view, _full(view))
+    order = tuple(visit.block for visit in plan.visits)
+    gain = 1.0 if plan.phase == "prefill" else dense / decode_flops(view, plan.visits, plan.fill)
+    if config.speedup is None:
+        return PlanReport(order, gain)
+    count = len(view.blocks)
+    gains = sorted(
+        dense / decode_flops(view, [Visit(i) for i in evenly(count, kept)], plan.fill) for kept in range(2, count + 1)
+    )
+    below = [value for value in gains if value <= config.speedup][-1:]
+    above = [value for value in gains if value > config.speedup][:1]
+    return PlanReport(order, gain, config.speedup, tuple(below + above))
+
+
+@register(LayerPlanConfig, "hf_vlm")
+@register(LayerPlanConfig, "hf_decoder")
+def plan_decoder(config: LayerPlanConfig, view: PlanView) -> list[Change]:
+    """The changes by which a decoder runs by a plan."""
+    changes = view.plan_changes(resolve(config, view))
+    if config.rule == "unified":
+        _log.info("%s", _report(config, view))
+    return changes
+
+
+def export(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+    """Write a model with a plan of whole blocks as a stock checkpoint, see `mmskip.families.hf_plan_export.export`."""
+    from mmskip.families.hf_plan_export import export as write
+
+    return write(model, folder)
