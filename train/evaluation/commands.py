@@ -16,6 +16,7 @@ COMMANDS = {
     "masking": ("mmskip.train.evaluation.masking", "which way of leaving pixels out suits an image classifier"),
     "fid": ("mmskip.train.evaluation.fid", "generated images: Frechet distance, KID, precision and recall"),
     "coin": ("mmskip.train.evaluation.coin", "COIN: step, task, next, procedure and procedure+ accuracy"),
+    "coco": ("mmskip.train.evaluation.coco", "BLEU, ROUGE-L and CIDEr of a COCO result file (METEOR, SPICE with Java)"),
 }
 USAGE = """\
 usage: python evaluate.py COMMAND --checkpoint RUN [--KEY VALUE ...]

@@ -18,7 +18,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -76,8 +76,8 @@ class DocumentFrequency:
 
 
 def score_captions(
-    captions: Mapping[Hashable, str],
-    references: Mapping[Hashable, Sequence[str]],
+    captions: Mapping[Any, str],
+    references: Mapping[Any, Sequence[str]],
     frequency: DocumentFrequency | None = None,
 ) -> CaptionScores:
     """BLEU-1..4, ROUGE-L and CIDEr-D of one caption per image.
@@ -263,7 +263,7 @@ def check_java(name: str) -> None:
 
 
 def java_score(
-    name: str, captions: Mapping[Hashable, str], references: Mapping[Hashable, Sequence[str]]
+    name: str, captions: Mapping[Any, str], references: Mapping[Any, Sequence[str]]
 ) -> tuple[float, dict[Any, float]]:
     """METEOR or SPICE of the set, and of each image. (SPICE's own package fetches its parser on the first call.)
 
