@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from mmskip.ops.masked import Mask, MaskedTensor, MaskRules, wrap
@@ -52,7 +53,9 @@ class KeepMask:
         # a mask in the autograd graph is fitted anew, so that two backward passes do not share a graph
         if self.m.requires_grad:
             return Mask(self._resized(x_BCHW), rules)
-        key = (tuple(x_BCHW.shape[-2:]), x_BCHW.shape[0], x_BCHW.dtype == torch.float64, rules)
+        # what is made in inference mode cannot serve a backward pass later
+        inference = torch.is_inference_mode_enabled()
+        key = (tuple(x_BCHW.shape[-2:]), x_BCHW.shape[0], x_BCHW.dtype == torch.float64, rules, inference)
         if key not in self._fitted:
             self._fitted[key] = Mask(self._resized(x_BCHW), rules)
         return self._fitted[key]
@@ -119,14 +122,28 @@ def enter(root: nn.Module, call: Any, args: tuple[Any, ...], kwargs: dict[str, A
     # what the mask hides may hold anything, NaN too; no value of it goes further
     start = wrap(torch.where(mask.m > 0, image, 0), mask)
     args = tuple(start if v is image else v for v in args)
-    return _run(call, args, {k: start if v is image else v for k, v in kwargs.items()})
+    plain = torch.contiguous_format if image.is_contiguous() else torch.preserve_format
+    return _run(call, args, {k: start if v is image else v for k, v in kwargs.items()}, plain)
 
 
 @torch.compiler.disable
-def _run(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    result = call(*args, **kwargs)
+def _run(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], layout: torch.memory_format) -> Any:
+    with _AnyLayout():
+        result = call(*args, **kwargs)
     with torch._C.DisableTorchFunctionSubclass():
-        return tree_map_only(MaskedTensor, lambda x: zeroed(settled(x)), result)
+        result = tree_map_only(MaskedTensor, lambda x: zeroed(settled(x)), result)
+        if layout == torch.preserve_format:
+            return result
+        return tree_map_only(Tensor, lambda x: x.contiguous(memory_format=layout), result)
+
+
+class _AnyLayout(TorchFunctionMode):
+    """Networks may ask for views that only the layout of their own image has."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.view and not any(isinstance(a, torch.dtype) for a in args[1:]):
+            func = Tensor.reshape
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from mmskip import families
 from mmskip.families.timm_cnn import KeepMask, active
-from mmskip.ops.masked.state import Mask, MaskRules, Window, box_sum
+from mmskip.ops.masked.fills import filled
+from mmskip.ops.masked.state import Mask, MaskRules, Window
 from mmskip.registry import applied, register
 from mmskip.swap import Change, check_swappable, swap, unswap
 
@@ -105,13 +106,9 @@ class LayerMaskRules:
         """x m, with the neighbours' mean where m = 0 under neighbour padding. [B, C, H, W]."""
         if not window.reach:
             return x
-        x = x * mask.to(x.dtype)
-        if self.config.padding != "neighbour":
-            return x
         steps = window.reach if self.config.iterations is None else self.config.iterations
-        for weight in mask.fills(steps, x.dtype):
-            x = torch.addcmul(x, box_sum(x if self.config.fill_gradient else x.detach()), weight)
-        return x
+        steps = steps if self.config.padding == "neighbour" else 0
+        return filled(x, mask, steps, window.reach, not self.config.soft, self.config.fill_gradient)
 
     def conv_output(self, y: Tensor, mask: Mask, window: Window, bias: Tensor | None) -> Tensor:
         """Partial convolution's scale; the output of the other paddings stays as it is. [B, C', H', W']."""

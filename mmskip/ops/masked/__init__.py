@@ -1,6 +1,6 @@
 """Activations that carry a keep mask through a network: the tensor subclass and its rules per kind of operation."""
 
-from mmskip.ops.masked import convs, norms, pointwise, pools, shapes
+from mmskip.ops.masked import convs, fills, norms, pointwise, pools, shapes
 from mmskip.ops.masked.state import Mask, MaskRules
 from mmskip.ops.masked.tensor import MaskedTensor, UnmaskableOperation, unwrap, wrap
 
@@ -10,6 +10,7 @@ __all__ = [
     "MaskedTensor",
     "UnmaskableOperation",
     "convs",
+    "fills",
     "norms",
     "pointwise",
     "pools",

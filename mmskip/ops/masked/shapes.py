@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmskip.ops.masked.state import Mask, Window, merged
-from mmskip.ops.masked.tensor import NCHW, MaskedTensor, named, need, rule, settled, shaped, unwrap, wrap
+from mmskip.ops.masked.tensor import NCHW, MaskedTensor, named, need, rule, settled, shaped, unwrap, wrap, zeroed
 
 
 def _sizes(args: tuple[Any, ...]) -> tuple[int, ...]:
@@ -104,7 +104,7 @@ def flattened(x: MaskedTensor) -> Tensor:
     """[B, C * H * W] for a linear head. Such a head is a convolution with a window of the whole map, so the method
     prepares its input alike; nothing is masked afterwards."""
     h, w = x.mask.size
-    data = x.mask.rules.conv_input(unwrap(x), x.mask, Window((h, w)))
+    data = x.mask.rules.conv_input(zeroed(x), x.mask, Window((h, w)))
     y = data.flatten(1)
     share = x.mask.rules.conv_output(torch.ones_like(y[:, :, None, None]), x.mask, Window((h, w)), None)
     return y * share.flatten(1)

@@ -4,6 +4,7 @@ Shapes: B samples, C channels, H and W positions of one resolution. A mask has o
 next to nothing beside that of the activations.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,6 +15,9 @@ from torch import Tensor
 
 EPS = 1e-5
 """Added to the number of kept neighbours, as in the paper."""
+
+LARGEST = 6e4
+"""Largest weight of a sum of neighbours: just below what half precision holds."""
 
 
 @dataclass(frozen=True)
@@ -141,9 +145,9 @@ class Mask:
             if now.full:
                 break
             seen = box_sum(now.m)
-            # no weight where nothing is in sight: half precision would make infinity of it
-            weights.append(torch.where(seen > 0, (1 - now.m) / (seen + EPS), 0))
-            now = Mask((now.m + seen).clamp(0, 1), self.rules)
+            # where nothing is in sight the sum is 0 and the weight of no matter, but half precision has no 1e5
+            weights.append(((1 - now.m) / (seen + EPS)).clamp(max=LARGEST))
+            now = Mask((now.m + seen).clamp(max=1), self.rules)
         return weights
 
     def covers(self, other: "Mask") -> bool:
@@ -156,10 +160,12 @@ class Mask:
 
 def box_sum(x: Tensor) -> Tensor:
     """The sum over each 3 x 3 neighbourhood of [B, C, H, W], zeros outside."""
-    if x.device.type == "cpu" and x.dtype == torch.float32:
-        # several times faster than the pool on a CPU
-        return F.conv2d(x, x.new_ones(x.shape[1], 1, 3, 3), padding=1, groups=x.shape[1])
-    return F.avg_pool2d(x, 3, 1, 1, divisor_override=1)
+    if x.device.type != "cpu":
+        return F.avg_pool2d(x, 3, 1, 1, divisor_override=1)
+    # many times faster than a pool or a convolution on a CPU
+    x = F.pad(x, (1, 1, 1, 1))
+    rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
+    return rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
 
 
 def merged(masks: Sequence[Mask], operation: str) -> Mask:
@@ -179,17 +185,22 @@ def merged(masks: Sequence[Mask], operation: str) -> Mask:
 
 
 def _any_kept(m: Tensor, window: Window) -> Tensor:
-    left, right, top, bottom = window.padding
-    (kh, kw), dilation = window.kernel, window.dilation
-    if window.kernel == (1, 1) and not any(window.padding):
+    if window.pointwise:
         return m[..., :: window.stride[0], :: window.stride[1]]
-    if left == right <= kw // 2 and top == bottom <= kh // 2:
-        # rows and columns one after the other: 2 k steps for k * k
-        rows = F.max_pool2d(m, (kh, 1), (window.stride[0], 1), (top, 0), (dilation[0], 1))
-        return F.max_pool2d(rows, (1, kw), (1, window.stride[1]), (0, left), (1, dilation[1]))
-    seen = F.max_pool2d(F.pad(m, window.padding), window.kernel, window.stride, 0, dilation)
-    if max(left, right) <= (kw - 1) * dilation[1] and max(top, bottom) <= (kh - 1) * dilation[0]:
+    left, right, top, bottom = window.padding
+    seen = _largest(F.pad(m, window.padding), window)
+    (kh, kw), (dh, dw) = window.kernel, window.dilation
+    if max(left, right) <= (kw - 1) * dw and max(top, bottom) <= (kh - 1) * dh:
         return seen
     # a window of padding alone holds the same in every image, so it is kept
-    inside = F.max_pool2d(F.pad(torch.ones_like(m[:1]), window.padding), window.kernel, window.stride, 0, dilation)
-    return torch.maximum(seen, 1 - inside)
+    return torch.maximum(seen, 1 - _largest(F.pad(torch.ones_like(m[:1]), window.padding), window))
+
+
+def _largest(m: Tensor, window: Window) -> Tensor:
+    """Max pool without padding, rows and columns one after the other; several times faster on a CPU than a pool."""
+    for axis, kernel, stride, dilation in zip((2, 3), window.kernel, window.stride, window.dilation, strict=True):
+        count = (m.shape[axis] - (kernel - 1) * dilation - 1) // stride + 1
+        places = torch.arange(count, device=m.device) * stride
+        parts = [m.index_select(axis, places + i * dilation) for i in range(kernel)]
+        m = functools.reduce(torch.maximum, parts)
+    return m

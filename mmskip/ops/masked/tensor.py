@@ -105,8 +105,15 @@ def zeroed(x: MaskedTensor) -> Tensor:
     """The plain activations, zero under the mask (in a border: its value)."""
     data = unwrap(x)
     if x.edge is None or x.edge[4] == 0:
-        return data * shaped(x.mask, data, x.axes)
+        m = shaped(x.mask, data, x.axes)
+        return data.mul_(m) if owned(data) else data * m
     return torch.where(shaped(x.mask, data, x.axes) > 0, data, _edge_value(x, data))
+
+
+def owned(x: Tensor) -> bool:
+    """Whether what x holds under its mask may be overwritten: no autograd graph can hold it, and no element shares
+    its memory with another."""
+    return x.is_inference() and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
 
 
 def _edge_value(x: MaskedTensor, data: Tensor) -> Tensor:
