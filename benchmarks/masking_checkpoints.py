@@ -1,15 +1,18 @@
 """The missingness report on really trained networks: which masking suits each of them?
 
-    python benchmarks/masking_checkpoints.py [--data ../shared/data] [--limit 100] [--only cifar10_resnet20 ...]
+    python benchmarks/masking_checkpoints.py [--limit 2000] [--only cifar10_resnet20 ...] [--fractions 0.3 0.5 0.7]
 
-Writes benchmarks/results/masking_checkpoints.json. Each network can also be reported on alone:
+Writes benchmarks/results/masking_checkpoints.json. Finished parts are kept in --parts, so a run that was cut off goes
+on where it stood; delete the folder after a change of the library. Each network can also be reported on alone:
 
     python evaluate.py masking --model benchmarks/masking_checkpoints.py:imagenet_mobilenetv2 \\
         --images ../shared/data/imagenet1000
 """
 
 import argparse
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,10 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from mmskip.train.evaluation.masking import Loaded, read_weights
+from mmskip.datasets.images import open_images
+from mmskip.files import write_json
+from mmskip.train.evaluation.masking import Loaded, default_patch, read_weights, sample
+from mmskip.train.metrics.missingness import MASKINGS, ORDERS, Normalised, measure, table
 
 DATA = Path(os.environ.get("MMSKIP_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 SIGNED = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -123,19 +129,35 @@ NETWORKS = {
 }
 
 
+class Parts:
+    """Finished parts of a report in a JSON file, so that a run that was cut off goes on where it stood.
+
+    Args:
+        path: the file; parts of a run with other images or settings are kept apart by its name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def __call__(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The part of this name, made and written if it is not known."""
+        if key not in self.known:
+            self.known[key] = make()
+            write_json(self.known, self.path)
+        return self.known[key]
+
+
 def main() -> None:
     """Report on every network and print one JSON line."""
     from _measure import emit
 
-    from mmskip.datasets.images import open_images
-    from mmskip.train.evaluation.masking import default_patch, sample
-    from mmskip.train.metrics.missingness import MASKINGS, ORDERS, Normalised, measure, table
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limit", type=int, default=100, help="images per network")
+    parser.add_argument("--limit", type=int, default=2000, help="images per network (default: all)")
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=["random"])
-    parser.add_argument("--fractions", type=float, nargs="+", default=[0.1, 0.3, 0.5, 0.7, 0.9])
+    parser.add_argument("--fractions", type=float, nargs="+", default=[0.3, 0.5, 0.7])
+    parser.add_argument("--parts", default="runs/masking_checkpoints", help="folder of finished parts")
     args = parser.parse_args()
     if not DATA.is_dir():
         raise SystemExit(f"there is no {DATA}; set MMSKIP_SHARED_DATA to the folder with cnn/, cifar10/, imagenet1000/")
@@ -146,7 +168,8 @@ def main() -> None:
         x, labels, objects = sample(open_images(DATA / images), loaded, args.limit, 0)
         model = Normalised(loaded.model, loaded.mean, loaded.std).eval()
         patch = default_patch(loaded.size)
-        report = measure(model, x, labels, objects, MASKINGS, args.fractions, args.orders, patch)
+        parts = Parts(Path(args.parts) / f"{name}-{len(x)}-{patch}px.json")
+        report = measure(model, x, labels, objects, MASKINGS, args.fractions, args.orders, patch, recall=parts)
         print(f"== {name}, patches of {patch} px\n{table(report)}\n", flush=True)
         results[name] = {"patch": patch, **report.to_dict()}
     emit(

@@ -3,6 +3,7 @@
 Shapes: B images, H and W pixels; masks [B, 1, H, W] with 1 = kept; images [B, 3, H, W] in [0, 1].
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import mmskip
 
 Fill = Callable[[Tensor, Tensor], Tensor]
+Recall = Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
 LAYER_MASKINGS = {
     "partial conv": mmskip.LayerMaskConfig(padding="partial"),
     "layer masking": mmskip.LayerMaskConfig(),
@@ -251,6 +253,7 @@ def measure(
     patch: int,
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
+    recall: Recall = lambda key, make: make(),
 ) -> Missingness:
     """Run the report.
 
@@ -259,6 +262,7 @@ def measure(
         x, labels: images and classes.
         objects: masks [B, 1, H, W] with 1 on the object; None: the most salient 30 % of each image stand for it.
         patch: side of the hidden patches, pixels.
+        recall: called with the name of each part and what makes it (a dict for JSON); may return an earlier result.
 
     Raises:
         ValueError: the patches do not fit the image.
@@ -276,10 +280,16 @@ def measure(
             for fraction in fractions:
                 m = patch_masks(sequence, fraction, size, patch)
                 for masking in maskings:
-                    curves[order][masking][fraction] = Answers.of(predict(model, x, m, masking), labels, whole)
+
+                    def answers(m: Tensor = m, masking: str = masking) -> dict[str, Any]:
+                        return vars(Answers.of(predict(model, x, m, masking), labels, whole))
+
+                    found = recall(f"{order}/{fraction}/{masking}", answers)
+                    curves[order][masking][fraction] = Answers(**found)
                 progress(f"{order}, {fraction:.0%} hidden")
         silhouettes = salient_regions(scores) if objects is None else objects
-        shape = {masking: shape_leak(model, x, labels, silhouettes, masking) for masking in maskings}
+        leak = functools.partial(shape_leak, model, x, labels, silhouettes)
+        shape = {masking: recall(f"shape/{masking}", functools.partial(leak, masking)) for masking in maskings}
     clean = Answers.of(whole, labels, whole)
     report = Missingness(clean, curves, shape, maskings, fractions, orders, len(x), len(set(labels.tolist())))
     if objects is None:
