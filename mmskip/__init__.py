@@ -1,7 +1,7 @@
 """mmskip: a dial on depth for multimodal models.
 
 Verbs change a model in place (`apply_`, `remove_`, `load_`); functions do not (`trace`, `cost`, `save`,
-`applied`, `masked`, `importance`). A method is described by a frozen config such as `MoDConfig`.
+`applied`, `masked`, `importance`, `generate`). A method is described by a frozen config such as `MoDConfig`.
 """
 
 from mmskip.cost import Cost, cost
@@ -10,6 +10,7 @@ from mmskip.methods.freeu import FreeUConfig
 from mmskip.methods.layer_mask import LayerMaskConfig, masked
 from mmskip.methods.layer_plan import LayerPlanConfig
 from mmskip.methods.mod import MoDConfig
+from mmskip.methods.self_speculation import SelfSpeculationConfig, generate
 from mmskip.methods.skip_scale import SkipScaleConfig, skip_norms
 from mmskip.methods.step_cache import StepCacheConfig
 from mmskip.methods.token_reduction import TokenReductionConfig
@@ -27,6 +28,7 @@ __all__ = [
     "LayerMaskConfig",
     "LayerPlanConfig",
     "MoDConfig",
+    "SelfSpeculationConfig",
     "SkipScaleConfig",
     "StepCacheConfig",
     "TokenReductionConfig",
@@ -34,6 +36,7 @@ __all__ = [
     "applied",
     "apply_",
     "cost",
+    "generate",
     "importance",
     "load_",
     "masked",

@@ -1,7 +1,8 @@
 """Families: the only code that knows a model library. Each names the sites of a model."""
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -106,6 +107,38 @@ class TokenView(View, Protocol):
         in `TokenGroups.shared[ATTENTION_SCORES]`. `which` as in `mmskip.routers.ranking_queries`."""
 
 
+class Speculator(Protocol):
+    """What a method says of drafting, and what it is told.
+
+    Attributes:
+        draft_tokens: drafts per step at most.
+        stop_below: a row drafts no further after a token of less probability.
+        window_tokens: generated tokens that sets of parts are compared on.
+        searching: whether another set should be tried.
+        window: those tokens, kept by the decoding under way.
+    """
+
+    draft_tokens: int
+    stop_below: float
+    window_tokens: int
+    window: Any
+
+    @property
+    def searching(self) -> bool: ...
+
+    def start(self, draft: Any) -> None:
+        """Put the first set of parts into `draft.attn` and `draft.mlp`."""
+
+    def timed(self, what: str) -> AbstractContextManager[None]:
+        """Adds the seconds inside to `prefill`, `draft`, `verify` or `search`."""
+
+    def count(self, drafted: int, accepted: int, rows: int) -> None:
+        """Told after each step: drafts, how many were accepted, and how many rows were decoding."""
+
+    def trial(self, draft: Any, matchness: Callable[[], float]) -> None:
+        """Change `draft` to the next set of parts, measure it, and keep the better one."""
+
+
 class PlanView(View, Protocol):
     """A model whose blocks can run by a plan."""
 
@@ -119,6 +152,16 @@ class PlanView(View, Protocol):
 
         Raises:
             ValueError: the model cannot run this plan exactly.
+        """
+
+    def draft_units(self) -> list[tuple[int | None, int | None]]:
+        """What a draft may leave out: indices of (attention, MLP), None where that runs."""
+
+    def speculation_changes(self, speculator: Speculator) -> list[Change]:
+        """The changes by which `generate` decodes by speculation.
+
+        Raises:
+            ValueError: the model cannot roll back.
         """
 
     def block_flops(self, index: int, part: str, keys: int) -> float:

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmskip.families import STATE, DepthPlan, TokenPolicy
+from mmskip.families import STATE, DepthPlan, Speculator, TokenPolicy
 from mmskip.families.hf_blocks import attention_of, is_stack, kinds, unfit, windows, without_attention
 from mmskip.families.hf_plan import output_projection, parts_of, plan_changes
 from mmskip.families.hf_probe import own_attention, own_config, probe_changes
 from mmskip.families.hf_prompt import LayoutGenerator
+from mmskip.families.hf_speculate import draft_units, speculation_changes
 from mmskip.families.hf_stream import StreamCache
 from mmskip.families.hf_subset import BlockState, LayoutRoot, RootState, SubsetBlock, check_backend
 from mmskip.swap import Change
@@ -196,6 +197,18 @@ class DecoderView:
             ValueError: the model cannot run this plan exactly.
         """
         return plan_changes(self, plan)
+
+    def draft_units(self) -> list[tuple[int | None, int | None]]:
+        """What a draft may leave out: indices of (attention, MLP), None where that runs."""
+        return draft_units(self)
+
+    def speculation_changes(self, speculator: Speculator) -> list[Change]:
+        """The changes by which `generate` decodes by speculation.
+
+        Raises:
+            ValueError: the model cannot roll back.
+        """
+        return speculation_changes(self, speculator)
 
     def probe_changes(self, index: int, which: str) -> list[Change]:
         """The changes by which a block scores the tokens of every call by the attention that text pays to them."""

@@ -374,7 +374,7 @@ def output_projection(attention: nn.Module) -> nn.Module:
     return found[0]
 
 
-def _returned(module: nn.Module) -> int:
+def returned_values(module: nn.Module) -> int:
     """How many values `forward` returns as a tuple; 0: a tensor."""
     base = type(module)
     while "_mmskip_base" in base.__dict__:
@@ -441,6 +441,6 @@ def _part_changes(view: Any, plan: DepthPlan) -> list[Change]:
                     f"{view.site(index)} ({type(view.blocks[index]).__name__}) has no single module for its "
                     f"{'attention' if name == 'attn' else 'MLP'}, so it cannot be left out alone; drop the whole block."
                 )
-            state = PartState(index, _returned(part))
+            state = PartState(index, returned_values(part))
             changes.append(Change(f"{view.site(index)}.{name}", part, PlannedPart, state))
     return changes

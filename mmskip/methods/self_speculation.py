@@ -1,0 +1,314 @@
+"""Self-speculative decoding with layers left out in the draft (SWIFT, arXiv 2410.06916): the same tokens, sooner.
+
+The model drafts on its own cache without some attentions and MLPs, verifies the drafts in one pass of all layers, and
+rolls back. Which parts are left out is searched for while decoding, on the tokens it generates.
+"""
+
+import importlib.util
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from mmskip.config import MethodConfig, check_choice, check_count, check_ratio
+from mmskip.families import PlanView
+from mmskip.methods.layer_plan import CONTEXT
+from mmskip.registry import applied, apply_, register, remove_
+from mmskip.swap import Change, states
+
+SEARCHES = (None, "random", "bayes")
+PHASES = ("prefill", "draft", "verify", "search")
+Unit = tuple[int | None, int | None]
+
+
+@dataclass(frozen=True)
+class SelfSpeculationConfig(MethodConfig):
+    """Self-speculative decoding through `model.generate(...)`: greedy output equals that of the model, sampled output
+    has its distribution.
+
+    Args:
+        skip_attn, skip_mlp: indices of blocks whose attention and whose MLP drafts leave out. None for both: the odd
+            blocks first, up to `skip_share`. The first and the last block always run.
+        draft_tokens: drafts per step at most, >= 1.
+        stop_below: a row drafts no further after a token of less probability than this, in [0, 1].
+        skip_share: of the attentions and MLPs between the first and the last block, how many a searched set leaves
+            out, in (0, 1].
+        search: None: the set stays; `"random"`: each step tries a random set; `"bayes"`: every `bayes_every`-th comes
+            from a Gaussian process by upper confidence bound (kappa 2.5), for which scikit-learn must be there (extra
+            `search`).
+        window: generated tokens the sets are compared on, >= 1. The cache in front of them is held until the search
+            ends, without being copied.
+        enough: the search ends when the best set agrees with the model on more than this share of the window.
+        patience: it ends after so many sets without a better one, >= 1.
+        max_trials: it ends after so many in all, >= 0.
+        bayes_every: every which set comes from the Gaussian process, >= 1.
+        seed: of the search.
+    """
+
+    skip_attn: Sequence[int] | None = None
+    skip_mlp: Sequence[int] | None = None
+    draft_tokens: int = 25
+    stop_below: float = 0.8
+    skip_share: float = 0.45
+    search: str | None = None
+    window: int = 32
+    enough: float = 0.93
+    patience: int = 300
+    max_trials: int = 1000
+    bayes_every: int = 25
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.skip_attn is None) != (self.skip_mlp is None):
+            raise ValueError("skip_attn and skip_mlp go together; pass () for the one that leaves nothing out.")
+        for name in ("skip_attn", "skip_mlp"):
+            if getattr(self, name) is not None:
+                values = tuple(getattr(self, name))
+                for value in values:
+                    check_count(f"{name}: index", value)
+                object.__setattr__(self, name, values)
+        check_choice("search", self.search, SEARCHES)
+        check_ratio("skip_share", self.skip_share)
+        for name in ("draft_tokens", "window", "patience", "bayes_every"):
+            check_count(name, getattr(self, name))
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is 0; expected an integer >= 1.")
+        check_count("max_trials", self.max_trials)
+        check_count("seed", self.seed)
+        for name in ("stop_below", "enough"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value!r}; expected a number in [0, 1].")
+
+
+@dataclass
+class Speculation:
+    """The state of a model that decodes by speculation, and what was measured since it began.
+
+    Attributes:
+        units: what a draft may leave out.
+        costs: share of the decoding FLOPs of the model that each unit takes.
+        seconds: by phase.
+        steps: verifications times rows; tokens: accepted drafts and one more per step; drafted, accepted: drafts.
+        best, trials, stale: share of the window that the present set gets right, sets tried, those since a better one.
+    """
+
+    config: SelfSpeculationConfig
+    units: list[Unit]
+    costs: list[float]
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("prefill", "draft", "verify", "search"), 0.0)
+    )
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    best: float | None = None
+    trials: int = 0
+    stale: int = 0
+    chosen: frozenset[int] = frozenset()
+    window: Any = None
+    tried: list[tuple[list[int], float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.draft_tokens, self.stop_below = self.config.draft_tokens, self.config.stop_below
+        self.window_tokens = self.config.window
+        self._random = random.Random(self.config.seed)
+
+    @property
+    def searching(self) -> bool:
+        """Whether another set should be tried."""
+        config = self.config
+        done = self.trials >= config.max_trials or self.stale >= config.patience
+        return config.search is not None and not done and (self.best is None or self.best <= config.enough)
+
+    @property
+    def draft_share(self) -> float:
+        """Share of the model's decoding FLOPs that a draft takes."""
+        return 1 - sum(self.costs[i] for i in self.chosen)
+
+    def start(self, draft: Any) -> None:
+        """Put the first set of parts into `draft`."""
+        self._put(draft, first_set(self.config, self.units))
+
+    def _put(self, draft: Any, chosen: frozenset[int]) -> None:
+        self.chosen = chosen
+        draft.attn = frozenset(self.units[i][0] for i in chosen if self.units[i][0] is not None)
+        draft.mlp = frozenset(self.units[i][1] for i in chosen if self.units[i][1] is not None)
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Adds the seconds inside to a phase."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - begin
+
+    def count(self, drafted: int, accepted: int, rows: int) -> None:
+        """Told after each step."""
+        self.drafted += drafted
+        self.accepted += accepted
+        self.steps += rows
+
+    def trial(self, draft: Any, matchness: Callable[[], float]) -> None:
+        """Measure the next set of parts, and keep the better one."""
+        incumbent = self.chosen
+        candidate = incumbent if self.best is None else self._propose()
+        self._put(draft, candidate)
+        found = matchness()
+        self.trials += 1
+        self.tried.append(([int(i in candidate) for i in range(len(self.units))], found))
+        if self.best is None or found > self.best:
+            self.best, self.stale = found, 0
+        else:
+            self.stale += 1
+            self._put(draft, incumbent)
+
+    def _propose(self) -> frozenset[int]:
+        size = skipped_units(self.config, len(self.units))
+        if self.config.search == "bayes" and self.trials % self.config.bayes_every == 0:
+            return gaussian_process_proposal(self.tried, size, self._random)
+        return frozenset(self._random.sample(range(len(self.units)), size))
+
+    def __str__(self) -> str:
+        tokens = self.accepted + self.steps
+        passes = self.steps + self.drafted * self.draft_share
+        ideal = tokens / passes if passes else 1.0
+        kept = self.accepted / self.drafted if self.drafted else 0.0
+        lines = [
+            f"{tokens} tokens in {self.steps} steps; {kept:.1%} of {self.drafted} drafts accepted",
+            f"a draft takes {self.draft_share:.1%} of the FLOPs of a token; attention and MLP left out: "
+            f"{sorted(self.units[i] for i in self.chosen if self.units[i][0] is not None)}, "
+            f"{[self.units[i][1] for i in sorted(self.chosen) if self.units[i][1] is not None]}",
+            f"counted speed-up where a pass costs the same for one token and for several: {ideal:.2f}"
+            + ("" if ideal > 1 else " - SLOWER than plain decoding"),
+            "seconds: " + ", ".join(f"{name} {value:.3f}" for name, value in self.seconds.items()),
+        ]
+        if self.config.search is not None:
+            lines.append(f"search: {self.trials} sets tried, best agrees on {self.best or 0:.1%} of the window")
+        return "\n".join(lines)
+
+
+def skipped_units(config: SelfSpeculationConfig, count: int) -> int:
+    """How many of `count` attentions and MLPs a searched set leaves out."""
+    return max(1, int(count * config.skip_share))
+
+
+def first_set(config: SelfSpeculationConfig, units: Sequence[Unit]) -> frozenset[int]:
+    """The set drafting begins with: that of the config, or odd blocks up to the share.
+
+    Raises:
+        ValueError: the config names a part that cannot be left out.
+    """
+    if config.skip_attn is None or config.skip_mlp is None:
+        odd = [i for i, unit in enumerate(units) if next(x for x in unit if x is not None) % 2 == 1]
+        rest = [i for i in range(len(units)) if i not in odd]
+        return frozenset((odd + rest)[: skipped_units(config, len(units))])
+    chosen = frozenset(
+        i
+        for i, (attn, mlp) in enumerate(units)
+        if (attn is None or attn in config.skip_attn) and (mlp is None or mlp in config.skip_mlp)
+    )
+    attn = {units[i][0] for i in chosen}
+    mlp = {units[i][1] for i in chosen}
+    for name, asked, found in (("skip_attn", config.skip_attn, attn), ("skip_mlp", config.skip_mlp, mlp)):
+        lacking = sorted(set(asked) - found)
+        if lacking:
+            able = sorted({x for unit in units for x in unit if x is not None})
+            raise ValueError(
+                f"{name} holds {lacking}, which drafts cannot leave out alone; the first and the last block always "
+                f"run, blocks to choose from are {able}."
+            )
+    return chosen
+
+
+def gaussian_process_proposal(
+    tried: Sequence[tuple[list[int], float]], size: int, source: random.Random, pool: int = 256, kappa: float = 2.5
+) -> frozenset[int]:
+    """The set of `size` parts with the highest upper confidence bound among random ones and neighbours of the best.
+
+    Args:
+        tried: sets as 0/1 vectors, with their scores.
+    """
+    import warnings
+
+    import numpy as np
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import Matern
+
+    count = len(tried[0][0])
+    model = GaussianProcessRegressor(kernel=Matern(nu=2.5), alpha=1e-2, normalize_y=True, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(np.array([vector for vector, _ in tried[-200:]]), np.array([score for _, score in tried[-200:]]))
+    best = max(tried, key=lambda item: item[1])[0]
+    inside, outside = [i for i in range(count) if best[i]], [i for i in range(count) if not best[i]]
+    sets = [frozenset(source.sample(range(count), size)) for _ in range(pool)]
+    if len(inside) == size and outside:
+        sets += [frozenset({*inside, source.choice(outside)} - {source.choice(inside)}) for _ in range(pool)]
+    vectors = np.array([[int(i in chosen) for i in range(count)] for chosen in sets])
+    mean, deviation = model.predict(vectors, return_std=True)
+    return sets[int(np.argmax(mean + kappa * deviation))]
+
+
+@register(SelfSpeculationConfig, "hf_decoder")
+def speculate(config: SelfSpeculationConfig, view: PlanView) -> list[Change]:
+    """The changes by which a decoder decodes by speculation."""
+    if config.search == "bayes" and importlib.util.find_spec("sklearn") is None:
+        raise ValueError("search='bayes' needs scikit-learn: pip install 'mmskip[search]', or search='random'.")
+    units, count = view.draft_units(), len(view.blocks)
+    total = view.head_flops() + sum(view.block_flops(i, "block", CONTEXT) for i in range(count))
+    costs = []
+    for attn, mlp in units:
+        if attn == mlp and attn is not None:
+            cost = view.block_flops(attn, "block", CONTEXT)
+        else:
+            parts = ((attn, "attn"), (mlp, "mlp"))
+            cost = sum(view.block_flops(index, part, CONTEXT) for index, part in parts if index is not None)
+        costs.append(cost / total)
+    return view.speculation_changes(Speculation(config, units, costs))
+
+
+def speculation(model: nn.Module) -> Speculation:
+    """What decoding by speculation measured on `model` so far; `print` it.
+
+    Raises:
+        ValueError: no SelfSpeculationConfig is applied.
+    """
+    for state in states(model):
+        found = getattr(state, "speculator", None)
+        if isinstance(found, Speculation):
+            return found
+    raise ValueError(f"no SelfSpeculationConfig is applied to this {type(model).__name__}.")
+
+
+def generate(model: Any, inputs: Tensor, config: SelfSpeculationConfig | None = None, **kwargs: Any) -> Any:
+    """`model.generate(inputs, ...)` by self-speculation, with the same results.
+
+    Args:
+        model: a transformers decoder. Where it carries a SelfSpeculationConfig, that is used; else `config` is applied
+            for this call.
+        inputs: ids [B, T].
+        config: None: the default.
+
+    Raises:
+        ValueError: the model or a setting is not served.
+    """
+    if any(isinstance(present, SelfSpeculationConfig) for present in applied(model)):
+        if config is not None:
+            raise ValueError(
+                "the model carries a SelfSpeculationConfig already; leave config out, or remove_ that one."
+            )
+        return model.generate(inputs, **kwargs)
+    if applied(model):
+        raise ValueError(f"the model carries {applied(model)}; apply_ the SelfSpeculationConfig beside that instead.")
+    apply_(model, SelfSpeculationConfig() if config is None else config)
+    try:
+        return model.generate(inputs, **kwargs)
+    finally:
+        remove_(model)
