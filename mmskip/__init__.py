@@ -1,9 +1,11 @@
 """mmskip: a dial on depth for multimodal models.
 
 Verbs change a model in place (`apply_`, `remove_`, `load_`); functions do not (`trace`, `cost`, `save`,
-`applied`, `masked`, `importance`, `generate`). A method is described by a frozen config such as `MoDConfig`.
+`applied`, `masked`, `importance`, `calibrate`, `generate`). A method is described by a frozen config such as
+`MoDConfig`.
 """
 
+from mmskip.calibrate import Calibration, calibrate
 from mmskip.cost import Cost, cost
 from mmskip.importance import ImportanceTable, importance
 from mmskip.methods.freeu import FreeUConfig
@@ -22,6 +24,7 @@ from mmskip.trace import Trace, trace
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "Cost",
     "FreeUConfig",
     "ImportanceTable",
@@ -35,6 +38,7 @@ __all__ = [
     "Trace",
     "applied",
     "apply_",
+    "calibrate",
     "cost",
     "generate",
     "importance",

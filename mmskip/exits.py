@@ -1,0 +1,220 @@
+"""Where to stop: exit criteria and exit heads, shared by every method that leaves layers early.
+
+A *score* says how settled a hidden state is after a layer; a state exits where its score is above a threshold. Scores
+are computed in fp32 per token, or per sample over its real tokens, so that no sample sees another one or padding.
+
+| criterion | score | range |
+|---|---|---|
+| `saturation` | cosine between the states behind and before the layer (MuE, CALM) | [-1, 1] |
+| `confidence` | largest probability of the exit head | [0, 1] |
+| `margin` | largest minus second largest probability | [0, 1] |
+| `entropy` | 1 - entropy / log V of the exit head | [0, 1] |
+| `patience` | consecutive layers whose exit heads agree on the token, this one included, minus 1 (PABEE) | 0, 1, ... |
+| `state_norm` | 1 - growth of the state's norm / spread of its growths by earlier layers (LAC: above 0.2) | any |
+
+Shape suffixes: B batch, T tokens, D width, V classes.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+STATE_CRITERIA = ("saturation", "state_norm")
+HEAD_CRITERIA = ("confidence", "margin", "entropy", "patience")
+CRITERIA = (*STATE_CRITERIA, *HEAD_CRITERIA)
+_RANGES = {"saturation": (-1.0, 1.0), "patience": (0.0, math.inf), "state_norm": (-math.inf, math.inf)}
+
+
+def check_threshold(name: str, criterion: str, value: float) -> None:
+    """Raise ValueError unless a threshold lies in the criterion's range, whose upper end never fires."""
+    low, high = _RANGES.get(criterion, (0.0, 1.0))
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}; expected a number in [{low:g}, {high:g}] for criterion {criterion!r}.")
+
+
+# --- scores per token -----------------------------------------------------------------------------------------------
+
+
+def saturation(after_BTD: Tensor, before_BTD: Tensor) -> Tensor:
+    """Cosine of each token's state with the one before the layer, [B, T]; rounding never takes it above 1."""
+    return F.cosine_similarity(after_BTD.float(), before_BTD.float(), dim=-1).clamp(max=1.0)
+
+
+class StateNorm:
+    """LAC's sign that a layer adds nothing: the norm grows by less than a share of the spread (largest minus smallest)
+    of its growths by the layers before (arXiv 2505.14467). -inf until two earlier layers are known."""
+
+    def __init__(self) -> None:
+        self._low: Tensor | None = None
+        self._high: Tensor | None = None
+        self._seen = 0
+
+    def __call__(self, after_BTD: Tensor, before_BTD: Tensor) -> Tensor:
+        """1 - growth / spread, [B, T]."""
+        growth_BT = after_BTD.float().norm(dim=-1) - before_BTD.float().norm(dim=-1)
+        score_BT = torch.full_like(growth_BT, -math.inf)
+        if self._low is None or self._high is None:
+            self._low = self._high = growth_BT
+        elif self._seen > 1:
+            spread_BT = self._high - self._low
+            score_BT = torch.where(spread_BT > 0, 1 - growth_BT / spread_BT, score_BT)
+        self._low, self._high = torch.minimum(self._low, growth_BT), torch.maximum(self._high, growth_BT)
+        self._seen += 1
+        return score_BT
+
+
+def confidence(logits_BTV: Tensor) -> Tensor:
+    """Largest probability, [B, T]."""
+    return logits_BTV.float().softmax(-1).amax(-1)
+
+
+def margin(logits_BTV: Tensor) -> Tensor:
+    """Largest minus second largest probability, [B, T]."""
+    top = logits_BTV.float().softmax(-1).topk(2, dim=-1).values
+    return top[..., 0] - top[..., 1]
+
+
+def entropy(logits_BTV: Tensor) -> Tensor:
+    """1 - entropy / log V, [B, T]."""
+    log_p = logits_BTV.float().log_softmax(-1)
+    return 1 + torch.special.xlogy(log_p.exp(), log_p.exp()).sum(-1) / math.log(logits_BTV.shape[-1])
+
+
+def patience(choice_BT: Tensor, earlier_BT: Tensor | None, streak_BT: Tensor | None) -> Tensor:
+    """How many exit heads in a row agree with this one, [B, T] float.
+
+    Args:
+        choice_BT: the token that this exit's head would say.
+        earlier_BT, streak_BT: choice and result at the exit before; None: this is the first one.
+    """
+    if earlier_BT is None or streak_BT is None:
+        return torch.zeros_like(choice_BT, dtype=torch.float32)
+    return torch.where(choice_BT == earlier_BT, streak_BT + 1, 0.0)
+
+
+_HEAD_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "confidence": confidence,
+    "margin": margin,
+    "entropy": entropy,
+}
+
+
+def _state_score(criterion: str) -> Callable[[Tensor, Tensor], Tensor]:
+    return StateNorm() if criterion == "state_norm" else saturation
+
+
+class TokenScores:
+    """Scores of one forward, layer by layer.
+
+    Args:
+        criterion: one of `CRITERIA`.
+        head: turns states [B, T, D] into logits [B, T, V]; only read by the criteria in `HEAD_CRITERIA`.
+    """
+
+    def __init__(self, criterion: str, head: Callable[[Tensor], Tensor] | None = None) -> None:
+        if criterion in HEAD_CRITERIA and head is None:
+            raise ValueError(f"criterion {criterion!r} reads the logits of an exit head, and there is no head.")
+        self.criterion, self.head = criterion, head
+        self._state = _state_score(criterion) if criterion in STATE_CRITERIA else None
+        self._choice: Tensor | None = None
+        self._streak: Tensor | None = None
+
+    def __call__(self, after_BTD: Tensor, before_BTD: Tensor) -> Tensor:
+        """Scores [B, T] behind a layer. Patience and state norms look back at the layers this was called for."""
+        if self._state is not None:
+            return self._state(after_BTD, before_BTD)
+        assert self.head is not None
+        logits_BTV = self.head(after_BTD)
+        if self.criterion in _HEAD_SCORES:
+            return _HEAD_SCORES[self.criterion](logits_BTV)
+        choice_BT = logits_BTV.argmax(-1)
+        self._streak = patience(choice_BT, self._choice, self._streak)
+        self._choice = choice_BT
+        return self._streak
+
+
+# --- scores per sample ----------------------------------------------------------------------------------------------
+
+
+class SampleScores:
+    """Scores of each sample's states taken as one vector, padding left out.
+
+    Args:
+        criterion: one of `STATE_CRITERIA`.
+        real_BT: boolean, False on padding; None: no padding.
+    """
+
+    def __init__(self, criterion: str, real_BT: Tensor | None) -> None:
+        self._score, self.real = _state_score(criterion), real_BT
+
+    def __call__(self, after_BTD: Tensor, before_BTD: Tensor) -> Tensor:
+        """Scores [B] behind a layer."""
+        states = [after_BTD.float(), before_BTD.float()]
+        if self.real is not None:
+            states = [state.masked_fill(~self.real[..., None], 0.0) for state in states]
+        after, before = (state.flatten(1)[:, None] for state in states)
+        return self._score(after, before)[:, 0]
+
+
+# --- thresholds and heads -------------------------------------------------------------------------------------------
+
+
+def decayed(threshold: float, beta: float, tau: float, steps: int, position: Tensor) -> Tensor:
+    """CALM's threshold of the token at `position`: beta * threshold + (1 - beta) * exp(-tau * position / steps), cut to
+    [0, 1]. Early tokens, whose mistakes carry on, get the higher one.
+
+    Args:
+        threshold: in [0, 1].
+        beta: share of the constant part, in (0, 1].
+        tau: speed of the decay, > 0.
+        steps: tokens that are generated at most.
+        position: 0 for the first generated token.
+    """
+    return (beta * threshold + (1 - beta) * torch.exp(-tau * position.float() / steps)).clamp(0, 1)
+
+
+class TiedHead:
+    """The model's own output as the head of every exit: final norm, then output projection.
+
+    Args:
+        norm: applied to the last layer's states; None: the model has none.
+        projection: states -> logits.
+        scale: of the states between the two.
+    """
+
+    def __init__(self, norm: nn.Module | None, projection: nn.Module, scale: float = 1.0) -> None:
+        self.norm, self.projection, self.scale = norm, projection, scale
+
+    def __call__(self, x_BTD: Tensor) -> Tensor:
+        """Logits [B, T, V]."""
+        x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
+        return self.projection(x_BTD * self.scale if self.scale != 1.0 else x_BTD)
+
+
+class ExitHead(nn.Module):
+    """A head of an exit's own: layer norm and a linear map, to classes or (with one output) to a learned score.
+
+    Args:
+        width: D.
+        outputs: V.
+    """
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.norm_weight = nn.Parameter(torch.ones(width))
+        self.norm_bias = nn.Parameter(torch.zeros(width))
+        self.weight = nn.Parameter(torch.empty(outputs, width))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Logits [B, T, V]."""
+        x_BTD = F.layer_norm(x_BTD, x_BTD.shape[-1:], self.norm_weight.to(x_BTD), self.norm_bias.to(x_BTD))
+        return F.linear(x_BTD, self.weight.to(x_BTD), self.bias.to(x_BTD))
+
+    def score(self, x_BTD: Tensor) -> Tensor:
+        """The learned criterion of a head with one output: the probability, [B, T], that stopping here is right."""
+        return self(x_BTD)[..., 0].float().sigmoid()

@@ -1,0 +1,107 @@
+"""Calibration keeps its promise over many calibrations, and says when there are too few samples for one."""
+
+import math
+
+import pytest
+import torch
+
+import mmskip
+from mmskip.calibrate import choose, p_value, samples_needed
+
+RISKS = (0.0, 0.02, 0.05, 0.08, 0.11, 0.16, 0.3)
+"""True risk of each setting, safest first."""
+
+
+def _resampled(method: str, delta: float | None, epsilon: float, samples: int, times: int = 200) -> list[float]:
+    """The true risk of the setting that each of many calibrations chooses."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(times):
+        luck = torch.rand(
+            samples, generator=generator
+        )  # coupled: a sample that fails at a setting fails at riskier ones
+        losses = [(luck < risk).double().tolist() for risk in RISKS]
+        index = choose(losses, epsilon, delta, method).index
+        found.append(0.0 if index is None else RISKS[index])
+    return found
+
+
+@pytest.mark.parametrize("method", ["ltt", "bonferroni"])
+def test_true_risk_exceeds_epsilon_in_at_most_delta_of_200_calibrations(method: str) -> None:
+    epsilon, delta = 0.1, 0.1
+    found = _resampled(method, delta, epsilon, 300)
+    share = sum(risk > epsilon for risk in found) / len(found)
+    assert share <= delta + 2 * math.sqrt(delta * (1 - delta) / len(found))
+    assert sum(found) / len(found) > 0.03  # it is no promise kept by never leaving the safest setting
+
+
+def test_conformal_risk_control_keeps_the_mean() -> None:
+    found = _resampled("crc", None, 0.1, 100)
+    assert 0.05 < sum(found) / len(found) <= 0.1 + 0.01
+
+
+def test_p_values_are_valid_and_sharp_at_no_loss() -> None:
+    assert p_value(0.0, 50, 0.1) == pytest.approx(0.9**50)
+    assert p_value(0.1, 50, 0.1) == 1
+    generator = torch.Generator().manual_seed(1)
+    risks = (torch.rand(4000, 60, generator=generator) < 0.1).double().mean(-1).tolist()
+    assert sum(p_value(risk, 60, 0.1) <= 0.1 for risk in risks) / 4000 <= 0.1
+
+
+@pytest.mark.parametrize(("method", "needed"), [("ltt", 59), ("bonferroni", 90), ("crc", 19)])
+def test_too_few_samples_are_refused_with_the_number_needed(method: str, needed: int) -> None:
+    losses = [[0.0] * (needed - 1)] * 5
+    with pytest.raises(ValueError, match=f"at least {needed} samples"):
+        choose(losses, 0.05, 0.05, method)
+    assert samples_needed(0.05, 0.05, 5, method) == needed
+    assert choose([[0.0] * needed] * 5, 0.05, 0.05, method).index == 4
+
+
+def test_fixed_sequence_stops_at_the_first_failure_and_bonferroni_does_not() -> None:
+    losses = [[0.0] * 200, [1.0] * 200, [0.0] * 200]
+    assert choose(losses, 0.1, 0.05, "ltt").index == 0
+    assert choose(losses, 0.1, 0.05, "bonferroni").index == 2
+    assert choose([[1.0] * 200], 0.1, 0.05, "ltt").index is None
+
+
+def test_losses_with_another_bound_are_scaled() -> None:
+    losses = [[0.0] * 100, [1.0, 0.0, 0.0, 0.0] * 25]
+    assert (
+        choose([[3 * v for v in row] for row in losses], 1.2, 0.05, bound=3.0).index
+        == choose(losses, 0.4, 0.05).index
+        == 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"epsilon": 0.0}, "epsilon is 0.0"),
+        ({"delta": 1.0}, "delta is 1.0"),
+        ({"method": "guess"}, "method is 'guess'"),
+        ({"losses": [[0.0] * 99, [0.0] * 98]}, "different numbers"),
+        ({"losses": [[2.0] * 99]}, r"a loss is 2.0; expected all in \[0, 1\]"),
+        ({"losses": []}, "no losses"),
+    ],
+)
+def test_bad_values_are_refused(changes: dict, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        choose(**{"losses": [[0.0] * 99], "epsilon": 0.1, "delta": 0.05, **changes})
+
+
+def test_calibrate_applies_each_config_and_leaves_the_model_as_it_was() -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("resnet18", num_classes=3)
+    configs = [mmskip.LayerMaskConfig(), mmskip.LayerMaskConfig()]
+    seen = []
+
+    def risk(changed: torch.nn.Module, batch: list[float]) -> list[float]:
+        seen.append(tuple(mmskip.applied(changed)))
+        return batch
+
+    found = mmskip.calibrate(model, configs, [[0.0] * 30, [0.0] * 30], risk, 0.1)
+    assert found.config is configs[1] and found.samples == 60 and "setting 2" in str(found)
+    assert seen == [(configs[0],)] * 2 + [(configs[1],)] * 2 and mmskip.applied(model) == []
+    mmskip.apply_(model, configs[0])
+    with pytest.raises(ValueError, match="calibrate a model without methods"):
+        mmskip.calibrate(model, configs, [[0.0]], risk, 0.1)
