@@ -13,12 +13,13 @@ from torch import nn
 from mmskip.datasets.images import ImageData, embedded_images, open_images
 from mmskip.train.evaluation.commands import main
 from mmskip.train.evaluation.masking import default_patch
+from mmskip.train.evaluation.masking_pictures import stage_masks
+from mmskip.train.metrics.lime import agreement_with_objects, lime_agreement, lime_weights, ridge, top_agreement
 from mmskip.train.metrics.missingness import (
     FILLS,
     MASKINGS,
     ORDERS,
     Answers,
-    agreement_with_objects,
     measure,
     patch_masks,
     patch_orders,
@@ -90,14 +91,30 @@ def test_the_command_writes_figures_and_pictures(tmp_path, capsys):
     file = tmp_path / "net.py"
     file.write_text(MODEL_FILE)
     maskings = ["black", "layer masking"]
-    options = ["--limit", "12", "--fractions", "0.5", "--orders", "random", "--maskings", *maskings]
+    options = [
+        "--limit",
+        "12",
+        "--lime-images",
+        "1",
+        "--lime-samples",
+        "20",
+        "--fractions",
+        "0.5",
+        "--orders",
+        "random",
+        "--maskings",
+        *maskings,
+    ]
     assert main(["masking", "--model", f"{file}:tiny", "--out", str(tmp_path / "out"), *options]) == 0
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "results.json",
         "report.txt",
         "curves.png",
         "maskings.png",
+        "stages.png",
     }
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert set(results["lime"]["black"]) == {"cosine", "top", "chance"}
     assert "recommended" in capsys.readouterr().out
 
 
@@ -108,6 +125,7 @@ def test_the_command_writes_figures_and_pictures(tmp_path, capsys):
         (["--model", "resnet1", "--weights", "x"], "timm has no model 'resnet1'"),
         (["--model", "nothing.py:net"], "names no function"),
         (["--model", "resnet18", "--fractions", "2"], "fractions are"),
+        (["--model", "resnet18", "--lime-samples", "1"], "lime-samples 1; expected"),
     ],
 )
 def test_bad_arguments_are_one_clear_line(options, message, capsys):
@@ -121,6 +139,58 @@ def test_lime_weights_agree_with_the_object_they_lie_on():
     right = agreement_with_objects({0: 0.0, 1: 1.0, 2: 0.0, 3: 0.0}, segments, objects)
     wrong = agreement_with_objects({0: 1.0, 1: 0.0, 2: 0.0, 3: 0.0}, segments, objects)
     assert right > 0.8 > 0 > wrong
+
+
+def test_the_best_segments_are_compared_with_those_of_the_object():
+    segments = torch.arange(16).reshape(4, 4)
+    objects = torch.zeros(4, 4)
+    objects[0, :2] = 1
+    weights = torch.zeros(16)
+    weights[0], weights[5] = 2, 1
+    assert top_agreement(weights, segments, objects) == 0.5
+
+
+def test_the_regression_is_limes():
+    on = (torch.rand(64, 6, generator=torch.Generator().manual_seed(0)) < 0.5).double()
+    truth = torch.tensor([1.0, -2, 0, 3, 0, 0.5]).double()
+    torch.testing.assert_close(ridge(on, on @ truth + 7) / truth.abs().max(), truth / 3, rtol=0, atol=0.15)
+    sklearn = pytest.importorskip("sklearn.linear_model")
+    near = torch.exp(-((1 - on.mean(1).sqrt()) ** 2) / 0.25**2).sqrt()
+    near = near / near.mean()
+    theirs = sklearn.Ridge(alpha=1).fit(on.numpy(), (on @ truth + 7).numpy(), sample_weight=near.numpy())
+    torch.testing.assert_close(ridge(on, on @ truth + 7), torch.from_numpy(theirs.coef_))
+
+
+class RedThere(nn.Module):
+    """Class 1 where the lower right corner is red."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 3, padding=1)
+
+    def forward(self, x):
+        red = x[:, :1, 8:, 8:].mean((2, 3))
+        return torch.cat([0.3 - red, red], 1) * 20
+
+
+def test_lime_finds_the_corner_a_network_looks_at():
+    x, objects = torch.full((1, 3, 16, 16), 0.9), torch.zeros(1, 1, 16, 16)
+    objects[..., 8:, 8:] = 1
+    found = lime_agreement(RedThere(), x, objects, ["black"], cells=4, samples=256)["black"]
+    assert found["cosine"] > 0.9 and found["top"] == 1 and found["chance"] == 4 / 16
+    segments = torch.zeros(16, 16, dtype=torch.long)
+    segments[8:] = 1
+    assert lime_weights(RedThere(), x[0], segments, "black", 32).argmax() == 1
+
+
+def test_the_mask_of_every_resolution():
+    layers = (nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, padding=1))
+    m = torch.ones(1, 1, 16, 16)
+    m[..., :8] = 0
+    stages = stage_masks(nn.Sequential(*layers), torch.rand(1, 3, 16, 16), m)
+    assert [(stage.name, *stage.size) for stage in stages] == [("image", 16, 16), ("1", 8, 8), ("3", 4, 4)]
+    assert stages[1].m[0, 0, 0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert stages[2].m[0, 0, 0].tolist() == [0, 1, 1, 1]
 
 
 def test_sources_of_images(tmp_path):

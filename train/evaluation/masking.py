@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from mmskip.datasets.images import ImageSet, batch_of, open_images
 from mmskip.files import write_json, write_text
 from mmskip.train.evaluation.own import call_function
-from mmskip.train.metrics.missingness import MASKINGS, ORDERS, Normalised, measure, table
+from mmskip.train.metrics.lime import lime_agreement
+from mmskip.train.metrics.missingness import MASKINGS, ORDERS, Normalised, frozen, measure, table
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -50,18 +51,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.1, 0.3, 0.5, 0.7, 0.9])
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
     parser.add_argument("--maskings", nargs="+", choices=MASKINGS, default=list(MASKINGS))
+    parser.add_argument(
+        "--lime-images", type=int, default=8, help="explained by LIME where objects are known (default 8)"
+    )
+    parser.add_argument("--lime-samples", type=int, default=512, help="masks per explained image (default 512)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs/masking", help="folder of results.json, report.txt and pictures")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write; the exit status."""
-    from mmskip.train.evaluation.masking_pictures import curves_picture, grid_picture
+    from mmskip.train.evaluation.masking_pictures import curves_picture, grid_picture, stages_picture
 
     if not all(0 < fraction < 1 for fraction in arguments.fractions):
         raise ValueError(f"fractions are {arguments.fractions}; expected numbers between 0 and 1.")
     if arguments.limit < 2:
         raise ValueError(f"limit is {arguments.limit}; expected at least 2 images.")
+    if arguments.lime_images < 0 or arguments.lime_samples < 2:
+        raise ValueError(
+            f"lime-images is {arguments.lime_images} and lime-samples {arguments.lime_samples}; expected at least 0 "
+            "(no explanations) and 2."
+        )
     loaded = load_model(arguments)
     images = open_images(arguments.images, arguments.split, arguments.limit, loaded.size)
     x, labels, objects = sample(images, loaded, arguments.limit, arguments.seed)
@@ -79,6 +89,22 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.seed,
         progress=lambda text: print(f"  {text}", flush=True),
     )
+    explained = min(arguments.lime_images, len(x))
+    if objects is not None and explained:
+        cells = max(2, round(loaded.size / patch))
+        with frozen(model):
+            report.lime = lime_agreement(
+                model,
+                x[:explained],
+                objects[:explained],
+                arguments.maskings,
+                cells,
+                arguments.lime_samples,
+                arguments.seed,
+            )
+        report.notes.append(
+            f"LIME: {explained} images, {arguments.lime_samples} masks each, {cells} x {cells} segments"
+        )
     folder = Path(arguments.out)
     text = table(report)
     settings = {"model": arguments.model, "images": images.source, "patch": patch, "seed": arguments.seed}
@@ -86,6 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
     write_text(text + "\n", folder / "report.txt")
     curves_picture(report, folder / "curves.png")
     grid_picture(model, x, labels, images.class_names, arguments.maskings, patch, folder / "maskings.png")
+    stages_picture(model, x, patch, folder / "stages.png")
     print(f"{text}\nwritten to {folder}")
     return 0
 

@@ -1,13 +1,16 @@
 """Pictures of a missingness report."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import mmskip
 from mmskip.files import whole
+from mmskip.ops.masked import MaskedTensor
 from mmskip.train.metrics.missingness import FILLS, Missingness, patch_masks, patch_orders, predict
 
 
@@ -84,6 +87,77 @@ def grid_picture(
             axis.set_yticks([])
         axes[-1, column].set_xlabel(masking, fontsize=10)
     model.train(training)
+    _save(figure, path)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a network keeps at one resolution.
+
+    Attributes:
+        name: the last module with this resolution.
+        size: (H, W).
+        m: the mask [B, 1, H, W] behind it; 1 = kept.
+    """
+
+    name: str
+    size: tuple[int, int]
+    m: Tensor
+
+
+@torch.inference_mode()
+def stage_masks(model: nn.Module, x: Tensor, m: Tensor) -> list[Stage]:
+    """The mask behind the last module of every resolution, the image first.
+
+    Args:
+        x: images [B, 3, H, W].
+        m: the mask [B, 1, H, W].
+    """
+    found = {tuple(m.shape[-2:]): Stage("image", (m.shape[-2], m.shape[-1]), m)}
+
+    def hook(name: str) -> Callable[..., None]:
+        def record(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not isinstance(output, Tensor) or output.ndim != 4 or output.shape[-1] == 1:
+                return
+            size = (output.shape[-2], output.shape[-1])
+            # where nothing is hidden any more the activations are plain
+            mask = output.mask.m if isinstance(output, MaskedTensor) else torch.ones(len(m), 1, *size)
+            if size != tuple(m.shape[-2:]) and not (isinstance(output, MaskedTensor) and output.edge is not None):
+                found[size] = Stage(name, size, mask.clone())
+
+        return record
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
+    try:
+        with mmskip.masked(model, m):
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(found.values())
+
+
+def stages_picture(model: nn.Module, x: Tensor, patch: int, path: Path, count: int = 3, fraction: float = 0.5) -> None:
+    """What layer masking keeps at every resolution of the network, with half of the patches hidden."""
+    x = x[:count]
+    m = patch_masks(patch_orders(torch.zeros_like(x[:, :1]), patch, "random"), fraction, x.shape[-1], patch)
+    training = model.training
+    model.eval()
+    stages = stage_masks(model, x, m)
+    model.train(training)
+    figure, axes = _figure(len(x), len(stages), 2.2 * len(stages), 2.5 * len(x))
+    shown = _hatched(x, m)
+    for column, stage in enumerate(stages):
+        for row, axis in enumerate(axes[:, column]):
+            if column:
+                axis.imshow(stage.m[row, 0].numpy(), cmap="gray", vmin=-0.25, vmax=1, interpolation="nearest")
+            else:
+                axis.imshow(shown[row].permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+            axis.set_title(f"{stage.m[row].mean():.0%} kept", fontsize=8)
+            axis.set_xticks([])
+            axis.set_yticks([])
+        name = stage.name.removeprefix("model.")
+        axes[-1, column].set_xlabel(f"{name[-24:]}\n{stage.size[0]} x {stage.size[1]}", fontsize=8)
     _save(figure, path)
 
 

@@ -5,7 +5,7 @@ Shapes: B images, H and W pixels; masks [B, 1, H, W] with 1 = kept; images [B, 3
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -108,9 +108,14 @@ class Normalised(nn.Module):
         return self.model((x - self.mean) / self.std)
 
 
-@torch.inference_mode()
 def predict(model: nn.Module, x: Tensor, m: Tensor, masking: str, batch: int = 32) -> Tensor:
-    """Predicted classes [B] under a masking.
+    """Predicted classes [B] under a masking; errors as `predict_probabilities`."""
+    return predict_probabilities(model, x, m, masking, batch).argmax(1)
+
+
+@torch.inference_mode()
+def predict_probabilities(model: nn.Module, x: Tensor, m: Tensor, masking: str, batch: int = 32) -> Tensor:
+    """Probabilities [B, classes] under a masking.
 
     Raises:
         ValueError: an unknown masking, or one that the network cannot do.
@@ -120,10 +125,10 @@ def predict(model: nn.Module, x: Tensor, m: Tensor, masking: str, batch: int = 3
     found = []
     for part, keep in zip(x.split(batch), m.split(batch), strict=True):
         if masking in FILLS:
-            found.append(model(FILLS[masking](part, keep)).argmax(1))
+            found.append(model(FILLS[masking](part, keep)).softmax(1))
             continue
         with mmskip.masked(model, keep, LAYER_MASKINGS[masking]):
-            found.append(model(part).argmax(1))
+            found.append(model(part).softmax(1))
     return torch.cat(found)
 
 
@@ -201,6 +206,7 @@ class Missingness:
         shape: shape-leak figures by masking, see `shape_leak`.
         maskings, fractions, orders: what was measured.
         count, classes: images, and classes among their labels.
+        lime: how LIME's explanations agree with the objects, by masking, see `mmskip.train.metrics.lime`.
     """
 
     clean: Answers
@@ -212,6 +218,7 @@ class Missingness:
     count: int
     classes: int
     notes: list[str] = field(default_factory=list)
+    lime: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def score(self, masking: str) -> float:
         """Mean accuracy over the fractions, patches hidden at random (or the first order measured)."""
@@ -234,6 +241,7 @@ class Missingness:
                 for order, curves in self.curves.items()
             },
             "shape": self.shape,
+            "lime": self.lime,
             "scores": {masking: self.score(masking) for masking in self.maskings},
             "recommended": self.recommended(),
             "images": self.count,
@@ -363,6 +371,10 @@ def table(report: Missingness) -> str:
     lines.append(f"\n{'shape leak':<16}" + _row(next(iter(report.shape.values()))))
     for masking, figures in report.shape.items():
         lines.append(f"{masking:<16}" + _row(f"{value:.3f}" for value in figures.values()))
+    if report.lime:
+        lines.append(f"\n{'LIME on objects':<16}" + _row(next(iter(report.lime.values()))))
+        for masking, figures in report.lime.items():
+            lines.append(f"{masking:<16}" + _row(f"{value:.3f}" for value in figures.values()))
     scores = sorted(report.maskings, key=report.score, reverse=True)
     best = ", ".join(f"{name} {report.score(name):.3f}" for name in scores)
     lines.append(f"\nmean accuracy: {best}\nrecommended for this checkpoint: {report.recommended()}")
@@ -371,19 +383,3 @@ def table(report: Missingness) -> str:
 
 def _row(values: Any) -> str:
     return "".join(f"{value:>14}" for value in values)
-
-
-def agreement_with_objects(weights: Mapping[int, float], segments: Tensor, objects: Tensor) -> float:
-    """Cosine between the weights of segments and how much each lies on the object: sum over its pixels of
-    (object - mean).
-
-    Args:
-        weights: by segment number.
-        segments: [H, W], numbers.
-        objects: [H, W], 1 on the object.
-    """
-    centred = objects - objects.mean()
-    numbers = sorted(weights)
-    on = torch.stack([centred[segments == number].sum() for number in numbers])
-    w = torch.tensor([float(weights[number]) for number in numbers])
-    return float(F.cosine_similarity(w, on.to(w), dim=0))
