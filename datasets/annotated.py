@@ -113,6 +113,14 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not a readable JSON file ({error})") from error
 
 
+def dicts(records: Any, uid: str, report: LoadReport) -> list[dict[str, Any]]:
+    """The records of a list; what is none is counted as "malformed". None stands for no records."""
+    given = [] if records is None else records if isinstance(records, list) else [records]
+    found = [record for record in given if isinstance(record, dict)] if isinstance(records, list) else []
+    report.add("malformed", uid, len(given) - len(found))
+    return found
+
+
 def is_time(value: Any) -> bool:
     """Whether a value is a time: a finite number of seconds >= 0."""
     return not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value < math.inf

@@ -155,25 +155,29 @@ def load_narrations(
     for uid, reason in {entry.uid: entry.empty for entry in entries if entry.uid not in told}.items():
         report.add(reason, uid)
     finder = _Finder(files, video_dir, encoded, check_videos, report)
-    loaded = []
-    for entry in finder.located([entry for entry in entries if entry.moments]):
-        narrations = [moment.narration(narrate_at) for moment in entry.moments]
-        found = finder.find(entry)
-        if found is None:
-            continue
-        path, duration_s = found
-        inside = sorted((n for n in narrations if n.time_s <= duration_s), key=lambda narration: narration.time_s)
-        report.add("past the end", entry.uid, len(narrations) - len(inside))
-        if inside:
-            loaded.append(NarratedVideo(entry.uid, path, tuple(inside), entry.annotator))
-        else:
-            report.add("no narrations", entry.uid)
+    located = finder.located([entry for entry in entries if entry.moments])
+    loaded = [video for entry in located if (video := _narrated(entry, finder, narrate_at)) is not None]
     if not loaded:
         raise ValueError(
             f"{annotations} with videos in {video_dir}: no narrated video is usable ({report}); "
             "videos must be named <video uid>.mp4"
         )
     return loaded, report
+
+
+def _narrated(entry: Annotated, finder: "_Finder", narrate_at: str | None) -> NarratedVideo | None:
+    """An entry with its video; None, and counted, where there is no video or nothing is told in it."""
+    found = finder.find(entry)
+    if found is None:
+        return None
+    path, duration_s = found
+    narrations = [moment.narration(narrate_at) for moment in entry.moments]
+    inside = sorted((n for n in narrations if n.time_s <= duration_s), key=lambda narration: narration.time_s)
+    finder.report.add("past the end", entry.uid, len(narrations) - len(inside))
+    if not inside:
+        finder.report.add("no narrations", entry.uid)
+        return None
+    return NarratedVideo(entry.uid, path, tuple(inside), entry.annotator)
 
 
 def find_videos(folder: Path, report: LoadReport | None = None) -> dict[str, Path]:
@@ -236,7 +240,10 @@ def _redacted(
 ) -> list[Annotated]:
     found = []
     for entry in entries:
-        kept = outside(entry.moments, intervals.get(entry.uid, ()))
+        # intervals are those of the whole video, also where an entry is a clip of it
+        uid, start_s = entry.whole or (entry.uid, 0.0)
+        own = [(begin - start_s, end - start_s) for begin, end in intervals.get(uid, ())]
+        kept = outside(entry.moments, own)
         report.add("in a redacted interval", entry.uid, len(entry.moments) - len(kept))
         empty = "redacted" if entry.moments else entry.empty
         found.append(Annotated(entry.uid, entry.annotator, kept, entry.names, entry.whole, empty))

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
-from mmskip.datasets.annotated import LoadReport, Moment, MomentReader, NarratedVideo, is_time, read_json
+from mmskip.datasets.annotated import LoadReport, Moment, MomentReader, NarratedVideo, dicts, is_time, read_json
 from mmskip.datasets.annotations import find_videos
 from mmskip.datasets.narration import NarrationData
 from mmskip.datasets.samples import Entry, NarrationDataset
@@ -106,14 +106,15 @@ def read_coin(path: str | Path) -> tuple[list[CoinVideo], LoadReport]:
     if not isinstance(database, dict) or not all(_is_video(video) for video in database.values()):
         raise ValueError(
             f"{path}: not COIN's schema; expected {{'database': {{video: {{'class': ..., 'subset': ..., "
-            "'annotation': [{'segment': [start, end], 'label': ...}]}}}}"
+            "'annotation': [{'segment': [start, end], 'label': ...}]}}}"
         )
     report = LoadReport()
     found = []
     for uid, video in sorted(database.items()):
         reader = MomentReader(uid, report)
-        for record in video["annotation"]:
-            start_s, end_s = (*(record.get("segment") or ()), None, None)[:2]
+        for record in dicts(video["annotation"], uid, report):
+            segment = record.get("segment")
+            start_s, end_s = segment if isinstance(segment, list) and len(segment) == 2 else (None, None)
             reader.add(start_s, end_s, record.get("label"))
         steps = reader.done()
         if not steps:
@@ -223,12 +224,9 @@ class CoinData(NarrationData):
         entries: list[Entry] = []
         for video in self._subset(split):
             features = self._feature_name(split, video.uid)
-            if video.uid not in paths:
+            frames = self._count_frames(split, video.uid, paths[video.uid]) if video.uid in paths else None
+            if frames is None:
                 continue
-            if features not in self.store:
-                counts["corrupt video"] += 1
-                continue
-            frames = self.store.count_frames(features)
             for item in questions(video, self.tasks):
                 part = self._part(item, frames, counts)
                 if part is not None:

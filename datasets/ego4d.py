@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmskip.datasets.annotated import Annotated, LoadReport, Moment, MomentReader, is_time, read_json
+from mmskip.datasets.annotated import Annotated, LoadReport, Moment, MomentReader, dicts, is_time, read_json
 
 PASSES = ("narration_pass_1", "narration_pass_2")
 LEVELS = ("steps", "substeps")
@@ -17,9 +17,9 @@ _TAG = re.compile(r"#\s*\w+")
 _ASIDE = re.compile(r"_*\([^)]*\)")
 
 
-def clean_text(text: str) -> str:
-    """A narration without Ego4D's tags: "#C C opens a door #unsure" -> "C opens a door"."""
-    return " ".join(_TAG.sub(" ", text).split())
+def clean_text(text: Any) -> Any:
+    """A narration without Ego4D's tags: "#C C opens a door #unsure" -> "C opens a door"; what is no text as it is."""
+    return " ".join(_TAG.sub(" ", text).split()) if isinstance(text, str) else text
 
 
 def read_narrations(path: Path, passes: Sequence[str], report: LoadReport) -> list[Annotated]:
@@ -34,7 +34,7 @@ def read_narrations(path: Path, passes: Sequence[str], report: LoadReport) -> li
     if not isinstance(videos, dict) or not any(_is_entry(entry) for entry in videos.values()):
         raise ValueError(
             f"{path}: not Ego4D's narration schema; expected {{uid: {{'narration_pass_1': {{'narrations': [...]}}, "
-            "'status': ...}}} at the top or under 'videos'"
+            "'status': ...}} at the top or under 'videos'"
         )
     found = []
     for uid, entry in sorted(videos.items()):
@@ -43,12 +43,10 @@ def read_narrations(path: Path, passes: Sequence[str], report: LoadReport) -> li
         redacted = "redacted" in str(entry.get("status", "")).lower()
         for name in passes:
             reader = MomentReader(uid, report)
-            for record in (entry.get(name) or {}).get("narrations") or []:
-                if not isinstance(record, dict) or not isinstance(record.get("narration_text", ""), str | None):
-                    report.add("malformed", uid)
-                    continue
+            told = next(iter(dicts([entry[name]] if entry.get(name) else None, uid, report)), {})
+            for record in dicts(told.get("narrations"), uid, report):
                 time_s = record.get("timestamp_sec")
-                reader.add(time_s, time_s, clean_text(record.get("narration_text") or ""))
+                reader.add(time_s, time_s, clean_text(record.get("narration_text")))
             empty = "redacted" if redacted else "no narrations"
             found.append(Annotated(uid, name, reader.done(), empty=empty))
     return found
@@ -67,15 +65,18 @@ def read_lta(path: Path, passes: Sequence[str], report: LoadReport) -> list[Anno
     """
     content = read_json(path)
     records = content.get("clips") if isinstance(content, dict) else None
-    if not isinstance(records, list) or not all(isinstance(r, dict) and "clip_uid" in r for r in records):
+    if not isinstance(records, list) or not any(isinstance(r, dict) and "clip_uid" in r for r in records):
         raise ValueError(f"{path}: not Ego4D's fho_lta schema; expected {{'clips': [{{'clip_uid': ..., ...}}]}}")
     readers: dict[str, MomentReader] = {}
     whole: dict[str, tuple[str, float]] = {}
-    for record in records:
-        uid = record["clip_uid"]
+    for record in dicts(records, str(path), report):
+        uid = record.get("clip_uid")
+        if not isinstance(uid, str):
+            report.add("malformed", str(path))
+            continue
         parent, start_s = record.get("video_uid"), record.get("clip_parent_start_sec")
         if isinstance(parent, str) and is_time(start_s):
-            whole[uid] = (parent, float(start_s))
+            whole[uid] = (parent, float(start_s or 0))
         words = [_plain(record.get(key)) for key in ("verb", "noun")]
         text = " ".join(words) if all(words) else ""
         reader = readers.setdefault(uid, MomentReader(uid, report))
@@ -103,14 +104,18 @@ def read_goalstep(path: Path, passes: Sequence[str], report: LoadReport) -> list
         )
     found = []
     for video in sorted(videos, key=lambda video: str(video["video_uid"])):
-        steps = video.get("segments", video.get("step_segments")) or []
-        records = {"steps": steps, "substeps": [sub for step in steps for sub in step.get("segments") or []]}
+        uid = video["video_uid"]
+        steps = dicts(video.get("segments", video.get("step_segments")), uid, report)
+        records = {
+            "steps": steps,
+            "substeps": [sub for step in steps for sub in dicts(step.get("segments"), uid, report)],
+        }
         for level in passes:
-            reader = MomentReader(video["video_uid"], report)
+            reader = MomentReader(uid, report)
             for record in records[level]:
                 text = record.get("step_description")
                 reader.add(record.get("start_time"), record.get("end_time"), text)
-            found.append(Annotated(video["video_uid"], level, reader.done()))
+            found.append(Annotated(uid, level, reader.done()))
     return found
 
 

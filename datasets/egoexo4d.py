@@ -7,7 +7,7 @@ Schema: https://docs.ego-exo4d-data.org/annotations/atomic_descriptions. Videos 
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmskip.datasets.annotated import Annotated, LoadReport, MomentReader, read_json
+from mmskip.datasets.annotated import Annotated, LoadReport, MomentReader, dicts, read_json
 from mmskip.datasets.ego4d import clean_text
 
 
@@ -29,18 +29,20 @@ def read_descriptions(path: Path, passes: Sequence[str], report: LoadReport) -> 
     names = _take_names(path.parent / "takes.json")
     found = []
     for uid, annotators in sorted(takes.items()):
-        usable = [annotator for annotator in annotators if not annotator.get("rejected")]
-        report.add("rejected", uid, len(annotators) - len(usable))
+        known = dicts(annotators, uid, report)
+        usable = [annotator for annotator in known if not annotator.get("rejected")]
+        report.add("rejected", uid, len(known) - len(usable))
         for name in passes:
             number = int(name.rpartition("_")[2])
             reader = MomentReader(uid, report)
-            for record in usable[number - 1].get("descriptions") or [] if number <= len(usable) else []:
+            records = usable[number - 1].get("descriptions") if number <= len(usable) else None
+            for record in dicts(records, uid, report):
                 if record.get("unsure"):
                     report.add("unsure", uid)
                     continue
                 time_s = record.get("timestamp")
-                reader.add(time_s, time_s, clean_text(record.get("text") or ""))
-            empty = "rejected by its annotators" if annotators and not usable else "no narrations"
+                reader.add(time_s, time_s, clean_text(record.get("text")))
+            empty = "rejected by its annotators" if known and not usable else "no narrations"
             found.append(Annotated(uid, name, reader.done(), names.get(uid, ()), empty=empty))
     return found
 

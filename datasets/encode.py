@@ -30,12 +30,14 @@ from mmskip.datasets.features import (
     FeatureStore,
     encode_video,
     features_key,
+    features_path,
     fingerprint,
     save_tensors,
     write_tower,
 )
 from mmskip.datasets.video import VideoError
-from mmskip.files import write_json
+from mmskip.env import pick_device
+from mmskip.files import check_folder, write_json
 from mmskip.models.vision_tower import VisionTower, check_tower_name, tower_id
 
 MIB = 2**20
@@ -61,7 +63,7 @@ def encode_folder(
         fps: sampling rate, frames per second, > 0.
         workers: processes that decode and encode; 0: this one alone.
         shard_mib: a shard is closed when it holds at least so much, MiB, > 0.
-        device: where the towers run: "auto" (cuda if there is one), "cpu", "cuda", "cuda:1", ...
+        device: where the towers run, see `mmskip.env.pick_device`.
         progress: show a progress bar.
 
     Returns:
@@ -77,7 +79,8 @@ def encode_folder(
     check_tower_name(tower_args["name"])
     key = features_key(tower_id(**tower_args), fps)
     folder = Path(out) / key
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = str(pick_device(device))
+    check_folder(folder)
     # the tower is built here first, so that one that cannot be had fails before any process starts
     tower = VisionTower(**tower_args)
     write_tower(folder, tower_args, fps, tower.dim)
@@ -128,6 +131,9 @@ class _ShardWriter:
         save_tensors(self.folder / shard, self._tensors, metadata)
         self.index.update({name: {"shard": shard, **record} for name, record in self._records.items()})
         self._write_index()
+        for name in self._records:
+            # a file of its own would go before the shard; here it is one of a video that has changed since
+            features_path(self.folder, name).unlink(missing_ok=True)
         self._tensors, self._records = {}, {}
 
     def _write_index(self) -> None:

@@ -97,14 +97,10 @@ class FeatureStore:
     def is_current(self, name: str, video: Path) -> bool:
         """Whether the features are those of this video. A video that is gone counts as unchanged: its features are
         what is left."""
-        if name not in self:
+        if not self.is_readable(name):
             return False
-        try:
-            with self._open(name) as (file, tensor):
-                metadata = file.metadata() or {}
-                file.get_slice(tensor)
-        except ValueError:
-            return False
+        with self._open(name) as (file, tensor):
+            metadata = file.metadata() or {}
         if self.key is not None and metadata.get("key") != self.key:
             return False
         if not video.exists():
@@ -114,6 +110,29 @@ class FeatureStore:
         same_size = metadata.get("bytes") == str(video.stat().st_size)
         # files of earlier versions know the size only
         return same_size and metadata.get("content", fingerprint(video)) == fingerprint(video)
+
+    def is_readable(self, name: str) -> bool:
+        """Whether the features are here and whole."""
+        if name not in self:
+            return False
+        try:
+            self.count_frames(name)
+        except ValueError:
+            return False
+        return True
+
+    def content(self, name: str) -> str:
+        """What tells the features of a video from those of another of the same name: its `fingerprint`; its size, in
+        files of earlier versions.
+
+        Raises:
+            ValueError: missing or unreadable.
+        """
+        with self._open(name) as (file, tensor):
+            if tensor != _TENSOR:
+                return self.shards[name]["content"]
+            metadata = file.metadata() or {}
+        return metadata.get("content") or metadata.get("bytes") or ""
 
     def read(self, name: str, frames: slice = slice(None)) -> Tensor:
         """The features of one video, float32 [F, N, C]; frames outside the slice are not touched.

@@ -3,6 +3,7 @@
 Shapes: F frames, H height, W width; RGB uint8.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ class ImageFolder:
 
     Attributes:
         times_s: float64 [F].
+        duration_s: length, seconds.
         notes: what a user should know of the source, in words.
 
     Raises:
@@ -30,7 +32,10 @@ class ImageFolder:
         self.files = sorted((f for f in self.path.iterdir() if f.suffix.lower() in IMAGES), key=_natural)
         if not self.files:
             raise VideoError(f"{path}: holds no image ({', '.join(IMAGES)})")
+        if not (fps > 0 and math.isfinite(fps)):
+            raise VideoError(f"fps must be a positive number of frames per second, got {fps}")
         self.times_s = np.arange(len(self.files)) / fps
+        self.duration_s = len(self.files) / fps
         self.notes: list[str] = []
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -55,6 +60,7 @@ class VideoFrames:
         self._stream = VideoStream(path, fps, size)
         self.times_s = self._stream.times_s
         info = self._stream.info
+        self.duration_s = info.duration_s
         self.notes = []
         if info.uneven:
             self.notes.append(

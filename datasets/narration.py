@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -32,6 +31,7 @@ from mmskip.datasets.samples import Entry, NarrationDataset, UnrepeatedSampler, 
 from mmskip.datasets.tokenizer import StreamTokens, prepare_tokenizer, train_tokenizer
 from mmskip.datasets.turns import collate_narration, plan_turns, split_turns
 from mmskip.datasets.video import read_video
+from mmskip.env import pick_device
 from mmskip.files import whole
 from mmskip.models.vision_tower import VisionTower, check_tower_name, tower_id
 
@@ -120,18 +120,7 @@ class NarrationData(LightningDataModule):
             raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}")
         if not fps > 0 or batch_size < 1:
             raise ValueError(f"fps must be > 0 and batch_size >= 1, got fps={fps}, batch_size={batch_size}")
-        if tower is None and (image_size or tower_kwargs or tower_pretrained):
-            raise ValueError("image_size, tower_kwargs and tower_pretrained need a tower; name one, or leave them out")
-        embedded = EMBEDDED_TOWER if tower is None else {}
-        self.tower_args: dict[str, Any] = {
-            "name": tower,
-            "pretrained": tower_pretrained,
-            "grid": grid,
-            "image_size": image_size,
-            "tower_kwargs": tower_kwargs,
-            "seed": tower_seed,
-        } | embedded
-        check_tower_name(self.tower_args["name"])
+        self.tower_args = _tower_args(tower, tower_pretrained, grid, image_size, tower_kwargs, tower_seed)
         self.generated, self.annotations = generated, annotations
         self.video_dir = check_sources(annotations, video_dir)
         check_format(format, narration_passes, narrate_at)
@@ -209,9 +198,7 @@ class NarrationData(LightningDataModule):
         splits = [split for split in SPLITS if self._has(split)]
         videos = {self._feature_name(s, video.uid): video.path for s in splits for video in self._load(s)}
         if not all(self.store.is_current(name, path) for name, path in videos.items()):
-            device = self.encode_device
-            if device == "auto":
-                device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = pick_device(self.encode_device)
             tower = tower or VisionTower(**self.tower_args)
             write_tower(self.features_folder, self.tower_args, self.fps, tower.dim)
             report = encode_videos(tower, sorted(videos.items()), self.features_folder, self.fps, device)
@@ -330,10 +317,10 @@ class NarrationData(LightningDataModule):
         counts = self.counts[split]
         for video in videos:
             features = self._feature_name(split, video.uid)
-            if features not in self.store:
-                counts["corrupt video"] += 1
+            frames = self._count_frames(split, video.uid, video.path)
+            if frames is None:
                 continue
-            turns, dropped = plan_turns(video.narrations, self.fps, self.store.count_frames(features), self.min_words)
+            turns, dropped = plan_turns(video.narrations, self.fps, frames, self.min_words)
             samples, cut = split_turns(
                 turns, tokens, self.frame_tokens, self.max_frames, self.max_tokens, self.instruction
             )
@@ -350,6 +337,22 @@ class NarrationData(LightningDataModule):
             rank_zero_info(f"{split}: {len(entries)} samples; left out or changed: {report}")
         return NarrationDataset(entries, self.store, tokens, self.blank)
 
+    def _count_frames(self, split: str, uid: str, path: Path) -> int | None:
+        """Frames of a video's features; None, and counted, where they are missing, cannot be read, or are those of the
+        video before it broke."""
+        name = self._feature_name(split, uid)
+        try:
+            if self.store.is_current(name, path):
+                return self.store.count_frames(name)
+            if name in self.store:
+                self.store.count_frames(name)
+        except ValueError as error:
+            self.counts[split]["corrupt features"] += 1
+            self.broken[uid] = str(error)
+        else:
+            self.counts[split]["corrupt video"] += 1
+        return None
+
     @property
     def _statistics_path(self) -> Path:
         return self.features_folder / f"statistics{self._data_id}"
@@ -360,7 +363,8 @@ class NarrationData(LightningDataModule):
             return
         split = next(split for split in SPLITS if self._has(split))
         names = [self._feature_name(split, video.uid) for video in self._load(split)]
-        write_statistics(self._statistics_path, self.store, [n for n in names if n in self.store][:_STATISTICS_VIDEOS])
+        readable = [name for name in names if self.store.is_readable(name)]
+        write_statistics(self._statistics_path, self.store, readable[:_STATISTICS_VIDEOS])
 
     @property
     def _data_id(self) -> str:
@@ -400,3 +404,24 @@ class NarrationData(LightningDataModule):
     @property
     def _shape_path(self) -> Path:
         return self.features_folder / "tower.json"
+
+
+def _tower_args(
+    name: str | None,
+    pretrained: bool,
+    grid: int,
+    image_size: int | None,
+    tower_kwargs: dict[str, Any] | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Arguments of `VisionTower`; without a name those of the embedded set's.
+
+    Raises:
+        ValueError: settings without a tower, or an unknown tower.
+    """
+    if name is None and (image_size or tower_kwargs or pretrained):
+        raise ValueError("image_size, tower_kwargs and tower_pretrained need a tower; name one, or leave them out")
+    given = {"name": name, "pretrained": pretrained, "grid": grid, "image_size": image_size}
+    args = {**given, "tower_kwargs": tower_kwargs, "seed": seed, **({} if name else EMBEDDED_TOWER)}
+    check_tower_name(args["name"])
+    return args

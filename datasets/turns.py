@@ -160,16 +160,10 @@ def split_turns(
     Raises:
         ValueError: a limit too small for one learned frame.
     """
-    if max_frames is not None and max_frames < 2:
-        raise ValueError(f"max_frames must be at least 2 (one frame is not learned), got {max_frames}")
     per_frame = frame_tokens + 1
     head = len(tokens.head(instruction)) + per_frame
     per_turn = len(tokens.open) + len(tokens.assistant)
-    if max_tokens is not None and max_tokens < head + per_frame + per_turn + 2:
-        raise ValueError(
-            f"max_tokens={max_tokens} leaves no room for one learned frame of {frame_tokens} tokens and its text; "
-            f"give at least {head + per_frame + per_turn + 2}"
-        )
+    _check_limits(max_frames, max_tokens, frame_tokens, head + per_frame + per_turn + 2)
     frame_limit = math.inf if max_frames is None else max_frames
     token_limit = math.inf if max_tokens is None else max_tokens
     counts: Counter[str] = Counter()
@@ -197,6 +191,16 @@ def split_turns(
         used_tokens += frames * per_frame + text
     counts["split"] = max(len(samples) - 1, 0)
     return samples, +counts
+
+
+def _check_limits(max_frames: int | None, max_tokens: int | None, frame_tokens: int, least: int) -> None:
+    if max_frames is not None and max_frames < 2:
+        raise ValueError(f"max_frames must be at least 2 (one frame is not learned), got {max_frames}")
+    if max_tokens is not None and max_tokens < least:
+        raise ValueError(
+            f"max_tokens={max_tokens} leaves no room for one learned frame of {frame_tokens} tokens and its text; "
+            f"give at least {least}"
+        )
 
 
 def build_sample(
@@ -242,19 +246,8 @@ def build_sample(
     for turn in turns:
         if turn.frames[0] != next_frame or turn.frames[1] <= next_frame:
             raise ValueError(f"sample {uid!r}: turn {turn} must start at frame {next_frame} and hold a frame")
-        if spans:
-            writer.text(tokens.open)
-        else:
-            writer.text([tokens.silent])
-        stream = []
-        for frame in range(*turn.frames):
-            stream.append(writer.frame())
-            writer.text([tokens.silent if frame + 1 < turn.frames[1] else tokens.speak], learn=True)
-        writer.text(tokens.assistant)
-        start = len(writer.ids)
-        writer.text(tokens.narration(turn.narration), learn=True)
-        frames = (turn.frames[0] - first_frame, turn.frames[1] - first_frame)
-        spans.append(TurnSpan(frames, tuple(stream), (start, len(writer.ids)), turn.narration, turn.time_s))
+        writer.text(tokens.open if spans else [tokens.silent])
+        spans.append(writer.turn(turn, first_frame))
         next_frame = turn.frames[1]
     return {
         "input_ids": torch.tensor(writer.ids),
@@ -280,6 +273,18 @@ class _Writer:
         self.ids += ids
         self.labels += ids if learn else [IGNORE] * len(ids)
         self.layout += [-1] * len(ids)
+
+    def turn(self, turn: Turn, first_frame: int) -> TurnSpan:
+        """Append the frames of a turn and its text; returns where they lie."""
+        tokens, stream = self.tokens, []
+        for frame in range(*turn.frames):
+            stream.append(self.frame())
+            self.text([tokens.silent if frame + 1 < turn.frames[1] else tokens.speak], learn=True)
+        self.text(tokens.assistant)
+        start = len(self.ids)
+        self.text(tokens.narration(turn.narration), learn=True)
+        frames = (turn.frames[0] - first_frame, turn.frames[1] - first_frame)
+        return TurnSpan(frames, tuple(stream), (start, len(self.ids)), turn.narration, turn.time_s)
 
     def frame(self) -> int:
         """Append one frame; returns the token index of its last vision token."""

@@ -40,6 +40,33 @@ def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     return versions
 
 
+def pick_device(name: str) -> torch.device:
+    """The device a user asked for.
+
+    Args:
+        name: "auto" (the current CUDA device if there is one, else the CPU), "cpu", "cuda", "cuda:1", ...
+
+    Returns:
+        The device, a CUDA one with its index.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}; expected auto, cpu, cuda or cuda:<number>") from error
+    if device.type != "cuda":
+        return device
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = device.index if device.index is not None else torch.cuda.current_device() if count else 0
+    if index >= count:
+        raise ValueError(f"device is {name!r}, but {count} CUDA devices can be used here; give another, or cpu")
+    return torch.device("cuda", index)
+
+
 def device_name(device: torch.device) -> str:
     """The device in words: name and memory in GiB of a CUDA device, processor and cores of a CPU."""
     if device.type == "cuda":

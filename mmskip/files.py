@@ -26,6 +26,21 @@ def whole(path: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def check_folder(path: str | Path) -> Path:
+    """The path, if a folder is there or can be made there: asked before long work whose results go into it.
+
+    Raises:
+        ValueError: a file stands in the way, or the folder cannot be written to.
+    """
+    path = Path(path)
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"{path}: {there} is a file; give a folder for the results")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{path}: {there} cannot be written to; give another folder for the results")
+    return path
+
+
 def write_text(text: str, path: str | Path) -> Path:
     """Write a text file whole; returns the path."""
     with whole(path) as partial:

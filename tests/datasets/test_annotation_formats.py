@@ -195,6 +195,40 @@ def test_redacted_intervals_are_left_out(tmp_path):
         told(path, tmp_path / "videos", redactions=path)
 
 
+def test_redacted_intervals_of_a_video_are_those_of_its_clips(tmp_path):
+    path = save(tmp_path, lta(("c1", 1.0, 2.0, "cut", "bread"), ("c1", 5.0, 6.0, "eat", "bread")))
+    metadata = {"videos": [{"video_uid": "film", "redacted_intervals": [{"start_sec": 104.0, "end_sec": 105.5}]}]}
+    redactions = save(tmp_path, metadata, "ego4d.json")
+    for name in ("c1", "film"):
+        found, counts = told(path, videos(tmp_path / name, f"{name}.mp4"), redactions=redactions)
+        (texts,) = found.values()
+        assert [text for _, text in texts] == ["cut bread"]
+        assert counts["in a redacted interval"] == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (
+            {"u": {"narration_pass_1": {"narrations": [7, {"timestamp_sec": 1.0, "narration_text": "C sits"}]}}},
+            "C sits",
+        ),
+        (lta(("c1", 1.0, 2.0, "cut", "bread")) | {"clips": [*lta(("c1", 1.0, 2.0, "cut", "bread"))["clips"], 7]}, None),
+        ({"videos": [{"video_uid": "a", "segments": [7, step(1.0, 2.0, "mixes dough")]}]}, "mixes dough"),
+        ({"videos": [{"video_uid": "a", "segments": [{**step(1.0, 2.0, "mixes dough"), "segments": 7}]}]}, None),
+        ({"annotations": {"t": [7, {"descriptions": [{"text": "C sits", "timestamp": 1.0}]}]}}, "C sits"),
+        ({"annotations": {"t": [{"descriptions": [7, {"text": "C sits", "timestamp": 1.0}]}]}}, "C sits"),
+        ({"annotations": {"t": [{"descriptions": [{"text": 7, "timestamp": 1.0}]}]}}, ""),
+    ],
+)
+def test_one_malformed_record_does_not_end_the_reading(tmp_path, content, text):
+    kwargs = {"passes": ["steps", "substeps"]} if "videos" in content else {}
+    entries, report = read_annotations(save(tmp_path, content), **kwargs)
+    assert report.counts["malformed"] == 1
+    texts = [moment.text for entry in entries for moment in entry.moments]
+    assert texts == ([] if text == "" else [text] if text else texts) and (text == "" or texts)
+
+
 def test_a_video_that_is_encoded_already_may_be_gone(tmp_path):
     path = save(tmp_path, GOALSTEP)
     found, counts = told(path, videos(tmp_path, "b.mp4"), encoded={"a"})

@@ -132,3 +132,38 @@ def test_a_data_module_reads_shards_and_needs_no_videos_then(videos, tmp_path):
     data.prepare_data()
     batch = next(iter(data.train_dataloader()))
     assert sorted(batch["uid"]) == ["a", "b", "c", "d"] and batch["features"].abs().sum() > 0
+
+
+def test_features_of_a_changed_video_are_not_hidden_by_a_file_of_before(videos, tmp_path):
+    folder, _ = encode({"a": videos["a"]}, tmp_path / "out")
+    encode_videos(VisionTower(**TOWER_ARGS), list(videos.items()), folder, 2.0, progress=False)  # as training does
+    write_video(videos["b"], np.zeros((8, 48, 64, 3), np.uint8), fps=4)
+    assert encode(videos, tmp_path / "out")[1].encoded == 1
+    assert FeatureStore(folder).count_frames("b") == 4
+    assert encode(videos, tmp_path / "out")[1].reused == 4
+
+
+def test_features_that_cannot_be_read_leave_out_their_videos_only(videos, tmp_path):
+    """Where the video is gone they cannot be made again; the other videos are used."""
+    records = [{"timestamp_sec": time, "narration_text": f"#C C moves {time}"} for time in (1.0, 3.0)]
+    content = {name: {"narration_pass_1": {"narrations": records}} for name in "abcd"}
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    folder, _ = encode(videos, tmp_path / "out", shard_mib=1.5 * ONE_VIDEO)
+    shard = folder / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    for path in videos.values():
+        path.unlink()
+    data = NarrationData(
+        root=str(tmp_path / "data"),
+        annotations={"train": str(tmp_path / "train.json")},
+        video_dir=str(tmp_path / "videos"),
+        features_dir=str(tmp_path / "out"),
+        tower=TOWER["name"],
+        image_size=32,
+        grid=2,
+        tower_kwargs=KWARGS,
+    )
+    with pytest.warns(UserWarning, match="left out"):
+        data.prepare_data()
+    assert [entry.uid for entry in data.dataset("train").entries] == ["a", "b"]
+    assert data.counts["train"]["corrupt features"] == 2 and set(data.broken) == {"c", "d"}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mmskip import env
+from mmskip.env import pick_device
 from mmskip.ops import backend
 
 
@@ -53,3 +54,22 @@ def test_runs_as_a_module_without_warnings():
     assert run.returncode == 0, run.stderr
     assert "device c" in run.stdout
     assert "xformers" not in run.stderr.lower()
+
+
+def test_a_device_is_picked_with_its_index_or_refused(monkeypatch):
+    assert pick_device("cpu") == torch.device("cpu")
+    for name, count, message in (
+        ("gpu", 0, "expected auto, cpu"),
+        ("cuda:1", 1, "1 CUDA devices"),
+        ("cuda", 0, "0 CUDA"),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda count=count: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        with pytest.raises(ValueError, match=message):
+            pick_device(name)
+    assert pick_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    # torch.cuda.set_device takes no device without an index
+    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda", 1)
