@@ -10,6 +10,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 
+from mmskip.models.narrator import TokenIds
 from mmskip.models.video_llm import VideoLLM
 from mmskip.train.checkpoints import last_checkpoint
 
@@ -63,8 +64,13 @@ def find_run(given: str | Path, config: str | Path | None = None) -> TrainedRun:
     return TrainedRun(path, folder, content)
 
 
-def load_model(run: TrainedRun, device: str | torch.device = "cpu") -> VideoLLM:
+def load_model(run: TrainedRun, device: str | torch.device = "cpu", dtype: str | None = None) -> VideoLLM:
     """The trained model in evaluation mode: settings and weights of the checkpoint.
+
+    Args:
+        run: the run.
+        device: where to.
+        dtype: of the language model's weights; None: as it was trained.
 
     Raises:
         ValueError: an unreadable checkpoint, or one of another model.
@@ -82,7 +88,8 @@ def load_model(run: TrainedRun, device: str | torch.device = "cpu") -> VideoLLM:
             f"{run.checkpoint} holds no video LLM but {named or 'a model with ' + ', '.join(sorted(settings))}; "
             "give the checkpoint of a run with model mmskip.models.video_llm.VideoLLM"
         )
-    model = VideoLLM(**{name: settings[name] for name in known})
+    given = {name: settings[name] for name in known}
+    model = VideoLLM(**given | ({} if dtype is None else {"llm_dtype": dtype}))
     model.on_load_checkpoint(checkpoint)
     try:
         model.load_state_dict(state)
@@ -118,6 +125,19 @@ def load_data(run: TrainedRun, class_path: str | None = None, **overrides: Any) 
     parser.add_subclass_arguments(LightningDataModule, "data")
     parsed = parser.parse_object({"data": {"class_path": class_path or data["class_path"], "init_args": settings}})
     return parser.instantiate_classes(parsed).data
+
+
+def check_tokens(model: VideoLLM, data: Any) -> None:
+    """Refuse a tokenizer other than the one the model was trained with.
+
+    Raises:
+        ValueError: what to do.
+    """
+    if TokenIds.of(data.tokenizer) != model.ids:
+        raise ValueError(
+            "the tokenizer of the data is not the one the model was trained with; point data.tokenizer at the run's "
+            "folder 'tokenizer', or give the data settings of its training (--config)"
+        )
 
 
 def _arguments(cls: type) -> set[str]:

@@ -153,14 +153,40 @@ def test_results_of_another_configuration_are_refused(trained, tmp_path, capsys)
     assert "holds another evaluation" in error and "split: 'test' there, 'val' now" in error
 
 
+def test_only_samples_that_changed_are_computed_again(trained, tmp_path, monkeypatch):
+    """A repaired or replaced video, a mended narration, a new video: the results of all others stay."""
+    from mmskip.train.evaluation import ego4d
+
+    real, seen = ego4d.score_turns, []
+    monkeypatch.setattr(ego4d, "score_turns", lambda model, batch: seen.extend(batch["uid"]) or real(model, batch))
+    other = narrated_set(tmp_path / "other", 3, seed=5, prefix="o")
+    path, videos = Path(other["annotations"]), Path(other["videos"])
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps({"videos": {uid: whole["videos"][uid] for uid in ("o0", "o1")}}))
+    options = ["--annotations", str(path), "--videos", str(videos)]
+    before = evaluate(trained, tmp_path / "out", *options)["results"]["trained"]
+    assert seen == ["o0", "o1"]
+    seen.clear()
+    shutil.copy(videos / "o2.mp4", videos / "o0.mp4")
+    path.write_text(json.dumps(whole))
+    after = evaluate(trained, tmp_path / "out", *options)["results"]["trained"]
+    assert sorted(seen) == ["o0", "o2"]
+    assert (before["samples"], after["samples"]) == (2, 3)
+    fresh = evaluate(trained, tmp_path / "fresh", *options)["results"]["trained"]
+    assert after == pytest.approx(fresh, rel=1e-5)
+
+
 def test_one_bad_file_does_not_end_an_evaluation(trained, tmp_path, capsys):
     other = narrated_set(tmp_path / "other", 3, seed=5, prefix="o")
     content = json.loads(Path(other["annotations"]).read_text())
     content["videos"]["unknown"] = content["videos"]["o0"]
     Path(other["annotations"]).write_text(json.dumps(content))
+    whole = ["--annotations", other["annotations"], "--videos", other["videos"]]
+    assert evaluate(trained, tmp_path / "whole", *whole)["results"]["trained"]["samples"] == 3
     bad = Path(other["videos"]) / "o1.mp4"
     bad.write_bytes(bad.read_bytes()[:600])
     options = ["--annotations", other["annotations"], "--videos", other["videos"]]
+    # whether it was read before or not: features of another content are not used in its place
     with pytest.warns(UserWarning, match=r"1 of 3 videos left out: .*o1\.mp4"):
         results = evaluate(trained, tmp_path / "out", *options)
     assert results["results"]["trained"]["samples"] == 2
@@ -227,6 +253,9 @@ def test_a_dense_checkpoint_has_no_learned_router_but_controls():
         plan_variants([mmskip.MoDConfig(router="random")], [0.2], ["learned"], False)
     names = [variant.name for variant in plan_variants([], [0.2, 1.0], ["random", "uniform"], False)]
     assert names == ["dense", "random-0.2", "uniform-0.2"]
+    own = [mmskip.MoDConfig(keep=0.4)]
+    names = [variant.name for variant in plan_variants(own, [0.2, 0.2], ["learned", "learned"], True)]
+    assert names == ["dense", "learned-0.2", "trained", "trained-blank"], "the blanked one has its twin, nothing twice"
 
 
 def test_checkpoints_that_do_not_fit_are_one_clear_line(trained, tmp_path, capsys):
@@ -244,6 +273,10 @@ def test_checkpoints_that_do_not_fit_are_one_clear_line(trained, tmp_path, capsy
     assert "give --config" in error("--checkpoint", str(tmp_path / "alone.ckpt"))
     assert "--annotations and --videos belong together" in error("--checkpoint", str(trained), "--videos", ".")
     assert "batch-size must be at least 1" in error("--checkpoint", str(trained), "--batch-size", "0")
+    assert "num-workers must be at least 0" in error("--checkpoint", str(trained), "--num-workers", "-1")
+    assert "--format goalstep belongs to --annotations" in error("--checkpoint", str(trained), "--format", "goalstep")
+    assert "is a file; give a folder" in error("--checkpoint", str(trained), "--out", str(tmp_path / "broken.ckpt"))
+    assert "device is 'gpu'" in error("--checkpoint", str(trained), "--device", "gpu")
     state = torch.load(find_run(trained).checkpoint, weights_only=True)
     state["hyper_parameters"]["methods"][0]["class_path"] = "mmskip.NoSuchConfig"
     torch.save(state, tmp_path / "method.ckpt")

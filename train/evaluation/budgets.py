@@ -40,6 +40,7 @@ def plan_variants(
 ) -> list[Variant]:
     """The variants of a sweep: "trained" alone without `keep` and `routers`; else "dense" (the same weights without any
     method) and each router at each keep ratio. At keep 1.0 only the learned router is run: the others are dense then.
+    With `blank` the checkpoint's own setting is among them, seeing and blanked.
 
     Args:
         methods: the checkpoint's own configs.
@@ -59,12 +60,14 @@ def plan_variants(
                 "the checkpoint was trained without MoDConfig, so it has no router whose budget --keep could change; "
                 "give --router random uniform to drop tokens of it untrained"
             )
-        names = routers or [next(name for name, kind in ROUTERS.items() if own and kind == own.router)]
+        names = list(dict.fromkeys(routers or ())) or [
+            next(name for name, kind in ROUTERS.items() if own and kind == own.router)
+        ]
         if "learned" in names and (own is None or own.router != "linear"):
             told = "no MoDConfig" if own is None else f"router={own.router!r}"
             raise ValueError(f"the checkpoint has no learned router ({told}); give --router random uniform")
         base = own or MoDConfig()
-        ratios: list[Any] = [*keep] if keep else [base.keep]
+        ratios: list[Any] = list(dict.fromkeys(keep)) if keep else [base.keep]
         if not all(isinstance(ratio, int | float) for ratio in ratios):
             raise ValueError(f"the checkpoint has keep={base.keep!r}, one ratio per layer; give --keep")
         variants = [Variant("dense", ())]
@@ -75,6 +78,8 @@ def plan_variants(
                     changed = tuple(config if method is own else method for method in trained) if own else (config,)
                     variants.append(Variant(f"{name}-{ratio:g}", changed, series=name))
     if blank:
+        if all(variant.methods != trained for variant in variants):
+            variants.append(Variant("trained", trained))
         variants.append(Variant("trained-blank", trained, blank=True))
     return variants
 

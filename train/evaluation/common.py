@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,19 @@ from tqdm.auto import tqdm
 from mmskip.datasets.features import fingerprint
 from mmskip.datasets.generated import SPLITS
 from mmskip.datasets.narration import NarrationData
-from mmskip.datasets.samples import NarrationDataset
-from mmskip.models.narrator import TokenIds
+from mmskip.datasets.samples import Entry, NarrationDataset
+from mmskip.files import check_folder
 from mmskip.models.video_llm import VideoLLM
 from mmskip.train.evaluation.ledger import Ledger
 from mmskip.train.evaluation.ranks import Ranks
-from mmskip.train.report import task_id
-from mmskip.train.trained import TrainedRun, load_data, tokenizer_folder
+from mmskip.train.trained import TrainedRun, check_tokens, load_data, tokenizer_folder
 
 PRECISIONS: dict[str, torch.dtype | None] = {
     "32-true": None,
     "bf16-mixed": torch.bfloat16,
     "16-mixed": torch.float16,
 }
-_LEFT_OUT = ("video missing", "corrupt video")  # what --strict does not forgive
+_LEFT_OUT = ("video missing", "corrupt video", "corrupt features")  # what --strict does not forgive
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, annotations: str) -> None:
@@ -88,28 +88,33 @@ class Task:
         """
         if options.batch_size < 1:
             raise ValueError(f"batch-size must be at least 1, got {options.batch_size}")
+        if options.num_workers < 0:
+            raise ValueError(f"num-workers must be at least 0, got {options.num_workers}")
+        out = check_folder(options.out or run.folder / "evaluation" / name)
         module, split = _data(run, options, data)
         if ranks.first:
             module.prepare_data()
         ranks.wait()
         check_fit(model, module)
         precision = options.precision or (run.precision if run.precision in PRECISIONS else "32-true")
-        out = Path(options.out) if options.out else run.folder / "evaluation" / name
         return cls(name, run, model, module, split, ranks, precision, out, options)
 
     def ledger(self, folder: Path, dataset: NarrationDataset, **settings: Any) -> Ledger:
         """The ledger of an evaluation of `dataset`, which depends on these settings and on those of the task."""
-        samples = ((f"{entry.uid} {entry.instruction}", entry.turns) for entry in dataset.entries)
         whole = {
             "evaluation": self.name,
             "checkpoint": fingerprint(self.run.checkpoint),
             "split": self.split,
-            "samples": task_id(samples),
             "features": self.data.features_key,
             "precision": self.precision,
             **settings,
         }
-        return Ledger(folder, whole, self.ranks)
+        return Ledger(folder, whole, {entry.uid: self._sample_id(entry) for entry in dataset.entries}, self.ranks)
+
+    def _sample_id(self, entry: Entry) -> str:
+        """What a sample's result depends on besides the settings: its text, its turns and the content of its video."""
+        content = self.data.store.content(entry.features)
+        return sha256(repr((entry.instruction, entry.turns, content)).encode()).hexdigest()[:16]
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The arithmetic of the task's precision."""
@@ -151,8 +156,7 @@ class Task:
                 if samples:
                     ledger.add(score(samples))
                 bar.update(len(items))
-        wanted = {entry.uid for entry in dataset.entries}
-        records = {uid: record for uid, record in ledger.close().items() if uid in wanted}
+        records = ledger.close()
         return records, {uid: told for part in self.ranks.gather(broken) for uid, told in part.items()}
 
     def left_out(self, broken: dict[str, str]) -> dict[str, Any]:
@@ -184,6 +188,8 @@ def _data(run: TrainedRun, options: argparse.Namespace, data: dict[str, Any]) ->
     """The data module of an evaluation, and its split."""
     if (options.annotations is None) != (options.videos is None):
         raise ValueError("--annotations and --videos belong together; give both, or none for the data of the run")
+    if options.annotations is None and getattr(options, "format", "auto") != "auto":
+        raise ValueError(f"--format {options.format} belongs to --annotations; give them, or leave the format out")
     settings = (run.config.get("data") or {}).get("init_args") or {}
     own, folder = settings.get("annotations"), tokenizer_folder(run)
     known = list(SPLITS) if own is None else [split for split in SPLITS if split in own]
@@ -212,11 +218,7 @@ def check_fit(model: VideoLLM, data: NarrationData) -> None:
     Raises:
         ValueError: which of them, and what to do.
     """
-    if TokenIds.of(data.tokenizer) != model.ids:
-        raise ValueError(
-            "the tokenizer of the data is not the one the model was trained with; point data.tokenizer at the run's "
-            "folder 'tokenizer', or evaluate with the data settings of its training"
-        )
+    check_tokens(model, data)
     for name, found in (("feature_dim", data.feature_dim), ("fps", data.fps)):
         if model.hparams[name] != found:
             raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 from mmskip.files import write_json, write_text
 from mmskip.train.evaluation.ranks import Ranks
 
-SETTINGS, DONE = "evaluation.json", "samples.jsonl"
+SETTINGS, DONE, SAMPLE = "evaluation.json", "samples.jsonl", "sample"
 
 
 class Ledger:
@@ -19,15 +19,17 @@ class Ledger:
 
     Args:
         folder: of this evaluation.
-        settings: everything its results depend on (JSON-ready).
+        settings: what all results depend on (JSON-ready).
+        samples: by uid, what the result of a single sample depends on. A result of another such text is forgotten: the
+            sample has changed.
         ranks: the processes.
 
     Raises:
         ValueError: the folder holds results of other settings.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], ranks: Ranks) -> None:
-        self.folder, self.ranks = folder, ranks
+    def __init__(self, folder: Path, settings: Mapping[str, Any], samples: Mapping[str, str], ranks: Ranks) -> None:
+        self.folder, self.samples, self.ranks = folder, samples, ranks
         refusal, records = ranks.share(self._open(settings) if ranks.first else None)
         if refusal:
             raise ValueError(refusal)
@@ -50,6 +52,8 @@ class Ledger:
         records = {}
         for part in [self.folder / DONE, *parts]:
             records.update(_lines(part))
+        wanted = {uid: self.samples.get(uid, record.get(SAMPLE)) for uid, record in records.items()}
+        records = {uid: record for uid, record in records.items() if record.get(SAMPLE) == wanted[uid]}
         self._write(records)
         for part in parts:
             part.unlink()
@@ -61,16 +65,17 @@ class Ledger:
     @property
     def done(self) -> frozenset[str]:
         """The samples that had a result when the ledger was opened."""
-        return frozenset(self._records)
+        return frozenset(self._records) & frozenset(self.samples)
 
     def add(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Keep results of this rank; each has a "uid"."""
         for record in records:
-            self._file.write(json.dumps(_safe(record), allow_nan=False) + "\n")
+            marked = {**record, SAMPLE: self.samples[record["uid"]]}
+            self._file.write(json.dumps(_safe(marked), allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> dict[str, dict[str, Any]]:
-        """All results by uid, of all ranks."""
+        """The results of `samples` by uid, of all ranks."""
         self._file.close()
         self.ranks.wait()
         if self.ranks.first:
@@ -81,7 +86,11 @@ class Ledger:
             for part in parts:
                 part.unlink()
         self._records = self.ranks.share(self._records)
-        return self._records
+        return {
+            uid: {key: value for key, value in record.items() if key != SAMPLE}
+            for uid, record in self._records.items()
+            if uid in self.samples
+        }
 
 
 def _lines(path: Path) -> dict[str, dict[str, Any]]:

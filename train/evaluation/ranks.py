@@ -4,10 +4,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from mmskip.env import pick_device
+
+# one rank encodes or times while the others wait: the usual ten minutes are nothing
+_PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -54,19 +60,20 @@ def ranks(device: str = "auto") -> Iterator[Ranks]:
     """Join the processes that torchrun started (nccl on CUDA devices, gloo elsewhere).
 
     Args:
-        device: "auto" (cuda if there is one), "cpu", "cuda", "cuda:1", ...
+        device: see `mmskip.env.pick_device`; among several ranks "auto" and "cuda" mean a device each.
+
+    Raises:
+        ValueError: no such device.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and world > 1:
+    if device in ("auto", "cuda") and world > 1 and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    target = torch.device(device)
+    target = pick_device(device)
     if target.type == "cuda":
         torch.cuda.set_device(target)
     joined = world > 1 and not dist.is_initialized()
     if joined:
-        dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if target.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield Ranks(rank, world, target)
     finally:
