@@ -43,7 +43,7 @@ def stream_page(
     title: str,
     pictures: Mapping[int, str],
     times_s: Sequence[float],
-    kept: Sequence[Mapping[str, Any]],
+    kept: Mapping[int, Mapping[str, Any]],
     tokens: int,
     spoken: Sequence[Mapping[str, Any]],
     figures: Sequence[tuple[str, str]],
@@ -54,7 +54,8 @@ def stream_page(
         title: of the video.
         pictures: data URLs by frame index, from `thumbnail`; frames without one are not shown.
         times_s: [F], seconds.
-        kept: [F], by block: which of the N tokens it processed (any sequence of truth values).
+        kept: by frame index, by block: which of the N tokens it processed (any sequence of truth values); a frame
+            without an entry kept all.
         tokens: N.
         spoken: dicts with `time_s`, `frame`, `text` and `question` (None: it spoke by itself).
         figures: (name, value) pairs for the table.
@@ -62,11 +63,16 @@ def stream_page(
     Returns:
         HTML that needs no other file.
     """
-    blocks = sorted({site for frame in kept for site in frame}, key=_number)
+    blocks = sorted({site for frame in kept.values() for site in frame}, key=_number)
     shown = sorted(pictures)
     data = {
         "frames": [
-            {"t": round(times_s[i], 3), "i": i, "p": pictures[i], "k": [_bits(kept[i].get(b), tokens) for b in blocks]}
+            {
+                "t": round(times_s[i], 3),
+                "i": i,
+                "p": pictures[i],
+                "k": [_bits(kept.get(i, {}).get(block), tokens) for block in blocks],
+            }
             for i in shown
         ],
         "blocks": blocks,
@@ -79,8 +85,8 @@ def stream_page(
     values = {
         "TITLE": html.escape(title),
         "ROWS": rows,
-        # a text must not be able to end the script it stands in
-        "DATA": json.dumps(data, allow_nan=False).replace("</", "<\\/"),
+        # a text must not be able to end the script it stands in, nor to open a comment or a script in it
+        "DATA": json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
         "RAN": RAN,
         "SKIPPED": SKIPPED,
         "INK": INK,

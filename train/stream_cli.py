@@ -16,11 +16,12 @@ import torch
 
 from mmskip.datasets.frames import ImageFolder, VideoFrames, open_frames
 from mmskip.datasets.tokenizer import StreamTokens
-from mmskip.files import write_text
+from mmskip.env import pick_device
+from mmskip.files import check_folder, write_text
 from mmskip.models.stream import StreamEngine, StreamSettings
 from mmskip.models.vision_tower import VisionTower
 from mmskip.train.stream_play import Player, Question, Spoken, Watched, place_questions
-from mmskip.train.trained import TrainedRun, find_run, load_data, load_model, tokenizer_folder
+from mmskip.train.trained import TrainedRun, check_tokens, find_run, load_data, load_model, tokenizer_folder
 from mmskip.viz_stream import stream_page, thumbnail
 
 
@@ -83,27 +84,30 @@ class Session:
             raise ValueError(f"report_frames is {args.report_frames}; expected a number >= 0")
         if not os.path.exists(args.video):
             raise ValueError(f"{args.video}: no such video file or folder of images")
+        if args.fps is not None and not (args.fps > 0 and math.isfinite(args.fps)):
+            raise ValueError(f"fps is {args.fps:g}; expected a positive number of frames per second")
         self.args = args
         questions = [Question.parse(text) for text in args.question]
+        device = pick_device(args.device)
         self.run = find_run(args.checkpoint, args.config)
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+        self.out = check_folder(args.out or self.run.folder / "streams" / Path(args.video).stem)
         self.model: Any = load_model(self.run, device)
-        self.data = load_data(self.run, **_kept_tokenizer(self.run))
+        self.data = _data(self.run)
         self.tower = VisionTower(**self.data.tower_args).to(device)
         if self.tower.dim != self.model.hparams["feature_dim"]:
             raise ValueError(
                 f"the model reads features of {self.model.hparams['feature_dim']} channels, the tower of the run's "
                 f"config, {self.data.tower_args['name']}, gives {self.tower.dim}; give the config the run was made by"
             )
-        self.fps = args.fps or self.model.hparams["fps"] or self.data.fps
+        self.fps = args.fps if args.fps is not None else self.model.hparams["fps"] or self.data.fps
         self.frames: ImageFolder | VideoFrames = open_frames(args.video, self.fps, self.tower.image_size)
-        self.questions = place_questions(questions, self.frames.times_s)
+        self.questions = place_questions(questions, self.frames.times_s, self.frames.duration_s)
+        check_tokens(self.model, self.data)
         self.tokens = StreamTokens.of(self.data.tokenizer)
         self.engine = StreamEngine(
             self.model, self.tower.num_tokens, self._settings(), [self.tokens.head(self.data.instruction)]
         )
         self._check_range()
-        self.out = Path(args.out) if args.out else self.run.folder / "streams" / Path(args.video).stem
         self.pictures: dict[int, str] = {}
         self._stride = math.ceil(len(self.frames.times_s) / args.report_frames) if args.report_frames else 0
 
@@ -115,7 +119,7 @@ class Session:
             positions=args.positions,
             chunk=args.chunk,
             threshold=own["silent_threshold"] if args.threshold is None else args.threshold,
-            max_new_tokens=args.max_new_tokens or own["max_new_tokens"],
+            max_new_tokens=own["max_new_tokens"] if args.max_new_tokens is None else args.max_new_tokens,
             temperature=args.sample,
             top_p=args.top_p,
             seed=args.seed,
@@ -154,7 +158,8 @@ class Session:
 
     def play(self) -> Watched:
         """Play the video, printing each text as it is spoken."""
-        player = Player(self.engine, self._encode, self.tokens, self.args.realtime, _print, self._see)
+        seen = (_print, self._see, self._stride)
+        player = Player(self.engine, self._encode, self.tokens, self.args.realtime, *seen)
         return player.play(self.frames, self.frames.times_s, self.questions)
 
     def _encode(self, frames: torch.Tensor) -> torch.Tensor:
@@ -162,8 +167,7 @@ class Session:
         return self.tower(frames.to(self.engine.cache.device)).half().float()
 
     def _see(self, index: int, frame: np.ndarray) -> None:
-        if self._stride and index % self._stride == 0:
-            self.pictures[index] = thumbnail(frame)
+        self.pictures[index] = thumbnail(frame)
 
     def finish(self, watched: Watched) -> None:
         """Print the figures, and write the texts and the report."""
@@ -206,17 +210,24 @@ class Session:
         stored = f"{_mib(summary['kv_bytes'])} stored, {_mib(summary['kv_reserved_bytes'])} reserved"
         rows = [
             ("frames", f"{summary['frames']} in {summary['seconds']:.1f} s, {summary['frames_per_second']} per second"),
-            ("latency of a frame", latency),
+            ("latency of a frame" if self.args.chunk == 1 else f"latency of {self.args.chunk} frames", latency),
             ("vision tower", tower),
             ("stream", f"{summary['tokens']} tokens, {summary['texts']} texts"),
             ("keys and values", stored + (f", bound {_mib(limit)}" if limit else "")),
         ]
+        if self.args.realtime:
+            rows.append(("behind real time", f"at most {summary['behind_s']} s"))
         return rows + ([("stopped", watched.stopped)] if watched.stopped else [])
 
 
-def _kept_tokenizer(run: TrainedRun) -> dict[str, str]:
+def _data(run: TrainedRun) -> Any:
+    """The data module of a run, for its tower, tokenizer and instruction. With the tokenizer that the run kept nothing
+    of what it was trained on need be there any more."""
     folder = tokenizer_folder(run)
-    return {} if folder is None else {"tokenizer": folder}
+    if folder is None:
+        return load_data(run)
+    free = {"annotations": None, "video_dir": None, "tokenizer": folder}
+    return load_data(run, "mmskip.datasets.narration.NarrationData", **free)
 
 
 def _print(spoken: Spoken) -> None:

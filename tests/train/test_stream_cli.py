@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torch
 from PIL import Image
 from trained_runs import TOWER, narrated_set, train_run
 
-from mmskip.train.stream_cli import main
+from mmskip.datasets.tokenizer import train_tokenizer
+from mmskip.train.stream_cli import Session, build_parser, main
 from mmskip.train.stream_play import Question, place_questions
 from mmskip.viz_stream import grid_of, stream_page, thumbnail
 
@@ -112,6 +114,12 @@ def test_what_was_watched_before_a_break_is_written(run, tmp_path, capsys):
         (["--checkpoint", "nowhere"], "nowhere: no such checkpoint"),
         (["--fps", "100000"], "tokens without any text, the model"),
         (["--report_frames", "-1"], "report_frames is -1"),
+        (["--fps", "0"], "fps is 0"),
+        (["--max_new_tokens", "0"], "max_new_tokens is 0"),
+        (["--sample", "nan"], "temperature is nan"),
+        (["--sample", "--seed", "-1"], "seed is -1"),
+        (["--device", "gpu"], "device is 'gpu'"),
+        (["--device", "cuda:99"], "CUDA devices can be used here"),
     ],
 )
 def test_what_cannot_be_played_is_refused_in_one_line(run, tmp_path, capsys, arguments, message):
@@ -122,6 +130,57 @@ def test_what_cannot_be_played_is_refused_in_one_line(run, tmp_path, capsys, arg
     assert error.startswith("error: ")
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_results_that_cannot_be_written_are_told_before_the_video_is_watched(run, tmp_path, capsys):
+    folder, videos = run
+    (tmp_path / "file").write_text("")
+    base = ["--checkpoint", str(folder), "--video", str(videos / "v0.mp4")]
+    assert main([*base, "--out", str(tmp_path / "file" / "deep")]) == 2
+    assert "file is a file; give a folder" in capsys.readouterr().err
+
+
+def test_a_run_streams_where_its_training_data_is_not(run, tmp_path):
+    folder, videos = run
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    config = (moved / "config.yaml").read_text()
+    assert str(videos) in config
+    (moved / "config.yaml").write_text(config.replace(str(videos), "/gone").replace("narrations.json", "gone.json"))
+    here = play(run, tmp_path / "a", "--threshold", "0.6", "--report_frames", "0")
+    there = play((moved, videos), tmp_path / "b", "--threshold", "0.6", "--report_frames", "0")
+    assert said(there[1]) == said(here[1]) and said(here[1])
+
+
+def test_a_long_stream_keeps_selections_of_pictured_frames_only(run, tmp_path):
+    folder, videos = run
+    arguments = ["--checkpoint", str(folder), "--video", str(videos / "v0.mp4"), "--out", str(tmp_path)]
+    for pictured, kept in (("3", 3), ("0", 0)):
+        session = Session(build_parser().parse_args([*arguments, "--report_frames", pictured]))
+        watched = session.play()
+        assert len(watched.times_s) > 6
+        assert len(watched.kept) == len(session.pictures) == kept
+
+
+def test_texts_are_told_as_they_are_spoken_and_those_before_a_break_stay(run, tmp_path):
+    """Of a chunk that outgrows the model's range, what was said in it before is not lost."""
+    folder, videos = run
+    arguments = ["--checkpoint", str(folder), "--video", str(videos / "v0.mp4"), "--out", str(tmp_path)]
+    session = Session(build_parser().parse_args([*arguments, "--threshold", "0.99", "--chunk", "8"]))
+    session.engine.cache.range = 60  # the announced check knows the frames only, not the texts
+    watched = session.play()
+    assert "60" in watched.stopped
+    assert 0 < len(watched.times_s) < 8 and len(watched.times_s) == session.engine.frames_seen[0]
+    assert watched.spoken and watched.spoken[-1].frame < len(watched.times_s)
+
+
+def test_another_tokenizer_than_the_models_is_refused(run, tmp_path, capsys):
+    folder, videos = run
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    train_tokenizer(["other words"]).save_pretrained(moved / "tokenizer")
+    assert main(["--checkpoint", str(moved), "--video", str(videos / "v0.mp4")]) == 2
+    assert "is not the one the model was trained with" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_method_is_refused(run, tmp_path, capsys):
@@ -138,17 +197,19 @@ def test_times_of_questions():
     asked = [Question.parse(text) for text in ("12 a", "0:12 what is moving?", "1:00:02.5 x y", "3s b")]
     assert [(q.time_s, q.text) for q in asked] == [(12, "a"), (12, "what is moving?"), (3602.5, "x y"), (3, "b")]
     times = np.arange(10) / 2
-    placed = place_questions([Question(0.0, "a"), Question(1.4, "b"), Question(4.9, "c")], times)
+    placed = place_questions([Question(0.0, "a"), Question(1.4, "b"), Question(4.6, "c")], times, 4.7)
     assert {frame: [q.text for q in found] for frame, found in placed.items()} == {0: ["a"], 2: ["b"], 9: ["c"]}
-    with pytest.raises(ValueError, match="asked at 5 s, the video ends at 5 s"):
-        place_questions([Question(5.0, "d")], times)
+    with pytest.raises(ValueError, match=r"asked at 4.8 s, the video ends at 4.7 s"):
+        place_questions([Question(4.8, "d")], times, 4.7)
 
 
 def test_a_page_escapes_what_was_said_and_fits_any_model():
     picture = thumbnail(np.zeros((64, 64, 3), np.uint8))
-    spoken = [{"time_s": 0.0, "frame": 0, "text": "</script><b>%RAN%", "question": None}]
-    page = stream_page("<x>", {0: picture}, [0.0], [{}], 7, spoken, [("a", "<b>")])
-    assert page.count("</script>") == 1
+    spoken = [{"time_s": 0.0, "frame": 0, "text": "</script><b>%RAN%<!--<script>", "question": None}]
+    page = stream_page("<x>", {0: picture}, [0.0], {}, 7, spoken, [("a", "<b>")])
+    assert page.count("</script>") == page.count("<script") == 1
+    assert "<!--" not in page
+    assert json.loads(re.search(r"const D=(.*);\n", page)[1])["said"][0]["x"] == spoken[0]["text"]
     assert "&lt;x&gt;" in page
     assert "%RAN%" in page
     assert [grid_of(tokens) for tokens in (10, 9, 5, 1, 7)] == [3, 3, 2, 1, 0]
