@@ -7,9 +7,11 @@ The template is that of `mmskip.datasets.turns`; a question closes the stream pa
 Shapes: B streams, T tokens of a call, F frames, N tokens per frame, C feature channels, V vocabulary.
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -69,7 +71,8 @@ class StreamSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("window", 1), ("sinks", 0), ("position_range", 1), ("chunk", 1), ("max_new_tokens", 1)):
+        lowest = {"window": 1, "sinks": 0, "position_range": 1, "chunk": 1, "max_new_tokens": 1, "seed": 0}
+        for name, low in lowest.items():
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
                 raise ValueError(f"{name} is {value!r}; expected an integer >= {low}.")
@@ -79,9 +82,10 @@ class StreamSettings:
             raise ValueError(f"sinks is {self.sinks} without a window; give a window, or leave the sinks out.")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold is {self.threshold!r}; expected a number from 0 to 1.")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise ValueError(
-                f"temperature is {self.temperature!r} and top_p {self.top_p!r}; expected >= 0 and a number in (0, 1]."
+                f"temperature is {self.temperature!r} and top_p {self.top_p!r}; expected a number >= 0 and one in "
+                "(0, 1]."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -236,16 +240,23 @@ class StreamEngine:
         Counted for text only, of which a routed layer stores every token; frames take less."""
         if self.settings.window is None:
             return None
-        config, view = self.model.llm.config, self.cache.view
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         total = 0
-        for index, own in enumerate(view.windows):
+        for own, entry_bytes in zip(self.cache.view.windows, self._entry_bytes, strict=True):
             sinks = self.settings.sinks if own is None else 0
             window = min(self.settings.window, own or self.settings.window)
-            entries = bound(window, sinks, self.frame_tokens, self.call_tokens)
-            total += entries * 2 * heads * width * view.item_bytes(index)
+            total += bound(window, sinks, self.frame_tokens, self.call_tokens) * entry_bytes
         return total * len(self._streams)
+
+    @cached_property
+    def _entry_bytes(self) -> tuple[int, ...]:
+        """Bytes that each layer stores of a token. Configs tell it in many ways, so one token is run, over a cache that
+        is then thrown away."""
+        cache: Any = self._make_cache(1)
+        layout = np.full((1, 1), TEXT)
+        with torch.no_grad():
+            announced = cache.begin(layout, [1], self.model.llm.dtype)
+            self._forward(np.full((1, 1), self.model.ids.eos), layout, [], announced, [0], [0])
+        return cache.entry_bytes
 
     @property
     def call_tokens(self) -> int:

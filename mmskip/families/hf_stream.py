@@ -326,6 +326,11 @@ class StreamCache(Cache):
         return max(dense.counts), layer.stored_bytes, dense.entries * layer.entry_bytes
 
     @property
+    def entry_bytes(self) -> tuple[int, ...]:
+        """Bytes of one entry of each layer, once a call has filled them."""
+        return tuple(layer.entry_bytes for layer in self._own)
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of all stored keys and values."""
         return sum(layer.stored_bytes for layer in self._own)

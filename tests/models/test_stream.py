@@ -6,6 +6,7 @@ from narration_data import LLAMA, TOKENS
 from streams import HEAD, MOD, QUESTION, Transcript, engine, tiny_narrator, video
 
 import mmskip
+from mmskip.families.hf_ledger import bound
 from mmskip.models.narrator import speaks
 from mmskip.models.stream import StreamEngine, StreamSettings
 
@@ -87,6 +88,40 @@ def test_ten_times_the_context_length_under_a_window_within_the_announced_bytes(
     assert min(running.cache.totals) > 10 * 96
     assert said
     assert most <= limit
+
+
+NOT_AS_CONFIGURED = {
+    # keys and values of one head for all, and a compressed pair of another width than the heads'
+    "gpt_bigcode": {"model_type": "gpt_bigcode", "n_embd": 16, "n_layer": 2, "n_head": 2, "multi_query": True},
+    "gpt2": {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2},
+    "deepseek_v3": {
+        "model_type": "deepseek_v3",
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "q_lora_rank": None,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 12,
+        "first_k_dense_replace": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("name", NOT_AS_CONFIGURED)
+def test_the_announced_bytes_are_those_of_the_entries(name):
+    """As many entries as announced, of the bytes that the model really stores."""
+    model = tiny_narrator(llm=NOT_AS_CONFIGURED[name], seed=4)
+    running = engine(model, threshold=0.0, window=20)
+    limit = running.kv_bound()
+    assert running.cache.totals == [0] and running.frames_seen == [0]
+    running.push(video(6))
+    running.run()
+    assert running.cache.stored_bytes % sum(running.cache.entry_bytes) == 0 < running.cache.stored_bytes
+    assert limit == bound(20, 0, TOKENS, running.call_tokens) * sum(running.cache.entry_bytes)
 
 
 def test_a_stream_beyond_the_range_is_refused_and_its_state_stays():
@@ -186,6 +221,8 @@ def test_a_trace_of_a_stream_counts_its_cache():
         ({"positions": "relative"}, "relative"),
         ({"threshold": 1.5}, "threshold is 1.5"),
         ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"seed": -1}, "seed is -1"),
         ({"top_p": 0.0}, "top_p 0.0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
     ],
