@@ -7,6 +7,7 @@ import subprocess
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,50 @@ from mmskip.env import device_name, package_versions
 from mmskip.files import write_text
 from mmskip.timing import Ratio, interleaved_ratio
 
-__all__ = ["RESULTS", "ROOT", "Ratio", "emit", "environment", "interleaved_ratio", "saved_activation_bytes", "summary"]
+__all__ = [
+    "LLAMA_8B",
+    "RESULTS",
+    "ROOT",
+    "Decoder",
+    "Ratio",
+    "emit",
+    "environment",
+    "interleaved_ratio",
+    "saved_activation_bytes",
+    "summary",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 REQUIRED = ("name", "speedup", "ideal", "device", "shape")
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The shape of a Llama from scratch."""
+
+    layers: int = 8
+    width: int = 512
+    ffn: int = 1376
+    heads: int = 8
+    kv_heads: int = 8
+    vocab: int = 1000
+    dtype: str = "float32"
+
+    def settings(self, positions: int) -> dict[str, int]:
+        """Of a `LlamaConfig` for `positions` positions."""
+        return {
+            "vocab_size": self.vocab,
+            "hidden_size": self.width,
+            "intermediate_size": self.ffn,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "max_position_embeddings": positions,
+        }
+
+
+LLAMA_8B = Decoder(32, 4096, 14336, 32, 8, 128256, "bfloat16")
 
 
 def summary(ratio: Ratio, ideal: float) -> dict[str, Any]:

@@ -10,30 +10,23 @@ Contenders: MoD with the linear router, random routing at the same budget, and k
 
 import argparse
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
-from _measure import RESULTS, emit, interleaved_ratio, saved_activation_bytes, summary
+from _measure import LLAMA_8B, RESULTS, Decoder, emit, interleaved_ratio, saved_activation_bytes, summary
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mmskip
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(Decoder):
     """A Llama and its batch: `frames` times (`vision` vision + `text` text tokens) per row."""
 
-    layers: int = 8
-    width: int = 512
-    ffn: int = 1376
-    heads: int = 8
-    kv_heads: int = 8
-    vocab: int = 1000
     frames: int = 100
     vision: int = 10
     text: int = 1
     batch: int = 2
-    dtype: str = "float32"
 
 
 SHAPES = {
@@ -42,7 +35,7 @@ SHAPES = {
     "short": Shape(frames=20, batch=4),
     "patches64": Shape(frames=16, vision=64, text=1),
     "narrow": Shape(width=192, ffn=512, heads=6, kv_heads=6, vocab=120, frames=50),
-    "llama8b_2layers": Shape(2, 4096, 14336, 32, 8, 128256, 200, 10, 1, 1, "bfloat16"),
+    "llama8b_2layers": Shape(**asdict(replace(LLAMA_8B, layers=2)), frames=200, batch=1),
 }
 CONTENDERS = {
     "mod": mmskip.MoDConfig(keep=0.2, layers="alternate", gate="tanh"),
@@ -56,15 +49,7 @@ class Trainer:
 
     def __init__(self, shape: Shape, config: mmskip.MoDConfig | None, device: str) -> None:
         torch.manual_seed(0)
-        settings = LlamaConfig(
-            vocab_size=shape.vocab,
-            hidden_size=shape.width,
-            intermediate_size=shape.ffn,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            max_position_embeddings=shape.frames * (shape.vision + shape.text),
-        )
+        settings = LlamaConfig(**shape.settings(shape.frames * (shape.vision + shape.text)))
         self.model = LlamaForCausalLM(settings).to(device, getattr(torch, shape.dtype)).train()
         frame = torch.cat([torch.zeros(shape.vision), -torch.ones(shape.text)]).long()
         rows = torch.where(frame < 0, -1, torch.arange(shape.frames)[:, None]).reshape(1, -1).expand(shape.batch, -1)

@@ -6,25 +6,31 @@
 
 Random weights that never speak, random features: the language model alone is timed, not the vision tower. Contenders
 run frame by frame in turns, so that drift of the machine hits all alike. Parts:
-  position  one stream, one frame per call: dense, MoD, dense + window and MoD + window, from the first frame on
-  grid      MoD against dense at 1 to 64 tokens per frame, 1 to 8 frames per call, 1 to 8 streams
+  position  one stream, one frame per call: dense + window and MoD + window at every frame, dense and MoD without a
+            window at 10 frames each of some 16 positions (between them their cache is filled many frames at a time)
   prefill   600 frames x 10 tokens (and a separator each) in one call, against dense and the counted ideal
+  grid      MoD against dense at 1 to 64 tokens per frame, 1 to 8 frames per call, 1 to 8 streams
+
+Each part is written to the result file as soon as it is measured, each cell of the grid too. What was measured of the
+same commit, machine and settings is taken from there when the command is given again (`--fresh`: it is not).
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from itertools import product
+from dataclasses import asdict, replace
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
 import torch
-from _measure import RESULTS, emit, interleaved_ratio, summary
+from _measure import LLAMA_8B, RESULTS, Decoder, emit, environment, interleaved_ratio, summary
 from matplotlib.figure import Figure
 
 import mmskip
+from mmskip.files import write_json
 from mmskip.models.narrator import TokenIds
 from mmskip.models.stream import StreamEngine, StreamSettings
 from mmskip.models.video_llm import VideoLLM
@@ -34,41 +40,21 @@ FEATURES = 64
 MOD = mmskip.MoDConfig(keep=0.2, layers="alternate", gate="tanh")
 WINDOW_FRAMES, SINKS = 200, 8
 SPANS = ((500, 600), (2000, 2100))
-TOKENS, CHUNKS, STREAMS = (1, 4, 10, 32, 64), (1, 2, 4, 8), (1, 2, 4, 8)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A Llama."""
-
-    layers: int = 8
-    width: int = 512
-    ffn: int = 1376
-    heads: int = 8
-    kv_heads: int = 8
-    vocab: int = 1000
-    dtype: str = "float32"
-
+TOKENS, CHUNKS, STREAMS = (1, 10, 64), (1, 2, 8), (1, 2, 8)
+PROBES, PROBE_FRAMES = 14, 10
+FILL = 50  # frames per call where nothing is timed
 
 SHAPES = {
-    "claim": Shape(),
-    "tiny": Shape(4, 64, 128, 4, 2, 100),
-    "llama8b_8layers": Shape(8, 4096, 14336, 32, 8, 128256, "bfloat16"),
+    "claim": Decoder(),
+    "tiny": Decoder(4, 64, 128, 4, 2, 100),
+    "llama8b_8layers": replace(LLAMA_8B, layers=8),
 }
 
 
-def build(shape: Shape, methods: Sequence[mmskip.MoDConfig], device: str) -> VideoLLM:
+def build(shape: Decoder, methods: Sequence[mmskip.MoDConfig], device: str) -> VideoLLM:
     """A model that stays silent: its logits are all zero, and the first of equal ones is the silent token."""
     torch.manual_seed(0)
-    llm = {
-        "model_type": "llama",
-        "hidden_size": shape.width,
-        "intermediate_size": shape.ffn,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "max_position_embeddings": 2**20,
-    }
+    llm = {"model_type": "llama", **shape.settings(2**20)}
     ids = TokenIds(0, 1, 2, (3,), (4,), shape.vocab)
     with torch.device(device):
         model = VideoLLM(
@@ -102,34 +88,68 @@ class Contender:
             raise RuntimeError("a model that should be silent spoke; its figures would mean nothing")
         return time.perf_counter() - start
 
+    @property
+    def seen(self) -> int:
+        """Frames that every stream has watched."""
+        return min(self.engine.frames_seen)
+
+    def fill(self, until: int) -> None:
+        """Watch up to frame `until`, untimed and many frames at a time."""
+        own = self.engine.settings
+        self.engine.settings = replace(own, chunk=FILL)
+        self.watch(until - self.seen)
+        self.engine.settings = own
+
 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
+def probed(frames: int) -> set[int]:
+    """The frames at which the contenders without a window are timed: `PROBE_FRAMES` at each of `PROBES` positions, in
+    the middle of the early frames and at the end of the late ones."""
+    early, late = spans(frames)
+    size = min(PROBE_FRAMES, early[1] - early[0])
+    starts = {round(index * (frames - size) / (PROBES - 1)) for index in range(PROBES)}
+    starts |= {(sum(early) - size) // 2, late[1] - size}
+    return {start + index for start in starts for index in range(size)}
+
+
 def position(models: dict[str, VideoLLM], frames: int, window: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Latency of every frame and KV bytes behind it, per contender; and what the window was announced to take."""
+    """Latency and KV bytes by frame, per contender; and what the window was announced to take."""
     plan = {"dense": ("dense", None), "mod": ("mod", None), "dense + window": ("dense", window)}
     plan["mod + window"] = ("mod", window)
     running = {name: Contender(models[model], window=limit) for name, (model, limit) in plan.items()}
-    for name, contender in running.items():
-        if (limit := contender.engine.kv_bound()) is not None:
+    limits = {name: contender.engine.kv_bound() for name, contender in running.items()}
+    for name, limit in limits.items():
+        if limit is not None:
             say(f"  {name}: keys and values will take at most {limit / 2**20:.2f} MiB")
     rows: dict[str, dict[str, Any]] = {
-        name: {"latency_s": [], "kv_bytes": [], "most_reserved_bytes": 0} for name in running
+        name: {"latency_s": {}, "kv_bytes": {}, "most_reserved_bytes": 0, "kv_bound_bytes": limit}
+        for name, limit in limits.items()
     }
-    for _ in range(frames):
+    chosen, begin = probed(frames), time.perf_counter()
+    for frame in range(frames):
         for name, contender in running.items():
+            if limits[name] is None and frame not in chosen:
+                continue
+            if contender.seen < frame:
+                contender.fill(frame)
             row, cache = rows[name], contender.engine.cache
-            row["latency_s"].append(contender.watch(1))
-            row["kv_bytes"].append(cache.stored_bytes)
+            row["latency_s"][frame] = contender.watch(1)
+            row["kv_bytes"][frame] = cache.stored_bytes
             row["most_reserved_bytes"] = max(row["most_reserved_bytes"], cache.reserved_bytes)
+        if (frame + 1) % max(frames // 15, 1) == 0:
+            say(f"  frame {frame + 1} of {frames}, {time.perf_counter() - begin:.0f} s")
     for name, row in rows.items():
-        limit = running[name].engine.kv_bound()
-        if limit is not None and row["most_reserved_bytes"] > limit:
-            raise RuntimeError(f"{name} took {row['most_reserved_bytes']} bytes, more than the {limit} announced")
-        row["kv_bound_bytes"] = limit
+        if limits[name] is not None and row["most_reserved_bytes"] > limits[name]:
+            raise RuntimeError(
+                f"{name} took {row['most_reserved_bytes']} bytes, more than the {limits[name]} announced"
+            )
+    with mmskip.trace(models["mod"].llm) as trace:
+        running["mod"].watch(1)
+    rows["mod"]["ideal"] = mmskip.cost(models["mod"].llm, trace).ideal_speedup
     return rows
 
 
@@ -145,34 +165,49 @@ def read_position(rows: dict[str, dict[str, Any]], frames: int, say: Callable[[s
     """The claims about position, with figures thinned out for the result file."""
     early, late = spans(frames)
     found: dict[str, Any] = {"frames": frames, "early": early, "late": late, "contenders": {}}
+    size = max(frames // 60, 1)
     for name, row in rows.items():
-        first, last = (1000 * statistics.median(row["latency_s"][slice(*span)]) for span in (early, late))
-        every = max(frames // 60, 1)
+        timed = [
+            [1000 * seconds for frame, seconds in row["latency_s"].items() if begin <= frame < end]
+            for begin, end in (early, late)
+        ]
+        first, last = map(statistics.median, timed)
+        end_bytes = row["kv_bytes"][frames - 1]
         found["contenders"][name] = {
             "early_ms": round(first, 3),
             "late_ms": round(last, 3),
+            "frames_timed": [len(part) for part in timed],
             "late_over_early": round(last / first, 4),
             "frames_per_second_late": round(1000 / last, 2),
-            "kv_bytes_end": row["kv_bytes"][-1],
+            "kv_bytes_end": end_bytes,
             "kv_bound_bytes": row["kv_bound_bytes"],
             "most_reserved_bytes": row["most_reserved_bytes"],
-            "latency_ms_by_position": _binned(row["latency_s"], every, 1000),
-            "kv_bytes_by_position": row["kv_bytes"][::every],
+            "latency_ms_by_position": _binned(row["latency_s"], size, 1000),
+            "kv_bytes_by_position": _binned(row["kv_bytes"], size, 1),
         }
         say(
             f"  {name:15s} frames {early[0]}-{early[1]} {first:.2f} ms, {late[0]}-{late[1]} {last:.2f} ms "
-            f"({last / first:.2f}x), {1000 / last:.1f} frames/s, {row['kv_bytes'][-1] / 2**20:.2f} MiB at the end"
+            f"({last / first:.2f}x), {1000 / last:.1f} frames/s, {end_bytes / 2**20:.2f} MiB at the end"
         )
-    ends = {name: row["kv_bytes"][-1] for name, row in rows.items()}
-    found["kv_share"] = round(ends["mod"] / ends["dense"], 4)
-    found["window_late_over_early"] = found["contenders"]["mod + window"]["late_over_early"]
-    say(f"  KV bytes of MoD: {found['kv_share']:.3f} of dense; latency under the window: late / early above")
+    by_name = found["contenders"]
+    found["kv_share"] = round(by_name["mod"]["kv_bytes_end"] / by_name["dense"]["kv_bytes_end"], 4)
+    found["window_late_over_early"] = by_name["mod + window"]["late_over_early"]
+    # of frame-by-frame watching at the end of the stream, without a window
+    found["speedup"] = round(by_name["dense"]["late_ms"] / by_name["mod"]["late_ms"], 4)
+    found["ideal"] = round(rows["mod"]["ideal"], 4)
+    say(
+        f"  without a window MoD takes {found['kv_share']:.3f} of dense's KV bytes (at most 0.65 wanted); with one its "
+        f"late frames take {found['window_late_over_early']:.3f} of its early ones (at most 1.15 wanted)"
+    )
     return found
 
 
-def _binned(values: Sequence[float], size: int, scale: float) -> list[float]:
-    parts = [values[start : start + size] for start in range(0, len(values), size)]
-    return [round(scale * statistics.median(part), 3) for part in parts]
+def _binned(values: dict[int, float], size: int, scale: float) -> list[tuple[int, float]]:
+    """Medians of `size` frames each, with the first of these frames."""
+    parts: dict[int, list[float]] = {}
+    for frame, value in values.items():
+        parts.setdefault(frame // size * size, []).append(value)
+    return [(start, round(scale * statistics.median(part), 3)) for start, part in sorted(parts.items())]
 
 
 def grid(
@@ -181,41 +216,59 @@ def grid(
     warm: int,
     repeats: int,
     say: Callable[[str], None],
+    known: Sequence[dict[str, Any]] = (),
+    keep: Callable[[list[dict[str, Any]]], None] = lambda cells: None,
 ) -> list[dict[str, Any]]:
-    """Frames per second of dense and MoD at `warm` frames into the stream, for each (tokens, chunk, streams)."""
-    cells = []
+    """Frames per second of dense and MoD at `warm` frames into the stream, for each (tokens, chunk, streams).
+
+    Args:
+        models, sizes, warm, repeats, say: as it says.
+        known: cells that need not be measured again.
+        keep: called with the cells so far after each of them.
+    """
+    cells: list[dict[str, Any]] = []
     for tokens, chunk, streams in product(*sizes):
-        pair = {name: Contender(model, tokens, chunk, streams) for name, model in models.items()}
-        costs = {}
-        for name, contender in pair.items():
-            contender.watch(warm)
-            with mmskip.trace(models[name].llm) as trace:
-                contender.watch(chunk)
-            costs[name] = mmskip.cost(models[name].llm, trace)
-        times: dict[str, list[float]] = {name: [] for name in pair}
-        for index in range(repeats):
-            order = list(pair.items())[:: 1 if index % 2 == 0 else -1]
-            for name, contender in order:
-                times[name].append(contender.watch(chunk))
-        ratios = [dense / mod for dense, mod in zip(times["dense"], times["mod"], strict=True)]
-        cell = {
-            "tokens": tokens,
-            "chunk": chunk,
-            "streams": streams,
-            "speedup": round(statistics.median(ratios), 3),
-            "ideal": round(costs["mod"].ideal_speedup, 3),
-            **{
-                f"{name}_frames_per_second": round(chunk * streams / statistics.median(seconds), 2)
-                for name, seconds in times.items()
-            },
-            **{f"{name}_kv_bytes": pair[name].engine.cache.stored_bytes for name in pair},
-        }
+        place = {"tokens": tokens, "chunk": chunk, "streams": streams}
+        cell = next((cell for cell in known if place.items() <= cell.items()), None)
+        if cell is None:
+            pair = {name: Contender(model, tokens, chunk, streams) for name, model in models.items()}
+            cell = {**place, **_cell(models, pair, chunk * streams, warm, repeats)}
         cells.append(cell)
+        keep(cells)
         say(
             f"  {tokens:2d} tokens, {chunk} frames a call, {streams} streams: {cell['speedup']:.2f}x "
             f"(counted {cell['ideal']:.2f}x), {cell['mod_frames_per_second']:.1f} frames/s"
         )
     return cells
+
+
+def _cell(
+    models: dict[str, VideoLLM], pair: dict[str, Contender], frames: int, warm: int, repeats: int
+) -> dict[str, Any]:
+    """The figures of one cell, whose calls hold `frames` frames in all."""
+    chunk = pair["mod"].engine.settings.chunk
+    for contender in pair.values():
+        contender.fill(warm)
+        contender.watch(chunk)
+    with mmskip.trace(models["mod"].llm) as trace:
+        pair["mod"].watch(chunk)
+    ideal = mmskip.cost(models["mod"].llm, trace).ideal_speedup
+    pair["dense"].watch(chunk)
+    times: dict[str, list[float]] = {name: [] for name in pair}
+    for index in range(repeats):
+        order = list(pair.items())[:: 1 if index % 2 == 0 else -1]
+        for name, contender in order:
+            times[name].append(contender.watch(chunk))
+    ratios = [dense / mod for dense, mod in zip(times["dense"], times["mod"], strict=True)]
+    return {
+        "speedup": round(statistics.median(ratios), 3),
+        "ideal": round(ideal, 3),
+        **{
+            f"{name}_frames_per_second": round(frames / statistics.median(seconds), 2)
+            for name, seconds in times.items()
+        },
+        **{f"{name}_kv_bytes": pair[name].engine.cache.stored_bytes for name in pair},
+    }
 
 
 def verdict(cells: Sequence[dict[str, Any]]) -> str:
@@ -239,7 +292,7 @@ def prefill(models: dict[str, VideoLLM], frames: int, pairs: int) -> dict[str, A
     with mmskip.trace(models["mod"].llm) as trace:
         run("mod")
     ideal = mmskip.cost(models["mod"].llm, trace).ideal_speedup
-    ratio = interleaved_ratio(lambda: run("dense"), lambda: run("mod"), pairs)
+    ratio = interleaved_ratio(lambda: run("dense"), lambda: run("mod"), pairs, warmup=1)
     return {"frames": frames, **summary(ratio, ideal)}
 
 
@@ -251,15 +304,14 @@ def picture(result: dict[str, Any]) -> Figure:
     for name, row in result.get("position", {}).get("contenders", {}).items():
         color, line = styles[name]
         for axes, key, scale in ((panels[0], "latency_ms_by_position", 1), (panels[1], "kv_bytes_by_position", 2**20)):
-            values = [value / scale for value in row[key]]
-            places = [index * result["position"]["frames"] / len(values) for index in range(len(values))]
+            places, values = zip(*((frame, value / scale) for frame, value in row[key]), strict=True)
             axes.plot(places, values, line, color=color, label=name, linewidth=1.5)
     for axes, label in ((panels[0], "latency of a frame, ms (median)"), (panels[1], "keys and values, MiB")):
         axes.set(xlabel="frames watched", ylabel=label)
         axes.set_ylim(bottom=0)
         if axes.lines:
             axes.legend(frameon=False, fontsize=8)
-    _draw_grid(panels[2], result.get("grid", []))
+    _draw_grid(panels[2], result.get("grid", {}).get("cells", []))
     for axes in panels:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
@@ -270,57 +322,111 @@ def picture(result: dict[str, Any]) -> Figure:
 
 
 def _draw_grid(axes: Any, cells: Sequence[dict[str, Any]]) -> None:
-    marks = dict(zip(STREAMS, "os^D", strict=True))
+    marks = dict(zip(sorted({cell["streams"] for cell in cells}), cycle("os^Dv*"), strict=False))
     for cell in cells:
         color = HIGHLIGHT if cell["speedup"] < 1.05 else RAN
         axes.plot(cell["tokens"] * cell["chunk"], cell["speedup"], marks[cell["streams"]], color=color, markersize=5)
     axes.axhline(1, color=LINE, linewidth=1)
     axes.set(xscale="log", xlabel="vision tokens of a stream in a call", ylabel="MoD over dense, frames per second")
     for streams, mark in marks.items():
-        if any(cell["streams"] == streams for cell in cells):
-            axes.plot([], [], mark, color=RAN, markersize=5, label=f"{streams} stream{'s' * (streams > 1)}")
+        axes.plot([], [], mark, color=RAN, markersize=5, label=f"{streams} stream{'s' * (streams > 1)}")
     if cells:
         axes.legend(frameon=False, fontsize=8)
+
+
+class Results:
+    """The result file, written after every part; parts that an earlier run measured alike are taken from it.
+
+    Args:
+        path: the file.
+        about: what all parts depend on, besides the machine and the commit.
+        fresh: take nothing.
+    """
+
+    def __init__(self, path: Path, about: dict[str, Any], fresh: bool) -> None:
+        self.path = path
+        where = environment()
+        self.result: dict[str, Any] = {**about, "device": where["device"], "environment": where}
+        found = {} if fresh or not path.is_file() else json.loads(path.read_text())
+        same = all(found.get(key) == value for key, value in json.loads(json.dumps(self.result)).items())
+        # changes that are not committed may have changed what is measured
+        self._found = found if same and not where["dirty"] else {}
+
+    def known(self, part: str, settings: dict[str, Any]) -> dict[str, Any] | None:
+        """What was measured of a part with these settings; None: nothing."""
+        found = self._found.get(part)
+        return found if found and found["settings"] == json.loads(json.dumps(settings)) else None
+
+    def keep(self, part: str, settings: dict[str, Any], values: dict[str, Any]) -> None:
+        """Write a part, beside those that are there."""
+        self.result[part] = {"settings": settings, **values}
+        write_json(self.whole, self.path)
+
+    @property
+    def whole(self) -> dict[str, Any]:
+        """What was measured now, and beside it what was measured alike before."""
+        return {**self._found, **self.result}
+
+
+def measure(
+    args: argparse.Namespace, models: dict[str, VideoLLM], results: Results, say: Callable[[str], None]
+) -> None:
+    """The parts that are asked for."""
+    if "position" in args.parts:
+        window = min(WINDOW_FRAMES, args.frames // 6) * 11
+        settings = {"frames": args.frames, "window": window, "probes": PROBES, "probe_frames": PROBE_FRAMES}
+        say(f"position: {args.frames} frames of 10 tokens, window {window} tokens")
+        found = results.known("position", settings)
+        if found is None:
+            found = read_position(position(models, args.frames, window, say), args.frames, say)
+        results.keep("position", settings, found)
+    if "prefill" in args.parts:
+        settings = {"frames": args.prefill_frames, "pairs": args.pairs}
+        say(f"prefill: {args.prefill_frames} frames of 10 tokens in one call")
+        found = results.known("prefill", settings)
+        results.keep("prefill", settings, found or prefill(models, args.prefill_frames, args.pairs))
+        say(f"  {results.result['prefill']}")
+    if "grid" in args.parts:
+        say("grid: tokens per frame, frames per call, streams")
+        settings = {"warm": args.warm, "repeats": args.pairs}
+        sizes = (args.tokens, args.chunks, args.streams)
+        known = (results.known("grid", settings) or {}).get("cells", [])
+
+        def keep(cells: list[dict[str, Any]]) -> None:
+            results.keep("grid", settings, {"cells": cells, "verdict": verdict(cells)})
+
+        grid(models, sizes, args.warm, args.pairs, say, known, keep)
+        say(results.result["grid"]["verdict"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    parts = ["position", "prefill", "grid"]
     add("--shape", default="claim", choices=SHAPES)
-    add("--parts", nargs="+", default=["position", "grid", "prefill"], choices=["position", "grid", "prefill"])
+    add("--parts", nargs="+", default=parts, choices=parts)
     add("--frames", type=int, default=2100, help="length of the streams of `position`")
     add("--prefill_frames", type=int, default=600)
     add("--pairs", type=int, default=15, help="paired runs of `prefill`, and repeats of a cell of `grid`")
     add("--tokens", type=int, nargs="+", default=list(TOKENS), help="per frame, in `grid`")
     add("--chunks", type=int, nargs="+", default=list(CHUNKS), help="frames per call, in `grid`")
-    add("--streams", type=int, nargs="+", default=list(STREAMS), choices=STREAMS, help="in `grid`")
+    add("--streams", type=int, nargs="+", default=list(STREAMS), help="in `grid`")
     add("--warm", type=int, default=32, help="frames before a cell of `grid` is timed")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", help="result file (default: benchmarks/results/streaming_DEVICE_SHAPE.json)")
+    add("--fresh", action="store_true", help="measure everything anew")
     args = parser.parse_args()
     if args.frames < 21:
         parser.error(f"--frames is {args.frames}; expected at least 21")
-    models = {
-        "dense": build(SHAPES[args.shape], (), args.device),
-        "mod": build(SHAPES[args.shape], (MOD,), args.device),
-    }
-    result: dict[str, Any] = {"name": "streaming", "shape": args.shape, "model": asdict(SHAPES[args.shape])}
-    if "position" in args.parts:
-        window = min(WINDOW_FRAMES, args.frames // 6) * 11
-        print(f"position: {args.frames} frames of 10 tokens, window {window} tokens")
-        result["position"] = read_position(position(models, args.frames, window, print), args.frames, print)
-    if "grid" in args.parts:
-        print("grid: tokens per frame, frames per call, streams")
-        result["grid"] = grid(models, (args.tokens, args.chunks, args.streams), args.warm, args.pairs, print)
-        result["verdict"] = verdict(result["grid"])
-        print(result["verdict"])
-    if "prefill" in args.parts:
-        print(f"prefill: {args.prefill_frames} frames of 10 tokens in one call")
-        result["prefill"] = prefill(models, args.prefill_frames, args.pairs)
-        print(f"  {result['prefill']}")
-    measured = result.get("prefill") or next(iter(result.get("grid", [])), None)
-    result |= {"speedup": measured["speedup"] if measured else 1.0, "ideal": measured["ideal"] if measured else 1.0}
+    shape = SHAPES[args.shape]
+    models = {"dense": build(shape, (), args.device), "mod": build(shape, (MOD,), args.device)}
     path = Path(args.out or RESULTS / f"streaming_{args.device}_{args.shape}.json")
+    about = {"name": "streaming", "shape": args.shape, "model": asdict(shape), "method": MOD.to_dict()}
+    results = Results(path, about, args.fresh)
+    measure(args, models, results, lambda text: print(text, flush=True))
+    result = results.whole
+    measured = result.get("prefill") or result.get("position") or result["grid"]["cells"][0]
+    result |= {"speedup": measured["speedup"], "ideal": measured["ideal"]}
     save_png(picture(result), path.with_suffix(".png"))
     emit(result, path)
 
