@@ -13,6 +13,7 @@ from mmskip.methods.layer_mask import LayerMaskConfig, masked
 from mmskip.methods.layer_plan import LayerPlanConfig
 from mmskip.methods.mod import MoDConfig
 from mmskip.methods.self_speculation import SelfSpeculationConfig, generate
+from mmskip.methods.skip_policy import SkipPolicyConfig
 from mmskip.methods.skip_scale import SkipScaleConfig, skip_norms
 from mmskip.methods.step_cache import StepCacheConfig
 from mmskip.methods.token_reduction import TokenReductionConfig
@@ -32,6 +33,7 @@ __all__ = [
     "LayerPlanConfig",
     "MoDConfig",
     "SelfSpeculationConfig",
+    "SkipPolicyConfig",
     "SkipScaleConfig",
     "StepCacheConfig",
     "TokenReductionConfig",

@@ -217,6 +217,29 @@ def lac_voids(
     return void_BT, (torch.maximum(high_BT, grown_BT), torch.minimum(low_BT, grown_BT))
 
 
+def lac_activity(model: nn.Module, batch: Any) -> Tensor:
+    """Which blocks are active for each token of each sample (LAC): BoolTensor [L, B, T]; rows do not depend on each
+    other. All blocks run, so this saves nothing by itself.
+
+    Args:
+        batch: ids [B, T], or a dictionary of the model's arguments.
+    """
+    view = families.find(model, ("hf_decoder", "hf_vlm"))
+    active: list[Tensor] = []
+    seen_range: tuple[Tensor, Tensor] | None = None
+
+    def seen(residual: Residual) -> None:
+        nonlocal seen_range
+        grown_BT = residual.y_BTD.float().norm(dim=-1) - residual.x_BTD.float().norm(dim=-1)
+        void_BT, seen_range = lac_voids(grown_BT, seen_range)
+        active.append(~void_BT)
+
+    call = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    with torch.no_grad(), residuals(view, seen):
+        model(**{**call, "use_cache": False})
+    return torch.stack(active)
+
+
 def _table(view: Any, sums: _Sums) -> ImportanceTable:
     columns: dict[str, tuple[float | None, ...]] = {
         name: tuple(None if value is None else value / sums.tokens for value in values)

@@ -72,7 +72,7 @@ class _VisitRecord:
 
     slots: int
     attn: bool
-    mlp: bool
+    mlp: int
     filled: bool
     kv_bytes: int
 
@@ -128,21 +128,33 @@ def report_slot(index: int) -> None:
         trace._visits.setdefault(index, [])
 
 
-def report_visit(index: int, x_BTD: Tensor, attn: bool, mlp: bool, filled: bool, cache: Any, entry: int | None) -> None:
-    """Called by a planned block after a visit of block `index`, which stored in `entry` of the cache."""
+def report_visit(
+    index: int,
+    x_BTD: Tensor,
+    attn: bool,
+    mlp: bool,
+    filled: bool,
+    cache: Any,
+    entry: int | None,
+    mlp_BT: Tensor | None = None,
+) -> None:
+    """Called by a planned block after a visit of block `index`, which stored in `entry` of the cache; `mlp_BT`: the
+    tokens its MLP ran for, None: all."""
     trace = None if torch.compiler.is_compiling() else _active.get()
     if trace is None or trace._open is None:
         return
     layer = cache.layers[entry] if cache is not None and entry is not None and (attn or filled) else None
     stored = 0 if layer is None else sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
-    record = _VisitRecord(x_BTD.shape[0] * x_BTD.shape[1], attn, mlp, filled, stored)
+    slots = x_BTD.shape[0] * x_BTD.shape[1]
+    through = slots if mlp_BT is None else int(mlp_BT.sum())
+    record = _VisitRecord(slots, attn, through if mlp else 0, filled, stored)
     trace._visits.setdefault(index, []).append(record)
 
 
 def _count_visits(layer: LayerRecord, visits: list[_VisitRecord]) -> None:
     layer.ran = sum(v.slots for v in visits if v.attn or v.mlp)
     layer.attn = sum(v.slots for v in visits if v.attn)
-    layer.mlp = sum(v.slots for v in visits if v.mlp)
+    layer.mlp = sum(v.mlp for v in visits)
     layer.filled = sum(v.slots for v in visits if v.filled)
     layer.kv_bytes = sum(v.kv_bytes for v in visits)
 

@@ -139,6 +139,36 @@ class Speculator(Protocol):
         """Change `draft` to the next set of parts, measure it, and keep the better one."""
 
 
+class MlpRule(Protocol):
+    """Which tokens need no further MLP.
+
+    Attributes:
+        warmup: tokens at the start of each row that are never done.
+    """
+
+    @property
+    def warmup(self) -> int: ...
+
+    def done(self, before_BTD: Tensor, after_BTD: Tensor) -> Tensor:
+        """BoolTensor [B, T] from the states before and after the MLP of a block."""
+
+
+class PolicyView(View, Protocol):
+    """A model whose MLPs can be left out token by token."""
+
+    blocks: tuple[nn.Module, ...]
+
+    def policy_changes(self, rule: MlpRule, chosen: range) -> list[Change]:
+        """The changes by which the MLPs of some blocks are left out as `rule` says.
+
+        Raises:
+            ValueError: a block has no module for its MLP alone.
+        """
+
+    def mlp_cosines(self, model: nn.Module, data: Any, chosen: range, warmup: int) -> Tensor:
+        """Cosines [blocks, tokens] between the states before and after the MLP of some blocks."""
+
+
 class PlanView(View, Protocol):
     """A model whose blocks can run by a plan."""
 

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mmskip.families import STATE, DepthPlan, Speculator, TokenPolicy
+from mmskip.families import STATE, DepthPlan, MlpRule, Speculator, TokenPolicy
 from mmskip.families.hf_blocks import attention_of, is_stack, kinds, unfit, windows, without_attention
 from mmskip.families.hf_plan import output_projection, parts_of, plan_changes
+from mmskip.families.hf_policy import policy_changes
 from mmskip.families.hf_probe import own_attention, own_config, probe_changes
 from mmskip.families.hf_prompt import LayoutGenerator
+from mmskip.families.hf_residuals import mlp_cosines
 from mmskip.families.hf_speculate import draft_units, speculation_changes
 from mmskip.families.hf_stream import StreamCache
 from mmskip.families.hf_subset import BlockState, LayoutRoot, RootState, SubsetBlock, check_backend
@@ -209,6 +211,18 @@ class DecoderView:
             ValueError: the model cannot roll back.
         """
         return speculation_changes(self, speculator)
+
+    def policy_changes(self, rule: MlpRule, chosen: range) -> list[Change]:
+        """The changes by which the MLPs of some blocks are left out as `rule` says.
+
+        Raises:
+            ValueError: a block has no module for its MLP alone.
+        """
+        return policy_changes(self, rule, chosen)
+
+    def mlp_cosines(self, model: nn.Module, data: Any, chosen: range, warmup: int) -> Tensor:
+        """Cosines [blocks, tokens] between the states before and after the MLP of some blocks."""
+        return mlp_cosines(self, model, data, chosen, warmup)
 
     def probe_changes(self, index: int, which: str) -> list[Change]:
         """The changes by which a block scores the tokens of every call by the attention that text pays to them."""

@@ -4,12 +4,14 @@ leaves it.
 Shape suffixes: B batch, T tokens of a call, D width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from mmskip.families import STATE
 from mmskip.families.hf_plan import parts_of
@@ -47,6 +49,59 @@ def residuals(view: Any, seen: Callable[[Residual], None]) -> Iterator[None]:
             hook = _watch(index, silence if mlp is not None else None, seen)
             stack.enter_context(_removed(block.register_forward_hook(hook, with_kwargs=True)))
         yield
+
+
+def mlp_cosines(view: Any, model: nn.Module, data: Iterable[Any], chosen: range, warmup: int) -> Tensor:
+    """Cosines [blocks, tokens] between the states before and after the MLP of some blocks, for every real token of the
+    data past the warm-up, by the blocks' own arithmetic: the output minus what the MLP added.
+
+    Raises:
+        ValueError: a block's MLP is not added last to its residual stream, or the data are empty.
+    """
+    found: dict[int, list[Tensor]] = {index: [] for index in chosen}
+    added: dict[int, Tensor] = {}
+    keep_BT: Tensor | None = None
+
+    def seen(residual: Residual) -> None:
+        if residual.index not in found:
+            return
+        if residual.mid_BTD is None:
+            raise ValueError(f"{view.site(residual.index)} has no single module for its MLP after its attention.")
+        before_BTD = residual.y_BTD - added[residual.index]
+        scale = float(residual.y_BTD.abs().max())
+        if float((before_BTD - residual.mid_BTD).abs().max()) > 1e-2 * scale:
+            raise ValueError(
+                f"{view.site(residual.index)} ({type(view.blocks[residual.index]).__name__}) scales or norms what its "
+                "MLP adds, so the state before it cannot be told; this policy does not apply."
+            )
+        cosine_BT = cosine_similarity(before_BTD.float(), residual.y_BTD.float(), dim=-1)
+        found[residual.index].append(cosine_BT[keep_BT] if keep_BT is not None else cosine_BT.flatten())
+
+    def note(index: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            added[index] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    training = model.training
+    model.eval()
+    try:
+        with ExitStack() as stack, torch.no_grad():
+            for index in chosen:
+                _, mlp = parts_of(view.blocks[index])
+                if mlp is not None:
+                    stack.enter_context(_removed(mlp.register_forward_hook(note(index))))
+            stack.enter_context(residuals(view, seen))
+            for batch in data:
+                call = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+                real = call.get("attention_mask", torch.ones_like(call["input_ids"]))
+                keep_BT = real.bool() & (real.cumsum(-1) > warmup)
+                model(**{**call, "use_cache": False})
+    finally:
+        model.train(training)
+    if not any(found.values()):
+        raise ValueError("data is empty; expected batches of token ids.")
+    return torch.stack([torch.cat(found[index]) for index in chosen]).cpu()
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from mmskip.families.hf_plan import DROP, RUN, PartState, PlannedPart, parts_of,
 from mmskip.families.hf_prompt import arguments_of
 from mmskip.ops.speculative import matching, speculative_sample
 from mmskip.swap import Change, state_of
+from mmskip.trace import report_slot, report_visit
 
 
 @dataclass
@@ -62,8 +63,11 @@ class DraftBlock(nn.Module):
         left_out = (site.index in site.shared.attn, site.index in site.shared.mlp)
         if not site.shared.active or not any(left_out):
             return super().forward(*args, **kwargs)
+        report_slot(site.index)
+        x_BTD = args[0] if args else kwargs["hidden_states"]
         if all(left_out):
-            return args[0] if args else kwargs["hidden_states"]
+            return x_BTD
+        report_visit(site.index, x_BTD, not left_out[0], not left_out[1], False, None, None)
         dropped = [part for part, out in zip(site.parts, left_out, strict=True) if out and part is not None]
         for part in dropped:
             part.mode = DROP

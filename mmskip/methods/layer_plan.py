@@ -111,6 +111,17 @@ class LayerPlanConfig(MethodConfig):
         return cls(order=tuple(path), layers=layers)
 
     @classmethod
+    def lac(cls, table: ImportanceTable, least: float = 0.5, kv: str = "compact") -> Self:
+        """The static set of LAC (arXiv 2505.14467): decoding leaves out the blocks that were active for less than a
+        share `least` of the tokens of a prompt, told by `mmskip.importance(model, [prompt])`. The first block stays."""
+        if not 0 <= least <= 1:
+            raise ValueError(f"least is {least!r}; expected a share in [0, 1].")
+        drop = tuple(
+            i for i, share in enumerate(table.columns["activity"]) if i and share is not None and share < least
+        )
+        return cls(drop=drop, phase="decode", kv=kv, layers=table.layers, made_for=table.model)
+
+    @classmethod
     def llm_drop(
         cls, table: ImportanceTable, n: int, kind: str = "block", phase: str = "both", kv: str = "compact"
     ) -> Self:

@@ -174,10 +174,15 @@ class Speculation:
             return gaussian_process_proposal(self.tried, size, self._random)
         return frozenset(self._random.sample(range(len(self.units)), size))
 
-    def __str__(self) -> str:
-        tokens = self.accepted + self.steps
+    @property
+    def ideal_speedup(self) -> float:
+        """Tokens per pass of the whole model, drafts counted by their share: the speed-up where a pass takes as long
+        for several tokens as for one. Search is not counted."""
         passes = self.steps + self.drafted * self.draft_share
-        ideal = tokens / passes if passes else 1.0
+        return (self.accepted + self.steps) / passes if passes else 1.0
+
+    def __str__(self) -> str:
+        tokens, ideal = self.accepted + self.steps, self.ideal_speedup
         kept = self.accepted / self.drafted if self.drafted else 0.0
         lines = [
             f"{tokens} tokens in {self.steps} steps; {kept:.1%} of {self.drafted} drafts accepted",

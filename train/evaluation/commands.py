@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from mmskip.train.cli import told as own_message
 
 COMMANDS = {
+    "lm": ("mmskip.train.evaluation.lm", "a language model and a method: perplexity, greedy agreement, times"),
     "ego4d": ("mmskip.train.evaluation.ego4d", "streaming narration: LM-PPL, LM-Correctness, TimeDiff, Fluency"),
     "masking": ("mmskip.train.evaluation.masking", "which way of leaving pixels out suits an image classifier"),
     "fid": ("mmskip.train.evaluation.fid", "generated images: Frechet distance, KID, precision and recall"),

@@ -1,0 +1,147 @@
+"""Leaving out the MLP of a block for the tokens that a rule says are done; attention always runs, so that the cache
+holds every token.
+
+Shape suffixes: B batch, T tokens of a call, D width, N tokens whose MLP runs.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmskip.families import STATE, MlpRule
+from mmskip.families.hf_blocks import CACHE_ARGUMENTS
+from mmskip.families.hf_plan import parts_of
+from mmskip.swap import Change, bind, state_of
+from mmskip.trace import report_slot, report_visit
+
+POLICY_KEY = "mmskip_policy"
+
+
+@dataclass
+class MlpState:
+    """What a block and its MLP share in one call.
+
+    Attributes:
+        done_BT: the tokens whose MLP is left out; None: it runs for all.
+        update_BTD: what the MLP added.
+    """
+
+    rule: MlpRule
+    index: int
+    done_BT: Tensor | None = None
+    update_BTD: Tensor | None = None
+
+
+class PolicyCall:
+    """What travels from the root to the blocks of one forward: which tokens may be done, and which are."""
+
+    __slots__ = ("done_BT", "may_BT")
+
+    def __init__(self, may_BT: Tensor) -> None:
+        self.may_BT = may_BT
+        self.done_BT = torch.zeros_like(may_BT)
+
+
+class PolicyRoot(nn.Module):
+    """Mixin of the module that calls the blocks: counts the tokens of each row, padding aside."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        rule: MlpRule = state_of(self, PolicyRoot)
+        bound = bind(self, args, kwargs)
+        inputs = bound.get("inputs_embeds")
+        inputs = bound.get("input_ids") if inputs is None else inputs
+        if inputs is None:
+            raise ValueError("forward got neither input_ids nor inputs_embeds.")
+        cache = next((bound[name] for name in CACHE_ARGUMENTS if bound.get(name) is not None), None)
+        place_BT = _places(inputs, cache, bound, rule.warmup)
+        return super().forward(*args, **kwargs, **{POLICY_KEY: PolicyCall(place_BT >= rule.warmup)})
+
+
+def _places(inputs: Tensor, cache: Any, bound: dict[str, Any], warmup: int) -> Tensor:
+    """The place of each token in its row [B, T], padding aside."""
+    batch, length = inputs.shape[:2]
+    positions, mask = bound.get("position_ids"), bound.get("attention_mask")
+    if positions is not None and positions.dim() == 2:
+        return positions.to(inputs.device).expand(batch, length)
+    if mask is None or not warmup:
+        start = 0 if cache is None else cache.get_seq_length()
+        return (torch.arange(length, device=inputs.device) + start).expand(batch, length)
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise ValueError(
+            "warm-up tokens are counted by position_ids or by a 2-D padding mask; this call has neither. Pass "
+            "position_ids."
+        )
+    return (mask.long().cumsum(-1) - 1)[:, -length:].to(inputs.device)
+
+
+class PolicyBlock(nn.Module):
+    """Mixin of a block: leaves out its MLP for tokens that are done, and asks the rule about the others."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        state: MlpState = state_of(self, PolicyBlock)
+        bound = bind(self, args, kwargs)
+        call: PolicyCall | None = bound.pop(POLICY_KEY, None)
+        if call is None:
+            raise RuntimeError(
+                f"block {state.index} was called outside the model that mmskip was applied to, or a module in between "
+                "drops unknown keywords."
+            )
+        x_BTD = bound.pop("hidden_states")
+        done_BT = call.done_BT.to(x_BTD.device)
+        state.done_BT = done_BT
+        try:
+            output = super().forward(x_BTD, **bound)
+            y_BTD = output[0] if isinstance(output, tuple) else output
+            assert state.update_BTD is not None
+            now_BT = state.rule.done(y_BTD - state.update_BTD, y_BTD) & call.may_BT.to(x_BTD.device)
+        finally:
+            state.done_BT = state.update_BTD = None
+        call.done_BT = done_BT | now_BT
+        cache = next((bound[name] for name in CACHE_ARGUMENTS if bound.get(name) is not None), None)
+        report_slot(state.index)
+        report_visit(state.index, x_BTD, True, True, False, cache, state.index, ~done_BT)
+        return output
+
+
+class PolicyMlp(nn.Module):
+    """Mixin of the MLP of a block: runs on the tokens that are not done, and adds nothing to the others."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        state: MlpState = state_of(self, PolicyMlp)
+        x_BTD = args[0] if args else next(iter(kwargs.values()))
+        if state.done_BT is None or not bool(state.done_BT.any()):
+            output = super().forward(*args, **kwargs)
+            state.update_BTD = output[0] if isinstance(output, tuple) else output
+            return output
+        update_BTD = torch.zeros_like(x_BTD)
+        rest: tuple[None, ...] = ()
+        runs_BT = ~state.done_BT
+        if bool(runs_BT.any()):
+            output = super().forward(x_BTD[runs_BT][None])
+            y_1ND, rest = (output[0], (None,) * (len(output) - 1)) if isinstance(output, tuple) else (output, ())
+            update_BTD[runs_BT] = y_1ND[0]
+        state.update_BTD = update_BTD
+        return (update_BTD, *rest) if rest else update_BTD
+
+
+def policy_changes(view: Any, rule: MlpRule, chosen: range) -> list[Change]:
+    """The changes by which the MLPs of the blocks `chosen` are left out as `rule` says.
+
+    Raises:
+        ValueError: a block has no module for its MLP alone, or one that returns more than its output.
+    """
+    changes = []
+    for index in chosen:
+        block = view.blocks[index]
+        _, mlp = parts_of(block)
+        if mlp is None or view.kinds[index] == STATE:
+            raise ValueError(
+                f"{view.site(index)} ({type(block).__name__}) has no attention and a single module for its MLP; this "
+                "policy does not apply to it."
+            )
+        state = MlpState(rule, index)
+        changes.append(Change(view.site(index), block, PolicyBlock, state))
+        changes.append(Change(f"{view.site(index)}.mlp", mlp, PolicyMlp, state))
+    return [*changes, Change("decoder", view.root, PolicyRoot, rule)]
