@@ -171,6 +171,11 @@ class CNNView:
 def match(model: nn.Module) -> tuple[CNNView | None, str]:
     """The view of `model`, or None and the reason why it does not fit."""
     name = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        return (
+            None,
+            f"needs the network as Python runs it; {name} is scripted or traced, so its operations are not seen",
+        )
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     if not convs:
         return None, f"needs a network with 2-d convolutions; {name} has none"

@@ -177,6 +177,8 @@ def masked(model: nn.Module, mask: Tensor, config: LayerMaskConfig | None = None
             CNN or has an operation that cannot be masked (`mmskip.ops.masked.UnmaskableOperation`, which names it).
         RuntimeError: nothing was called inside, so nothing was masked.
     """
+    if config is not None and not isinstance(config, LayerMaskConfig):
+        raise ValueError(f"config is {config!r}; expected a LayerMaskConfig, or None.")
     view = families.find(model, ["timm_cnn"])
     present = [c for c in applied(model) if isinstance(c, LayerMaskConfig)]
     if present and config not in (None, present[0]):

@@ -69,32 +69,23 @@ def _convolved(x: Any, window: Window, weight: Tensor, bias: Tensor | None, run:
 
 @rule(F.conv_transpose2d)
 def conv_transpose2d(
-    func: Any,
-    input: Any,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,
-    groups: int = 1,
-    dilation: Any = 1,
+    func: Any, input: Any, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
 ) -> Tensor:
     """As a convolution; an output is kept where anything kept reaches it."""
     _expect_maps(func, input, weight, bias)
     x = settled(input)
-    kernel, steps = (weight.shape[2], weight.shape[3]), pair(stride)
+    names = ("stride", "padding", "output_padding", "groups", "dilation")
+    given = {"stride": 1, "dilation": 1, **dict(zip(names, args, strict=False)), **kwargs}
+    kernel, steps = (weight.shape[2], weight.shape[3]), pair(given["stride"])
     # the inputs that one output sees: every stride-th element of the window
-    seen = tuple(-(-((k - 1) * d + 1) // s) for k, d, s in zip(kernel, pair(dilation), steps, strict=True))
-    window = Window((seen[0], seen[1]))
-    where = (stride, padding, output_padding, 1, dilation)
-    ones = weight.new_ones(1, 1, *kernel)
+    seen = tuple(-(-((k - 1) * d + 1) // s) for k, d, s in zip(kernel, pair(given["dilation"]), steps, strict=True))
+    one = {**given, "groups": 1}
     after = x.mask.derive(
-        ("transposed", kernel, str(where)),
-        lambda m: (F.conv_transpose2d(m, ones.to(m), None, *where) > 0).to(m),
+        ("transposed", kernel, str(sorted(one.items()))),
+        lambda m: (F.conv_transpose2d(m, m.new_ones(1, 1, *kernel), None, **one) > 0).to(m),
     )
-    rules = x.mask.rules
-    data = rules.conv_input(unwrap(x), x.mask, window)
-    return wrap(func(data, weight, bias, stride, padding, output_padding, groups, dilation), after)
+    data = x.mask.rules.conv_input(unwrap(x), x.mask, Window((seen[0], seen[1])))
+    return wrap(func(data, weight, bias, **given), after)
 
 
 @rule(F.pad)

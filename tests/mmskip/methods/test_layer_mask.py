@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cnn_zoo import images, patch_mask, shake, varied_mask
-from naive_layer_mask import Naive, masked_like, naive_masked
+from naive_layer_mask import Naive, masked_like, naive_masked, neighbour_pad
 from timm.layers import BlurPool2d
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
@@ -120,6 +120,22 @@ def test_feature_maps_have_the_layout_of_the_plain_model():
     model, x = shake(timm.create_model("resnet18"), SIZE), images(3, SIZE)
     with torch.inference_mode(), mmskip.masked(model, varied_mask(SIZE, 4)):
         assert model.forward_features(x).is_contiguous()
+
+
+@pytest.mark.parametrize("settings", [(4, 2, 1), (3, 2, 1, 1, 4), (3, 1, 0, 0, 1, True, 2), (2, 2)])
+def test_transposed_convolutions(settings):
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(16, 8, *settings)
+    model, mask, x = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1), layer), varied_mask(SIZE, 8), images(3, SIZE)
+    with torch.no_grad():
+        y = run(model, x, mask)
+        one = (layer.stride, layer.padding, layer.output_padding, 1, layer.dilation)
+        before = F.max_pool2d(mask, 3, 1, 1)
+        after = F.conv_transpose2d(before, torch.ones(1, 1, *layer.kernel_size), None, *one) > 0
+        first = model[0](neighbour_pad(x * mask, mask.expand(-1, 3, -1, -1), 4))
+        seen = neighbour_pad(first * before, before.expand(-1, 16, -1, -1), 4)
+        torch.testing.assert_close(y, layer(seen) * after, rtol=1e-4, atol=1e-5)
+        assert torch.equal(run(model, torch.where(mask > 0, x, float("nan")), mask), y)
 
 
 class Viewing(nn.Module):
@@ -393,6 +409,10 @@ def test_bad_masks_are_refused_before_anything_runs(mask, message):
 
 def test_bad_calls_are_refused():
     model, mask = net("basic"), patch_mask(2, SIZE, 8, 0.5)
+    with pytest.raises(ValueError, match="config is 'neighbour'; expected a LayerMaskConfig"):
+        run(model, images(2, SIZE), mask, "neighbour")
+    with pytest.raises(ValueError, match="is scripted or traced"):
+        run(torch.jit.trace(nn.Conv2d(3, 4, 3), images(2, SIZE)), images(2, SIZE), mask)
     with pytest.raises(ValueError, match="the images are on meta and the mask on cpu"):
         run(model, images(2, SIZE).to("meta"), mask)
     with pytest.raises(ValueError, match=r"expected one floating point batch of images"):
