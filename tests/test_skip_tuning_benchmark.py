@@ -1,0 +1,110 @@
+"""The benchmark of skip scales on a tiny run, and the two networks that belong to no library."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from drawing import diffusion_run, own_nets
+
+import mmskip
+from mmskip.families import find
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture
+def benchmark_module(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return lambda name: importlib.import_module(name)
+
+
+def test_a_tiny_run_reports_every_rival_and_resumes(benchmark_module, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    skip_tuning = benchmark_module("skip_tuning")
+    given = ["--checkpoint", str(diffusion_run(tmp_path)), "--features", f"{own_nets(tmp_path)}:corners"]
+    given += ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path), "--nfe", "3", "--samples", "8"]
+    given += ["--grid", "0.8", "0.9", "1.0", "--rounds", "1", "--cache-nfe", "3", "--intervals", "2", "--pairs", "2"]
+    skip_tuning.main([*given, "--timed", "2"])
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    found = result["by_nfe"]["3"]
+    assert set(found["search"]) == {"0.8", "0.9", "1.0"} and float(found["best_rho"]) in (0.8, 0.9, 1.0)
+    assert all(len(found[name]) == 3 for name in ("plain", "skip_scale", "random", "freeu"))
+    (row,) = result["step_caching"]
+    assert row["ideal"] > 1 and row["frechet"] != row["frechet_plain"]
+    assert (tmp_path / "skip_tuning.png").stat().st_size > 1000
+    skip_tuning.main([*given, "--timed", "2", "--cache-nfe"])
+    printed = capsys.readouterr().out
+    assert "NFE   3 seed" not in printed
+    assert json.loads(printed.strip().splitlines()[-1])["by_nfe"] == result["by_nfe"]
+
+
+def test_search_and_report_seeds_are_kept_apart(benchmark_module):
+    skip_tuning = benchmark_module("skip_tuning")
+    with pytest.raises(SystemExit):
+        skip_tuning.arguments(["--checkpoint", "a", "--features", "b", "--search-seed", "1"])
+    plain, better = [1.0, 1.0, 1.0], [0.8, 0.8, 0.85]
+    found = {"best_rho": 0.9, "plain": plain, "skip_scale": better, "random": plain, "freeu": plain}
+    assert skip_tuning.verdict({9: found})["9"]["holds"]
+    assert not skip_tuning.verdict({9: {**found, "skip_scale": [0.8, 0.8, 0.95]}})["9"]["holds"]
+    assert not skip_tuning.verdict({9: {**found, "random": [0.7, 0.9, 0.9]}})["9"]["holds"]
+
+
+def test_random_scales_are_as_large_as_the_found_change(benchmark_module):
+    scales = torch.tensor(benchmark_module("skip_tuning").random_scales(0.7, 9, 1).scale)
+    assert float((scales - 1).square().mean().sqrt()) == pytest.approx(0.3, abs=1e-4)
+
+
+def test_the_overhead_benchmark_compares_equal_networks(benchmark_module, tmp_path, capsys):
+    given = ["--widths", "8", "8", "--size", "8", "--batch", "1", "--pairs", "2", "--out", str(tmp_path / "o.json")]
+    benchmark_module("skip_overhead").main(given)
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert result["bit_equal"] and result["shape"]["skips"] == 6
+
+
+def test_a_network_described_from_outside_is_scaled_at_its_concatenations(benchmark_module):
+    ddpm = benchmark_module("ddpm_unets")
+    torch.manual_seed(0)
+    unet = ddpm.DdpmUNet().eval()
+    x, t = torch.randn(2, 1, 28, 28), torch.tensor([10, 900])
+    view = find(unet, ("diffusers_unet",))
+    assert [skip.channels for skip in view.skips] == [80, 40, 20]
+    with torch.no_grad():
+        plain = unet(x, t)
+        mmskip.apply_(unet, mmskip.SkipScaleConfig(scale=[0.5, 1.0, 0.7]))
+        scaled = unet(x, t)
+        mmskip.remove_(unet)
+        seen = {}
+        for index, (join, factor) in enumerate(((unet.join1, 0.5), (unet.join3, 0.7))):
+            # a naive reference: multiply the first half where it is concatenated
+            def scale(module, args, factor=factor, index=index):
+                seen[index] = args[0].shape[1]
+                half = args[0].shape[1] // 2
+                return (torch.cat([args[0][:, :half] * factor, args[0][:, half:]], 1),)
+
+            join.register_forward_pre_hook(scale)
+        assert torch.equal(unet(x, t), scaled) and seen == {0: 80, 1: 20}
+    assert not torch.equal(plain, scaled)
+
+
+@pytest.mark.skipif(not (SHARED / "diffusion").is_dir(), reason="the trained networks (../shared/data) are not here")
+@pytest.mark.parametrize(("name", "expected"), [("mnist", 0.0275), ("fashion", 0.0446)])
+def test_the_trained_networks_predict_noise_as_their_source_says(name, expected, benchmark_module):
+    import numpy as np
+
+    files = {"mnist": "mnist/mnist_test_first6667.npz", "fashion": "fashion_mnist/fashion_mnist_sprite_600.npz"}
+    ddpm = benchmark_module("ddpm_unets")
+    drawer = getattr(ddpm, name)()
+    x = torch.from_numpy(np.load(SHARED / files[name])["images"][:300]).float()[:, None] / 127.5 - 1
+    generator = torch.Generator().manual_seed(0)
+    t = torch.randint(0, 1000, (len(x),), generator=generator)
+    noise = torch.randn(x.shape, generator=generator)
+    kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)[t].view(-1, 1, 1, 1)
+    with torch.no_grad():
+        found = drawer.unet(kept.sqrt() * x + (1 - kept).sqrt() * noise, t)
+    # on 1,000 images in the source's figure
+    assert float((found - noise).square().mean()) == pytest.approx(expected, rel=0.1)
+    images, evaluations = drawer.draw(2, sampler="dpm++", steps=3)
+    assert evaluations == 3 and images.min() == -1 and images.max() == 1
