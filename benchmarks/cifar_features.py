@@ -1,6 +1,6 @@
 """The 64 features of a really trained CIFAR-10 ResNet-20, as a feature network for small pictures.
 
-    python evaluate.py fid --features benchmarks/cifar_features.py:resnet20 ...
+python evaluate.py fid --features benchmarks/cifar_features.py:resnet20 ...
 """
 
 import sys

@@ -36,7 +36,6 @@ from mmskip.train.evaluation.drawing import (
 from mmskip.train.metrics.feature_nets import open_feature_net
 
 FREEU = (((1.1, 1.1), (0.9, 0.5)), ((1.2, 1.2), (0.9, 0.5)), ((1.1, 1.1), (1.0, 1.0)))
-RANDOMS = 3  # perturbations of equal size
 
 
 @dataclass
@@ -111,7 +110,7 @@ def judged(bench: Bench, nfe: int, options: argparse.Namespace) -> dict[str, Any
     tuned = None if rho == 1 else mmskip.SkipScaleConfig(scale=rho)
     found["skip_scale"] = bench.mean(nfe, options.seeds, tuned)
     # of equal size: with rho found to be 1, a change of 5 %
-    shaken = [random_scales(rho if rho != 1 else 0.95, count, draw) for draw in range(RANDOMS)]
+    shaken = [random_scales(rho if rho != 1 else 0.95, count, draw) for draw in range(options.randoms)]
     found["random"] = [statistics.fmean(bench.mean(nfe, [seed], c)[0] for c in shaken) for seed in options.seeds]
     found["random_best"] = min(statistics.fmean(bench.mean(nfe, options.seeds, c)) for c in shaken)
     stages = 1 + max(skip.stage for skip in find(unet, ("diffusers_unet",)).skips)
@@ -220,6 +219,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="reported, never searched")
     parser.add_argument("--grid", type=float, nargs="+", default=[0.6, 0.7, 0.8, 0.9, 1.0, 1.1], help="even values")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--randoms", type=int, default=3, help="random perturbations of equal size (default 3)")
     parser.add_argument("--cache-nfe", type=int, nargs="*", default=[9, 25], help="for step caching; none: left out")
     parser.add_argument("--intervals", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--depths", type=int, nargs="+", default=[1])

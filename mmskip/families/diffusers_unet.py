@@ -25,6 +25,8 @@ class SkipSite:
         stage: number of the decoder stage, 0 the deepest.
         norm: inside the joint, the first module on the residual branch; None if there is none.
         shortcut: inside the joint, the module on the shortcut path; None if there is none.
+        fresh: the concatenation is made for the joint alone and read by nothing else, so that without gradients it
+            may be scaled where it lies.
     """
 
     joint: nn.Module
@@ -35,6 +37,7 @@ class SkipSite:
     stage: int = 0
     norm: nn.Module | None = None
     shortcut: nn.Module | None = None
+    fresh: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def _image_unet(root: nn.Module, stages: nn.ModuleList) -> tuple[UNetView | None
                 return None, f"{type(inner).__name__} of {type(root).__name__} does not tell its channels"
             if channels > hidden:
                 norm, shortcut = getattr(inner, "norm1", None), getattr(inner, "conv_shortcut", None)
-                skips.append(SkipSite(resnet, hidden, channels, channels, 1, number, norm, shortcut))
+                skips.append(SkipSite(resnet, hidden, channels, channels, 1, number, norm, shortcut, fresh=True))
             hidden = inner.out_channels
     if not skips:
         return None, f"{type(root).__name__} concatenates no skip connections"

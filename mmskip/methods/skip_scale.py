@@ -1,7 +1,7 @@
 """Scales on the skip connections of a UNet (Skip-Tuning, arXiv 2402.15170; ScaleLong's constants, arXiv 2310.13545).
 
 Every concatenation of the decoder becomes cat(up_i, rho_i * skip_i). The normalisation that follows it sees both parts
-together, so the scales cannot be folded into weights; they cost one pass over the concatenation.
+together, so the scales cannot be folded into weights; they cost one pass over the skip's part of the concatenation.
 """
 
 import inspect
@@ -246,7 +246,9 @@ def _scaled(x: Tensor, state: JointState) -> Tensor:
     skip = state.skip
     check_joint(x, skip)
     rho = _rho(state, x)
-    out = x.clone()
+    # inside the joint both paths read the concatenation, and a checkpointed block reads it again for its gradients
+    in_place = skip.fresh and state.config.target == "both" and not torch.is_grad_enabled()
+    out = x if in_place else x.clone()
     out.narrow(skip.dim, skip.start, skip.stop - skip.start).mul_(rho)
     return out
 

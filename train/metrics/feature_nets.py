@@ -191,5 +191,7 @@ def _own(path: Path, function: str) -> tuple[nn.Module, int | None, str]:
         raise ValueError(f"{path}:{function} returned {type(module).__name__}; expected an nn.Module.")
     digest = hashlib.sha256(path.read_bytes())
     for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            name.encode() + tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+        )
     return module, None, f"{path.stem}:{function}:{digest.hexdigest()[:16]}"

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny_unets import STAGED, TOKENS, UNETS, inputs, output, scaled_concatenations, tiny_unet
+from tiny_unets import STAGED, TOKENS, UNETS, UserUNet, inputs, output, scaled_concatenations, tiny_unet
 from torch import nn
 
 import mmskip
@@ -165,6 +165,17 @@ def test_gradients_equal_those_of_the_reference_also_with_checkpointing():
 
 
 @torch.no_grad()
+def test_a_concatenation_that_others_may_read_is_not_written_to():
+    """A user's network may keep it; without gradients the others' are scaled where they lie."""
+    unet, x = UserUNet().eval(), torch.randn(2, 3, 8, 8)
+    kept = []
+    unet.up2.register_forward_pre_hook(lambda module, args: kept.append((args[0], args[0].clone())))
+    mmskip.apply_(unet, mmskip.SkipScaleConfig(scale=0.5))
+    with torch.no_grad():
+        unet(x, 10)
+    assert torch.equal(*kept[0])
+
+
 def test_controlnet_residuals_are_scaled_with_the_skips_they_join():
     unet, arguments = tiny_unet("unet2d_condition"), inputs("unet2d_condition")
     shapes = []
