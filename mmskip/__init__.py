@@ -8,6 +8,7 @@ Verbs change a model in place (`apply_`, `remove_`, `load_`); functions do not (
 from mmskip.calibrate import Calibration, calibrate
 from mmskip.cost import Cost, cost
 from mmskip.importance import ImportanceTable, importance
+from mmskip.methods.early_exit import EarlyExitConfig
 from mmskip.methods.freeu import FreeUConfig
 from mmskip.methods.layer_mask import LayerMaskConfig, masked
 from mmskip.methods.layer_plan import LayerPlanConfig
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Calibration",
     "Cost",
+    "EarlyExitConfig",
     "FreeUConfig",
     "ImportanceTable",
     "LayerMaskConfig",

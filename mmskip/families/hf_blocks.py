@@ -33,14 +33,14 @@ _ATTENTION_TYPES = {"full_attention", "sliding_attention", "attention"}
 
 def is_block(block: nn.Module, causal: bool = True) -> bool:
     """Whether `block` is a decoder layer with a causal self-attention; without `causal`, any self-attention."""
-    return "hidden_states" in _arguments(block) and attention_of(block, causal) is not None
+    return "hidden_states" in arguments_of(block) and attention_of(block, causal) is not None
 
 
 def is_stack(blocks: nn.Module, causal: bool = True) -> bool:
     """Whether `blocks` is a list of decoder layers, at least one of which has a (causal) self-attention."""
     return (
         isinstance(blocks, nn.ModuleList)
-        and all("hidden_states" in _arguments(block) for block in blocks)
+        and all("hidden_states" in arguments_of(block) for block in blocks)
         and any(is_block(block, causal) for block in blocks)
     )
 
@@ -97,7 +97,8 @@ def unfit(model: nn.Module, root: nn.Module, blocks: Sequence[nn.Module], causal
     return _foreign_arguments(config, {type(blocks[i]): blocks[i] for i in routable}.values())
 
 
-def _arguments(block: nn.Module) -> Any:
+def arguments_of(block: nn.Module) -> Any:
+    """Parameters of a layer's `forward` by name."""
     return inspect.signature(type(block).forward).parameters
 
 
@@ -136,7 +137,7 @@ def without_attention(model: nn.Module) -> str:
     for root in model.modules():
         for stack in root.children():
             layers = list(stack.children()) if isinstance(stack, nn.ModuleList) else []
-            if layers and hasattr(root, "config") and "hidden_states" in _arguments(layers[0]):
+            if layers and hasattr(root, "config") and "hidden_states" in arguments_of(layers[0]):
                 told = "declares no causal self-attention"
                 if not _passes_keywords(root, layers):
                     told += f", and {type(root).__name__}.forward passes no unknown keywords (the layout) to it"
@@ -146,9 +147,9 @@ def without_attention(model: nn.Module) -> str:
 
 def _foreign_arguments(config: Any, blocks: Any) -> str:
     for block in blocks:
-        if not any(p.kind is p.VAR_KEYWORD for p in _arguments(block).values()):
+        if not any(p.kind is p.VAR_KEYWORD for p in arguments_of(block).values()):
             return f"{type(block).__name__}.forward drops unknown keywords, so the layout cannot reach it"
-        unknown = set(_arguments(block)) - _KNOWN_ARGUMENTS
+        unknown = set(arguments_of(block)) - _KNOWN_ARGUMENTS
         if unknown:
             return f"{type(block).__name__} takes {', '.join(sorted(unknown))}, which a subset of tokens cannot serve"
     return ""

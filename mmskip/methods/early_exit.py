@@ -1,0 +1,186 @@
+"""Early exit of encoder-decoders: every sample leaves the encoder, every token the decoder, where it is settled.
+
+MuE (arXiv 2211.11152): a state exits where the cosine with the state one layer below exceeds a threshold. Other
+criteria and CALM's threshold for generated tokens, strict at first, are those of `mmskip.exits`. In training all layers
+run.
+
+    mmskip.apply_(model, mmskip.EarlyExitConfig(encoder=0.95, decoder=0.99))
+    model.generate(**inputs)
+    exit_layers(model)   # layers that ran, per sample and per token of the latest forward
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmskip.config import MethodConfig, check_choice
+from mmskip.exits import (
+    CRITERIA,
+    HEAD_CRITERIA,
+    STATE_CRITERIA,
+    SampleScores,
+    TokenScores,
+    check_threshold,
+    decayed,
+)
+from mmskip.families.hf_encoder_decoder import POLICIES, EncoderDecoderView
+from mmskip.registry import register
+from mmskip.swap import Change, states
+
+
+@dataclass(frozen=True)
+class EarlyExitConfig(MethodConfig):
+    """Early exit of an encoder-decoder.
+
+    Attributes:
+        decoder: threshold of a token's score, in the range of `criterion` (see `mmskip.exits`); the range's upper end
+            never fires; None: the decoder is left as it is.
+        encoder: the same for a sample in the encoder.
+        criterion: of the decoder: `saturation`, `state_norm`, `confidence`, `margin`, `entropy` or `patience`.
+        encoder_criterion: `saturation` or `state_norm`.
+        kv: keys and values of an exited token in the layers above: `project`, `copy` or `hole`.
+        min_layers, encoder_min_layers: layers that always run, at least 1.
+        points, encoder_points: numbers of the layers (from 1) behind which an exit is possible; None: every one.
+        decay: share beta, in (0, 1], of the constant part of the decoder's threshold (CALM); None: it is constant.
+        decay_speed: tau, > 0.
+        decay_steps: tokens generated at most, the unit of the decay.
+    """
+
+    decoder: float | None = 0.99
+    encoder: float | None = None
+    criterion: str = "saturation"
+    encoder_criterion: str = "saturation"
+    kv: str = "project"
+    min_layers: int = 1
+    encoder_min_layers: int = 1
+    points: tuple[int, ...] | None = None
+    encoder_points: tuple[int, ...] | None = None
+    decay: float | None = None
+    decay_speed: float = 1.0
+    decay_steps: int = 16
+
+    def __post_init__(self) -> None:
+        check_choice("criterion", self.criterion, CRITERIA)
+        check_choice("encoder_criterion", self.encoder_criterion, STATE_CRITERIA)
+        check_choice("kv", self.kv, POLICIES)
+        if self.decoder is None and self.encoder is None:
+            raise ValueError("decoder and encoder are both None; give a threshold for at least one of them.")
+        for name, criterion in (("decoder", self.criterion), ("encoder", self.encoder_criterion)):
+            if getattr(self, name) is not None:
+                check_threshold(name, criterion, getattr(self, name))
+        for name in ("min_layers", "encoder_min_layers"):
+            if not _is_count(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected an integer >= 1.")
+        for name in ("points", "encoder_points"):
+            given = getattr(self, name)
+            if given is not None and not (given and all(map(_is_count, given)) and len(set(given)) == len(given)):
+                raise ValueError(f"{name} is {given!r}; expected different layer numbers >= 1, or None.")
+            object.__setattr__(self, name, None if given is None else tuple(sorted(given)))
+        self._check_decay()
+
+    def _check_decay(self) -> None:
+        if self.decay is not None and self.criterion in ("patience", "state_norm"):
+            raise ValueError(f"decay is for thresholds in [0, 1]; criterion is {self.criterion!r}.")
+        for name, high in (("decay", 1.0), ("decay_speed", float("inf"))):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and 0 < value <= high):
+                raise ValueError(f"{name} is {value!r}; expected a number in (0, {high:g}].")
+        if not _is_count(self.decay_steps):
+            raise ValueError(f"decay_steps is {self.decay_steps!r}; expected an integer >= 1.")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+@dataclass(frozen=True)
+class TokenRule:
+    """When a token leaves the decoder."""
+
+    config: EarlyExitConfig
+    points: tuple[int, ...]
+    head: Callable[[Tensor], Tensor] | None
+
+    @property
+    def policy(self) -> str | None:
+        """What becomes of an exited token's keys and values."""
+        return self.config.kv
+
+    def begin(self, mask_BT: Tensor | None, past: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """Decisions [B, T] of one forward."""
+        scores, config = TokenScores(self.config.criterion, self.head), self.config
+        assert config.decoder is not None
+        threshold = config.decoder
+
+        def decide(after_BTD: Tensor, before_BTD: Tensor) -> Tensor:
+            score_BT = scores(after_BTD, before_BTD)
+            if config.criterion == "patience":
+                return score_BT >= threshold
+            if config.decay is None:
+                return score_BT > threshold
+            position_T = torch.arange(past, past + score_BT.shape[1], device=score_BT.device)
+            return score_BT > decayed(threshold, config.decay, config.decay_speed, config.decay_steps, position_T)
+
+        return decide
+
+
+@dataclass(frozen=True)
+class SampleRule:
+    """When a sample leaves the encoder."""
+
+    criterion: str
+    threshold: float
+    points: tuple[int, ...]
+    policy: str | None = None
+
+    def begin(self, mask_BT: Tensor | None, past: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """Decisions [B] of one forward."""
+        scores = SampleScores(self.criterion, mask_BT)
+        return lambda after_BTD, before_BTD: scores(after_BTD, before_BTD) > self.threshold
+
+
+def _points(name: str, given: tuple[int, ...] | None, least: int, depth: int) -> tuple[int, ...]:
+    """The exit points of a stack.
+
+    Raises:
+        ValueError: one of them does not exist, or none is left.
+    """
+    wrong = [point for point in given or () if point > depth]
+    if wrong:
+        raise ValueError(f"{name} has {wrong[0]}, and there are {depth} layers; expected numbers from 1 to {depth}.")
+    found = tuple(p for p in (range(1, depth) if given is None else given) if least <= p < depth)
+    if not found:
+        raise ValueError(f"{name} {given or 'None'} with at least {least} of {depth} layers leaves no exit.")
+    return found
+
+
+@register(EarlyExitConfig, "hf_encoder_decoder")
+def _changes(config: EarlyExitConfig, view: EncoderDecoderView) -> list[Change]:
+    changes: list[Change] = []
+    if config.encoder is not None:
+        points = _points("encoder_points", config.encoder_points, config.encoder_min_layers, len(view.encoder))
+        changes += view.exit_changes("encoder", SampleRule(config.encoder_criterion, config.encoder, points))
+    if config.decoder is not None:
+        points = _points("points", config.points, config.min_layers, len(view.decoder))
+        head = view.head() if config.criterion in HEAD_CRITERIA else None
+        changes += view.exit_changes("decoder", TokenRule(config, points, head))
+    return changes
+
+
+def exit_layers(model: nn.Module) -> dict[str, Tensor]:
+    """Layers that ran for each state in the latest forward: `encoder` [B], `decoder` [B, T].
+
+    Raises:
+        ValueError: the model has no early exit, or did not run yet.
+    """
+    found = {}
+    for state in states(model):
+        rule, run = getattr(state, "rule", None), getattr(state, "run", None)
+        if isinstance(rule, TokenRule | SampleRule) and run is not None and run.exits is not None:
+            found["decoder" if isinstance(rule, TokenRule) else "encoder"] = run.exits
+    if not found:
+        raise ValueError("no exits to tell: apply an EarlyExitConfig and run the model first.")
+    return found

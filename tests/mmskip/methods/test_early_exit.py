@@ -1,0 +1,281 @@
+"""Early exit of encoder-decoders is exact: against the base model, without a cache, sample by sample, and against an
+explicit mask."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_seq2seq as tiny
+import torch
+from torch import Tensor
+from transformers import StaticCache
+from transformers.cache_utils import EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
+
+import mmskip
+from mmskip import EarlyExitConfig
+from mmskip.families.hf_encoder_decoder import match
+from mmskip.methods.early_exit import exit_layers
+
+POLICIES = ("project", "copy", "hole")
+TOKENS = torch.randint(4, 40, (2, 6), generator=torch.Generator().manual_seed(3))
+GENERATION: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "sampled": {"do_sample": True, "top_k": 5},
+}
+
+
+def generate(model: Any, inputs: dict[str, Tensor], **settings: Any) -> Tensor:
+    torch.manual_seed(5)
+    return model.generate(**inputs, **settings)
+
+
+@torch.no_grad()
+def logits(model: Any, inputs: dict[str, Tensor], tokens: Tensor, **settings: Any) -> Tensor:
+    return model(**inputs, decoder_input_ids=tokens, **settings).logits
+
+
+def mixed(name: str, module: str, **settings: Any) -> EarlyExitConfig:
+    """A config under which the states of `module` exit at several layers, some of them before the last."""
+    model, best = tiny.build(name), (0, 0.0)
+    for threshold in torch.linspace(-0.5, 0.95, 30).tolist():
+        config = EarlyExitConfig(**{"decoder": None, module: threshold})
+        mmskip.apply_(model, config)
+        logits(model, tiny.inputs(name), TOKENS)
+        kinds = exit_layers(model)[module].unique()
+        best = max(best, (len(kinds) if kinds[0] < tiny.LAYERS else 0, threshold))
+        mmskip.remove_(model)
+    assert best[0] > 1 or (name.startswith("vit") and module == "encoder")
+    return EarlyExitConfig(**{"decoder": None, module: best[1], **settings})
+
+
+@torch.no_grad()
+def stepwise(model: Any, inputs: dict[str, Tensor], tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and exits [B, T] token by token over the cache, the first two tokens at once."""
+    found, exits, outputs, cache = [], [], None, None
+    for start, end in ((0, 2), *((t, t + 1) for t in range(2, tokens.shape[1]))):
+        given = inputs if outputs is None else {"attention_mask": inputs.get("attention_mask")}
+        output = model(**given, encoder_outputs=outputs, decoder_input_ids=tokens[:, start:end], past_key_values=cache,
+                       use_cache=True)  # fmt: skip
+        outputs = outputs or BaseModelOutput(output.encoder_last_hidden_state)
+        cache = output.past_key_values
+        found.append(output.logits)
+        exits.append(exit_layers(model)["decoder"])
+    return torch.cat(found, 1), torch.cat(exits, 1)
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_thresholds_that_never_fire_are_the_base_model_bit_for_bit(name: str) -> None:
+    model, inputs = tiny.build(name), tiny.inputs(name)
+    before = {kind: generate(model, inputs, **settings) for kind, settings in GENERATION.items()}
+    plain, keys = logits(model, inputs, TOKENS), list(model.state_dict())
+    for kv in POLICIES:
+        mmskip.apply_(model, EarlyExitConfig(encoder=1.0, decoder=1.0, kv=kv))
+        assert torch.equal(logits(model, inputs, TOKENS, use_cache=False), plain)
+        assert torch.equal(logits(model, inputs, TOKENS), plain)
+        assert (exit_layers(model)["decoder"] == tiny.LAYERS).all() and list(model.state_dict()) == keys
+        for kind, settings in GENERATION.items() if kv == "project" else [("greedy", {})]:
+            assert torch.equal(generate(model, inputs, **settings), before[kind]), (kv, kind)
+        mmskip.remove_(model)
+    assert torch.equal(logits(model, inputs, TOKENS), plain) and mmskip.applied(model) == []
+
+
+@pytest.mark.parametrize("kv", POLICIES)
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_cached_equals_uncached(name: str, kv: str) -> None:
+    model, inputs = tiny.build(name), tiny.inputs(name)
+    mmskip.apply_(model, mixed(name, "decoder", kv=kv))
+    whole = logits(model, inputs, TOKENS, use_cache=False)
+    exits = exit_layers(model)["decoder"]
+    assert exits.unique().numel() > 1 and exits.min() < tiny.LAYERS
+    steps, step_exits = stepwise(model, inputs, TOKENS)
+    assert torch.equal(step_exits, exits)
+    torch.testing.assert_close(steps, whole, atol=2e-5, rtol=1e-5)
+    for settings in ({}, {"num_beams": 3}):
+        assert torch.equal(generate(model, inputs, **settings), generate(model, inputs, use_cache=False, **settings))
+
+
+@torch.no_grad()
+def reference_with_mask(
+    model: Any, inputs: dict[str, Tensor], tokens: Tensor, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """Naive holes without a cache: every block runs on all tokens under a mask written out; final states and exits."""
+    blocks = match(model)[0].decoder  # type: ignore[union-attr]
+    given: dict[str, Any] = {}
+
+    def look(block: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        names = ["hidden_states", "attention_mask", "encoder_hidden_states"] if len(args) < 6 else [
+            "hidden_states", "attention_mask", "position_bias", "encoder_hidden_states", "encoder_attention_mask",
+            "encoder_decoder_position_bias"]  # fmt: skip
+        given.update(dict(zip(names, args, strict=False)) | kwargs)
+
+    handle = blocks[0].register_forward_pre_hook(look, with_kwargs=True)
+    logits(model, inputs, tokens, use_cache=False)
+    handle.remove()
+    x, count = given.pop("hidden_states"), tokens.shape[1]
+    exits = torch.full(tokens.shape, len(blocks))
+    causal = torch.ones(count, count).tril().bool()
+    for layer, block in enumerate(blocks, 1):
+        runs = exits >= layer
+        allowed = causal & (runs[:, None] | torch.eye(count).bool())
+        given["attention_mask"] = torch.zeros(2, 1, count, count).masked_fill(~allowed[:, None], -1e30)
+        output = block(x, **given)
+        y = output[0] if isinstance(output, tuple) else output
+        if isinstance(output, tuple) and len(output) > 1:
+            given["position_bias"], given["encoder_decoder_position_bias"] = output[1:]
+        y = torch.where(runs[..., None], y, x)
+        if layer < len(blocks):
+            exits[runs & (torch.cosine_similarity(y, x, dim=-1) > threshold)] = layer
+        x = y
+    return x, exits
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["t5", "bart", "mbart"])
+def test_holes_equal_a_reference_with_an_explicit_mask(name: str, attention: str) -> None:
+    model, inputs = tiny.build(name), tiny.inputs(name)
+    model.set_attn_implementation(attention)
+    config = mixed(name, "decoder", kv="hole")
+    assert config.decoder is not None
+    states, exits = reference_with_mask(model, inputs, TOKENS, config.decoder)
+    expected = match(model)[0].head()(states)  # type: ignore[union-attr]
+    mmskip.apply_(model, config)
+    found, found_exits = stepwise(model, inputs, TOKENS)
+    assert torch.equal(found_exits, exits)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+    mmskip.remove_(model)
+    mmskip.apply_(model, EarlyExitConfig(decoder=config.decoder, kv="project"))
+    assert not torch.allclose(logits(model, inputs, TOKENS), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_each_sample_of_a_batch_exits_as_alone(name: str) -> None:
+    model, inputs = tiny.build(name), tiny.inputs(name)
+    encoder, decoder = mixed(name, "encoder").encoder, mixed(name, "decoder").decoder
+    mmskip.apply_(model, EarlyExitConfig(encoder=encoder, decoder=decoder))
+    together = logits(model, inputs, TOKENS)
+    exits = exit_layers(model)
+    for row in range(2):
+        alone = logits(model, tiny.inputs(name, row), TOKENS[row : row + 1])
+        told = exit_layers(model)
+        assert torch.equal(told["encoder"], exits["encoder"][row : row + 1])
+        assert torch.equal(told["decoder"], exits["decoder"][row : row + 1])
+        torch.testing.assert_close(alone, together[row : row + 1], atol=2e-5, rtol=1e-5)
+    for settings in ({}, {"num_beams": 3}):
+        said = generate(model, inputs, **settings)
+        for row in range(2):
+            assert torch.equal(generate(model, tiny.inputs(name, row), **settings)[0], said[row])
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_the_tied_head_is_the_models_own_output_and_layers_left_out_do_not_run(name: str) -> None:
+    model, inputs = tiny.build(name), tiny.inputs(name)
+    view = match(model)[0]
+    assert view is not None
+    states: list[Tensor] = []
+    handles = [block.register_forward_hook(lambda m, a, o: states.append(o[0] if isinstance(o, tuple) else o))
+               for block in view.decoder]  # fmt: skip
+    plain = logits(model, inputs, TOKENS)
+    torch.testing.assert_close(view.head()(states[-1]), plain)
+    first = view.head()(states[0])
+    for handle in handles:
+        handle.remove()
+    ran: list[str] = []
+    for index, block in enumerate(view.decoder):
+        inner = list(block.children())[-1] if name != "t5" else block.layer[-1]  # behind self- and cross-attention
+        inner.register_forward_hook(lambda m, a, o, index=index: ran.append(index))
+    mmskip.apply_(model, EarlyExitConfig(decoder=-1.0))
+    torch.testing.assert_close(logits(model, inputs, TOKENS), first)
+    assert set(ran) == {0} and (exit_layers(model)["decoder"] == 1).all()
+
+
+@pytest.mark.parametrize("criterion", ["confidence", "margin", "entropy", "patience", "state_norm"])
+def test_every_criterion_decides_per_token_and_agrees_with_the_cache(criterion: str) -> None:
+    model, inputs = tiny.build("mbart"), tiny.inputs("mbart")
+    threshold = {"patience": 1, "state_norm": 0.2, "entropy": 0.2, "margin": 0.05}.get(criterion, 0.3)
+    mmskip.apply_(model, EarlyExitConfig(decoder=threshold, criterion=criterion))
+    whole = logits(model, inputs, TOKENS, use_cache=False)
+    exits = exit_layers(model)["decoder"]
+    steps, step_exits = stepwise(model, inputs, TOKENS)
+    assert exits.min() < tiny.LAYERS and torch.equal(step_exits, exits)
+    torch.testing.assert_close(steps, whole, atol=2e-5, rtol=1e-5)
+
+
+def test_minimum_layers_points_and_decay_hold_exits_back() -> None:
+    model, inputs = tiny.build("t5"), tiny.inputs("t5")
+    for settings, expected in (({"min_layers": 2}, 2), ({"points": (3,)}, 3), ({"min_layers": 2, "points": (1, 3)}, 3)):
+        mmskip.apply_(model, EarlyExitConfig(decoder=-1.0, **settings))  # type: ignore[arg-type]
+        logits(model, inputs, TOKENS)
+        assert (exit_layers(model)["decoder"] == expected).all()
+        mmskip.remove_(model)
+    mmskip.apply_(model, EarlyExitConfig(decoder=0.0, decay=0.2, decay_speed=50.0, decay_steps=6))
+    whole = logits(model, inputs, TOKENS, use_cache=False)
+    exits = exit_layers(model)["decoder"]
+    assert (exits[:, 0] == tiny.LAYERS).all() and (exits[:, 1:] < tiny.LAYERS).all()
+    steps, step_exits = stepwise(model, inputs, TOKENS)
+    assert torch.equal(step_exits, exits)
+    torch.testing.assert_close(steps, whole, atol=2e-5, rtol=1e-5)
+
+
+def test_training_runs_all_layers_and_copies_are_independent() -> None:
+    model, inputs = tiny.build("bart"), tiny.inputs("bart")
+    mmskip.apply_(model, EarlyExitConfig(encoder=-1.0, decoder=-1.0))
+    twin = copy.deepcopy(model)
+    early = logits(twin, inputs, TOKENS)
+    assert (exit_layers(twin)["decoder"] == 1).all()
+    with pytest.raises(ValueError, match="no exits to tell"):
+        exit_layers(model)
+    plain = mmskip.remove_(copy.deepcopy(model)).train()
+    torch.manual_seed(0)
+    expected = logits(plain, inputs, TOKENS)
+    torch.manual_seed(0)
+    assert torch.equal(logits(model.train(), inputs, TOKENS), expected)
+    assert not torch.allclose(early, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match_"),
+    [
+        ({"decoder": 1.2}, "decoder is 1.2"),
+        ({"encoder": "x"}, "encoder is 'x'"),
+        ({"decoder": None}, "both None"),
+        ({"criterion": "luck"}, "criterion is 'luck'"),
+        ({"encoder_criterion": "margin"}, "encoder_criterion is 'margin'"),
+        ({"kv": "drop"}, "kv is 'drop'"),
+        ({"min_layers": 0}, "min_layers is 0"),
+        ({"points": ()}, "points is"),
+        ({"decay": 1.5}, "decay is 1.5"),
+        ({"decay": 0.5, "criterion": "patience"}, "thresholds in"),
+        ({"decay_steps": 0}, "decay_steps is 0"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], match_: str) -> None:
+    with pytest.raises(ValueError, match=match_):
+        EarlyExitConfig(**settings)
+
+
+def test_what_a_model_cannot_do_is_refused_and_leaves_it_as_it_was(tmp_path: Path) -> None:
+    model, inputs = tiny.build("bart"), tiny.inputs("bart")
+    for settings, told in (
+        ({"points": (9,)}, "points has 9, and there are 4 layers"),
+        ({"min_layers": 4}, "leaves no exit"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            mmskip.apply_(model, EarlyExitConfig(**settings))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="has no output projection"):
+        mmskip.apply_(model.model, EarlyExitConfig(decoder=0.5, criterion="margin"))
+    with pytest.raises(ValueError, match="holds no encoder-decoder"):
+        mmskip.apply_(torch.nn.Linear(2, 2), EarlyExitConfig())
+    assert mmskip.applied(model) == []
+    config = EarlyExitConfig(decoder=0.5, points=(3, 1))
+    assert EarlyExitConfig.from_dict(config.to_dict()) == config and config.points == (1, 3)
+    mmskip.apply_(model, config)
+    mmskip.save(model, tmp_path / "adapter")
+    twin = tiny.build("bart")
+    mmskip.load_(twin, tmp_path / "adapter")
+    assert mmskip.applied(twin) == [config]
+    static = EncoderDecoderCache(*(StaticCache(config=model.config, max_cache_len=8) for _ in range(2)))
+    with pytest.raises(ValueError, match="needs a DynamicCache"):
+        logits(model, inputs, TOKENS, past_key_values=static)
