@@ -6,6 +6,7 @@ which calibration never saw.
 """
 
 import argparse
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,10 @@ def policies(model: Any, table: Any, windows: list[Any], seeds: int) -> dict[str
             found[f"random block {n} seed {seed}"] = lambda n=n, seed=seed: LayerPlanConfig.random(n, seed)
         for kind in ("attn", "mlp", "joint"):
             found[f"llm_drop {kind} {n}"] = lambda n=n, kind=kind: LayerPlanConfig.llm_drop(table, n, kind)
+        for kind in ("attn", "mlp"):
+            for seed in range(seeds):
+                drawn = tuple(random.Random(seed).sample(range(count), n))
+                found[f"random {kind} {n} seed {seed}"] = lambda f=f"drop_{kind}", d=drawn: LayerPlanConfig(**{f: d})
     for speedup in (1.25, 1.5, 2.0):
         found[f"unified balanced {speedup}"] = lambda s=speedup: LayerPlanConfig.unified(s, "balanced")
         found[f"unified released {speedup}"] = lambda s=speedup: LayerPlanConfig.unified(s)
@@ -101,7 +106,21 @@ def stories(arguments: argparse.Namespace) -> dict[str, Any]:
         mmskip.remove_(model)
         found[name] = {"perplexity": values, **timed(model, base, config, ids, arguments)}
         print(f"{name}: {found[name]}", flush=True)
-    return {"table": table.to_dict(), "policies": found}
+    return {"table": table.to_dict(), "guided_against_random": _guided(found), "policies": found}
+
+
+def _guided(found: dict[str, Any]) -> dict[str, Any]:
+    """Perplexity of importance-guided drops beside the mean of the random ones of the same kind and size."""
+    compared = {}
+    for name, values in found.items():
+        _, _, what = name.partition("llm_drop ")
+        drawn = [v["perplexity"] for n, v in found.items() if n.startswith(f"random {what} seed") and "perplexity" in v]
+        if what and drawn and "perplexity" in values:
+            compared[what] = {
+                text: {"guided": guided, "random_mean": sum(d[text] for d in drawn) / len(drawn)}
+                for text, guided in values["perplexity"].items()
+            }
+    return compared
 
 
 def half_dropped(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -119,12 +138,12 @@ def half_dropped(arguments: argparse.Namespace) -> dict[str, Any]:
         num_key_value_heads=width // 64,
     )
     base, model = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
-    ids = torch.randint(3, 2048, (1, 32))
-    half = LayerPlanConfig(drop=range(1, layers, 2), phase="decode")
+    ids = torch.randint(3, 2048, (1, 2))  # almost no prompt: decoding is what is timed
+    half = LayerPlanConfig(drop=range(1, layers, 2))
     balanced = LayerPlanConfig.unified(1.5, "balanced")
     found = {"half": timed(model, base, half, ids, arguments), "balanced": timed(model, base, balanced, ids, arguments)}
     found["balanced"]["report"] = str(report(model, balanced))
-    found["shape"] = {"width": width, "layers": layers, "prompt": 32, "new_tokens": arguments.new_tokens}
+    found["shape"] = {"width": width, "layers": layers, "prompt": 2, "new_tokens": arguments.new_tokens}
     return found
 
 
@@ -140,10 +159,10 @@ def picture(found: dict[str, Any], path: Path) -> None:
     groups: dict[str, list[tuple[float, float]]] = {}
     for name, values in found.items():
         if "speedup" in values:
-            group = " ".join(name.split()[:2]) if not name.startswith("random") else "random block"
+            group = " ".join(name.split()[:2])
             groups.setdefault(group, []).append((values["speedup"], values["perplexity"]["unseen stories"]))
     for group, points in groups.items():
-        style = {"marker": "x", "color": "grey"} if group == "random block" else {"marker": "o"}
+        style = {"marker": "x"} if group.startswith("random") else {"marker": "o"}
         axes.scatter(*zip(*points, strict=True), label=group, **style)
     axes.set(xlabel="measured speed-up of generation", ylabel="perplexity, unseen stories", yscale="log")
     axes.legend(fontsize=8)

@@ -41,3 +41,15 @@ def test_kernels_are_checked_and_timed(monkeypatch, tmp_path, capsys):
     assert result["max_difference"]["float32"]["attention"] < 1e-5
     assert all(result[name]["ideal"] > 1 for name in ("attention", "attention_windowed", "decoding"))
     assert {path["name"] for path in result["paths"].values()} == {"torch"}
+
+
+def test_half_a_model_is_timed_beside_its_ideal(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import argparse
+
+    import depth
+
+    found = depth.half_dropped(argparse.Namespace(tiny=True, pairs=2, new_tokens=3))
+    # half the blocks are left out; the output head is not
+    assert 1.2 < found["half"]["ideal"] < 2 and found["half"]["speedup"] > 0
+    assert "nearest reachable" in found["balanced"]["report"]
