@@ -5,6 +5,7 @@ Shape suffixes: B batch, H key/value heads, K stored entries, S new entries, E h
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import (
@@ -31,6 +32,7 @@ class SlotCacheLayer(CacheLayerMixin):
         keys, values: [B, H, K, E]
         slots: LongTensor [B, K]
         valid: BoolTensor [B, K], False on padding
+        host_valid: the same on the host, where it is known there; else None
         total: tokens of the stream so far
         frames: LongTensor [B, F, 3], the frames seen, see `hf_frames`; None: none
         cropped: whether tokens were removed since the last update
@@ -50,6 +52,7 @@ class SlotCacheLayer(CacheLayerMixin):
         self.is_initialized = False
         self.slots: Tensor | None = None
         self.valid: Tensor | None = None
+        self.host_valid: np.ndarray | None = None
         self.frames: Tensor | None = None
         self.cropped = False
         self.total = 0
@@ -57,19 +60,26 @@ class SlotCacheLayer(CacheLayerMixin):
         # (entries, end) of each update, and the end of the last one dropped: what is stored is known on the host
         self._chunks: list[tuple[int, int]] = []
         self._floor = 0
-        self._pending: tuple[Tensor, Tensor, int, bool, Tensor | None] | None = None
+        self._pending: tuple[Tensor, Tensor, int, bool, Tensor | None, np.ndarray | None] | None = None
 
     def begin(
-        self, slots: Tensor, valid: Tensor | None, total: int, frames: Tensor | None
-    ) -> tuple[Tensor, Tensor, bool]:
+        self,
+        slots: Tensor,
+        valid: Tensor | None,
+        total: int,
+        frames: Tensor | None,
+        host_valid: np.ndarray | None = None,
+    ) -> tuple[Tensor, Tensor, bool, np.ndarray | None]:
         """Announce the entries that the next `update` brings.
 
         Args:
             slots: LongTensor [B, S]; valid: BoolTensor [B, S] or None (all valid); total: length of the stream
-                after this forward; frames: LongTensor [B, F, 3], those seen after it, or None.
+                after this forward; frames: LongTensor [B, F, 3], those seen after it, or None; host_valid: bool [B, S],
+                `valid` on the host, or None where it is not known there.
 
         Returns:
-            slots [B, K + S], validity [B, K + S] and whether all are valid, of the keys attention will see.
+            slots [B, K + S], validity [B, K + S], whether all are valid, and validity on the host (or None), of the
+            keys attention will see.
         """
         if valid is None:
             valid_S, all_valid = torch.ones_like(slots, dtype=torch.bool), self.all_valid
@@ -78,8 +88,10 @@ class SlotCacheLayer(CacheLayerMixin):
         if self.slots is not None and self.valid is not None:
             slots = torch.cat([self.slots, slots], dim=1)
             valid_S = torch.cat([self.valid, valid_S], dim=1)
-        self._pending = (slots, valid_S, total, all_valid, frames)
-        return slots, valid_S, all_valid
+            known = host_valid is not None and self.host_valid is not None
+            host_valid = np.concatenate([self.host_valid, host_valid], axis=1) if known else None
+        self._pending = (slots, valid_S, total, all_valid, frames, host_valid)
+        return slots, valid_S, all_valid, host_valid
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -100,7 +112,7 @@ class SlotCacheLayer(CacheLayerMixin):
         keys = torch.cat([self.keys, key_states], dim=-2)
         values = torch.cat([self.values, value_states], dim=-2)
         self.keys, self.values = keys, values
-        self.slots, self.valid, self.total, self.all_valid, self.frames = self._pending
+        self.slots, self.valid, self.total, self.all_valid, self.frames, self.host_valid = self._pending
         self._pending, self.cropped = None, False
         self._chunks.append((key_states.shape[-2], self.total))
         self._drop_before_window()
@@ -121,6 +133,7 @@ class SlotCacheLayer(CacheLayerMixin):
         assert self.slots is not None and self.valid is not None
         self.keys, self.values = self.keys[..., columns, :], self.values[..., columns, :]
         self.slots, self.valid = self.slots[:, columns], self.valid[:, columns]
+        self.host_valid = None if self.host_valid is None else self.host_valid[:, columns]
 
     def get_seq_length(self) -> int:
         return self.total
@@ -160,9 +173,10 @@ class SlotCacheLayer(CacheLayerMixin):
             )
         self.total = total
         self.valid = self.valid & (self.slots < total)
-        kept = int(self.valid.any(0).nonzero().max().item()) + 1 if bool(self.valid.any()) else 0
+        self.host_valid = self.valid.cpu().numpy()
+        kept = int(np.flatnonzero(self.host_valid.any(0)).max(initial=-1)) + 1
         self._keep(slice(0, kept))
-        self.all_valid = bool(self.valid.all())
+        self.all_valid = bool(self.host_valid.all())
         self.cropped = True
         if self.frames is not None:
             self.frames = seen_before(self.frames, total)
@@ -184,6 +198,11 @@ class SlotCacheLayer(CacheLayerMixin):
         self.keys, self.values = pick(self.keys), pick(self.values)
         self.slots, self.valid = pick(self.slots), pick(self.valid)
         self.frames = pick(self.frames) if self.frames is not None else None
+        if self.host_valid is not None:
+            # rows that are alike stay so in any order, and most are: then nothing has to be read from the device
+            alike = bool((self.host_valid == self.host_valid[:1]).all())
+            first = np.repeat(self.host_valid[:1], len(self.keys), axis=0)
+            self.host_valid = first if alike else pick(torch.from_numpy(self.host_valid)).numpy()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
@@ -192,7 +211,7 @@ class SlotCacheLayer(CacheLayerMixin):
         self._rows(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._rows(lambda t: t[indices])
+        self._rows(lambda t: t[indices.to(t.device)])
 
 
 def check_cache(cache: Any) -> None:

@@ -6,12 +6,13 @@ over its own cache layer, runs the original block and merges.
 Shape suffixes: B batch, T tokens of a call, D width, S tokens a block processes, K keys it attends to.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,10 +24,10 @@ from mmskip.families.hf_mask import build_mask
 from mmskip.families.hf_prompt import given_prompt
 from mmskip.families.hf_stream import StreamCache
 from mmskip.ops.hf_attention import NAME as RAGGED
-from mmskip.ops.hf_attention import causal_packing
+from mmskip.ops.hf_attention import Packings
 from mmskip.ops.tokens import merge_tokens, select_tokens
 from mmskip.replay import replayed
-from mmskip.routers import TEXT, Selection, TokenGroups, token_groups
+from mmskip.routers import PADDING, TEXT, Selection, TokenGroups, token_groups
 from mmskip.swap import bind, state_of
 from mmskip.trace import begin_forward, report
 
@@ -96,7 +97,7 @@ class GivenCall:
 class Forward:
     """What travels from the root to the routed blocks of one forward."""
 
-    __slots__ = ("bidirectional", "frames", "groups", "ran", "segments_BT")
+    __slots__ = ("bidirectional", "frames", "groups", "packings", "ran", "segments_BT")
 
     def __init__(
         self,
@@ -109,6 +110,7 @@ class Forward:
         self.segments_BT = segments_BT
         self.bidirectional = bidirectional
         self.frames = frames
+        self.packings = Packings()
         self.ran: set[int] = set()
 
 
@@ -342,6 +344,7 @@ def _attend(
         valid = real if valid is None else valid & real
     query = index + groups.start
     total = groups.start + groups.shape[1]
+    host = host_key = _host_valid(groups, selection)
     key, key_valid, all_valid = query, valid, valid is None
     segments = None
     if cache is not None:
@@ -351,7 +354,7 @@ def _attend(
                 f"{state.site} holds {layer.total} tokens of the stream in its cache, the model {groups.start}; the "
                 "cache was filled or cropped outside this model."
             )
-        key, key_valid, all_valid = layer.begin(query, valid, total, call.frames)
+        key, key_valid, all_valid, host_key = layer.begin(query, valid, total, call.frames, host)
     elif call.segments_BT is not None:
         segments = call.segments_BT.to(index.device).expand(groups.shape).gather(1, index)
     blocks = _blocks(call, groups, selection, key.shape[1])
@@ -359,16 +362,36 @@ def _attend(
     first = query.shape[1] == key.shape[1]
     # padding slots come last, so in a first call causal order alone hides them
     ordered = all_valid or (first and valid is selection.valid_BS)
-    plain = ordered and not cut and segments is None and blocks is None and (first or query.shape[1] == 1)
-    if plain and state.config._attn_implementation == "sdpa":
+    causal = not cut and segments is None and blocks is None
+    backend = state.config._attn_implementation
+    if backend == "sdpa" and causal and ordered and (first or query.shape[1] == 1):
         bound["attention_mask"] = None
-    elif plain and state.config._attn_implementation == RAGGED and selection.kept_B is not None:
-        kept = selection.kept_B.tolist()
-        q_lens, kv_lens = (kept, kept) if first else ([1] * len(kept), [key.shape[1]] * len(kept))
-        bound["attention_mask"] = causal_packing(q_lens, kv_lens, query.shape[1], key.shape[1], query.device)
-    else:
-        bound["attention_mask"] = _mask(state, query, key, key_valid, segments, blocks, x_BSD)
+        return key.shape[1]
+    if backend == RAGGED and host is not None and host_key is not None:
+        # the packing leaves padding out
+        allowed = None if causal else _allowed(state, query, key, None, segments, blocks)
+        bound["attention_mask"] = call.packings.mask(host, host_key, query.device, allowed)
+        return key.shape[1]
+    allowed = _allowed(state, query, key, key_valid, segments, blocks)
+    bound["attention_mask"] = build_mask(state.config, allowed, query, key.shape[1], x_BSD.dtype)
     return key.shape[1]
+
+
+def _host_valid(groups: TokenGroups, selection: Selection) -> np.ndarray | None:
+    """Which slots [B, S] of a selection hold real tokens, where the host knows: how many tokens a row keeps it does
+    know, but of padding within a row not, how many of the tokens before it were kept."""
+    if selection.kept_B is None:
+        return None
+    slots = selection.index_BS.shape[1]
+    places, ends, starts = np.arange(slots), selection.kept_B, np.zeros(len(selection.kept_B), np.int64)
+    if groups.real_BT is not None and slots == groups.shape[1]:
+        real = groups.host_BT != PADDING
+        starts = np.where(real.any(1), real.argmax(1), slots)
+        after = np.where(real.any(1), real[:, ::-1].argmax(1), 0)
+        if (starts + after + real.sum(1) != slots).any():
+            return None
+        ends = ends - after
+    return (places >= starts[:, None]) & (places < ends[:, None])
 
 
 def _blocks(call: Forward, groups: TokenGroups, selection: Selection, keys: int) -> Bidirectional | None:
@@ -384,23 +407,22 @@ def _blocks(call: Forward, groups: TokenGroups, selection: Selection, keys: int)
     return Bidirectional(blocks_BK, call.bidirectional.windowed)
 
 
-def _mask(
+def _allowed(
     state: BlockState,
     query_BS: Tensor,
     key_BK: Tensor,
     valid_BK: Tensor | None,
     segments_BS: Tensor | None,
     blocks: Bidirectional | None,
-    x_BSD: Tensor,
-) -> Any:
-    """The mask by which a query sees valid keys at or before its own slot, in its window and its sequence, and those
-    of its bidirectional block."""
+) -> Callable[..., Tensor]:
+    """Of batch, head, query and key numbers: a query sees valid keys at or before its own slot, in its window and its
+    sequence, and those of its bidirectional block."""
     window = state.window
     past = key_BK.shape[1] - query_BS.shape[1]
 
-    def allowed(b: Any, h: Any, q: Any, k: Any) -> Any:
+    def allowed(b: Any, h: Any, q: Any, k: Any) -> Tensor:
         query, key = query_BS[b, q], key_BK[b, k]
-        seen = key <= query
+        seen: Tensor = key <= query
         if blocks is not None:
             block = blocks.blocks_BT[b, q + past]
             together = (block == blocks.blocks_BT[b, k]) & (block >= 0)
@@ -416,4 +438,4 @@ def _mask(
             seen = seen & (segments_BS[b, q] == segments_BS[b, k])
         return seen
 
-    return build_mask(state.config, allowed, query_BS, key_BK.shape[1], x_BSD.dtype)
+    return allowed

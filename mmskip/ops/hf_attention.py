@@ -6,14 +6,15 @@ it is plain causal or sliding-window order among the real tokens, the fast kerne
 Shape suffixes as in `mmskip.ops.attention`; L is the number of key slots a model sees, padding included.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mmskip.ops.attention import last_queries_mask, masked_attention, ragged_attention, real_rows
+from mmskip.ops.attention import last_queries_mask, masked_attention, ragged_attention
 
 NAME = "mmskip_ragged"
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
@@ -136,23 +137,58 @@ def pack_mask(mask_B1QL: Tensor, real_BQ: Tensor | None = None, window: int | No
     )
 
 
-def causal_packing(
-    q_lens: Sequence[int], kv_lens: Sequence[int], queries: int, keys: int, device: torch.device
-) -> Tensor:
-    """The mask of rows whose first `q_lens` of Q queries and first `kv_lens` of L keys are real, in causal order with
-    the queries as their last tokens: known on the host, so that nothing is built and no device is waited for.
+class Packings:
+    """The packings of one forward whose real tokens are known on the host, so that no layer waits for the device.
+    Calls with the same real tokens share one."""
 
-    Returns:
-        A bool `[B, 1, Q, L]` of one stored element, carrying its `Packing`; only this backend may read it.
-    """
-    mask = torch.ones((), dtype=torch.bool, device=device).expand(len(q_lens), 1, queries, keys)
-    q_rows, kv_rows = _packed_rows(q_lens, queries, device), _packed_rows(kv_lens, keys, device)
-    setattr(mask, ATTRIBUTE, Packing(q_rows, kv_rows, tuple(q_lens), tuple(kv_lens), None, None))
-    return mask
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], Packing] = {}
+
+    def mask(
+        self, q_BQ: np.ndarray, kv_BL: np.ndarray, device: torch.device, allowed: Callable[..., Tensor] | None = None
+    ) -> Tensor:
+        """The mask of a call.
+
+        Args:
+            q_BQ, kv_BL: bool, the real queries and keys. A row's real queries are the last of its real keys.
+            device: of queries and keys.
+            allowed: of batch, head, query and key numbers (tensors that broadcast): whether the query sees the key.
+                None: in causal order.
+
+        Returns:
+            A bool `[B, 1, Q, L]` of one stored element, carrying its `Packing`; only this backend may read it.
+        """
+        key = q_BQ.shape, q_BQ.tobytes(), kv_BL.shape, kv_BL.tobytes(), device
+        if key not in self._known:
+            self._known[key] = known_packing(q_BQ, kv_BL, device)
+        packing = self._known[key]
+        if allowed is not None:
+            packing = replace(packing, mask_BQS=_packed_mask(q_BQ, kv_BL, device, allowed))
+        mask = torch.ones((), dtype=torch.bool, device=device).expand(len(q_BQ), 1, q_BQ.shape[1], kv_BL.shape[1])
+        setattr(mask, ATTRIBUTE, packing)
+        return mask
 
 
-def _packed_rows(lens: Sequence[int], longest: int, device: torch.device) -> Tensor | None:
-    return None if all(n == longest for n in lens) else real_rows(lens, longest, device)
+def known_packing(q_BQ: np.ndarray, kv_BL: np.ndarray, device: torch.device) -> Packing:
+    """The packing of real queries and keys (bool, on the host) in causal order, a row's queries its last real keys."""
+    q_rows, kv_rows = (
+        None if real.all() else torch.from_numpy(np.flatnonzero(real)).to(device, non_blocking=True)
+        for real in (q_BQ, kv_BL)
+    )
+    return Packing(q_rows, kv_rows, tuple(q_BQ.sum(1).tolist()), tuple(kv_BL.sum(1).tolist()), None, None)
+
+
+def _packed_mask(q_BQ: np.ndarray, kv_BL: np.ndarray, device: torch.device, allowed: Callable[..., Tensor]) -> Tensor:
+    """Bool `[B, Q', S]` over the packed segments: what `allowed` says of their real queries and keys."""
+    places = [np.argsort(~real, axis=1, kind="stable")[:, : int(real.sum(1).max())] for real in (q_BQ, kv_BL)]
+    real_q, real_k = (
+        torch.from_numpy(np.take_along_axis(real, place, 1)).to(device, non_blocking=True)
+        for real, place in zip((q_BQ, kv_BL), places, strict=True)
+    )
+    q, k = (torch.from_numpy(place).to(device, non_blocking=True) for place in places)
+    rows = torch.arange(len(q), device=device)[:, None, None]
+    seen: Tensor = allowed(rows, torch.zeros_like(rows), q[:, :, None], k[:, None, :])
+    return seen & real_q[:, :, None] & real_k[:, None, :]
 
 
 def ragged_attention_forward(

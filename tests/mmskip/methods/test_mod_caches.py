@@ -175,8 +175,8 @@ class PassingSlotLayer:
     def __init__(self, cache, index, window):
         self.total = ANY
 
-    def begin(self, slots, valid, total, frames):
-        return slots, valid, valid is None
+    def begin(self, slots, valid, total, frames, host_valid):
+        return slots, valid, valid is None, host_valid
 
 
 @pytest.mark.slow
