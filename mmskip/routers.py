@@ -21,7 +21,7 @@ ATTENTION_SCORES = "attention scores"
 """Name in `TokenGroups.shared` of the attention [B, T] that text pays to each token in a probed block."""
 
 ROUTERS = ("linear", "norm", "random", "uniform")
-GATES = ("linear", "sigmoid", "tanh", "none")
+GATES = ("linear", "sigmoid", "tanh", "own", "none")
 
 
 @dataclass(frozen=True)
@@ -272,19 +272,29 @@ class TokenRouter(nn.Module):
 
     Args:
         width: hidden width D.
-        gate: how the score multiplies the update of a kept token: `linear` (mu, the paper's), `sigmoid`,
-            `tanh` (1 + 0.2 * tanh(mu) with zero-initialised weights: the update starts unchanged; p-MoD), or
-            `none` (1).
+        gate: how the update of a kept token is multiplied: by mu (`linear`, the paper's), its `sigmoid`, `tanh`
+            (1 + 0.2 * tanh(mu) with zero-initialised weights: the update starts unchanged; p-MoD), `own`
+            (1 + 0.2 * tanh(v . x) with weights v of its own, zero-initialised), or `none` (1).
+        ranks: whether it has the weights w; False for gates beside a router without weights.
     """
 
-    def __init__(self, width: int, gate: str, device: Any = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, width: int, gate: str, device: Any = None, dtype: torch.dtype | None = None, ranks: bool = True
+    ) -> None:
         super().__init__()
         self.gate_mode = gate
-        self.weight = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(width, device=device, dtype=dtype)) if ranks else None
+        own = gate == "own"
+        self.gate_weight = nn.Parameter(torch.empty(width, device=device, dtype=dtype)) if own else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Zeros for `tanh`; otherwise normal with standard deviation D ** -0.5, so that scores are of order 1."""
+        """Zeros for `tanh` and the weights of a gate; otherwise normal with standard deviation D ** -0.5, so that
+        scores are of order 1."""
+        if self.gate_weight is not None:
+            nn.init.zeros_(self.gate_weight)
+        if self.weight is None:
+            return
         if self.gate_mode == "tanh":
             nn.init.zeros_(self.weight)
         else:
@@ -292,11 +302,23 @@ class TokenRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores in fp32, [..., D] -> [...]."""
-        with torch.autocast(x.device.type, enabled=False):
-            return x.float() @ self.weight.float()
+        assert self.weight is not None
+        return _scored(x, self.weight)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """Multipliers of the updates in fp32, [..., D] -> [...]."""
+        if self.gate_weight is not None:
+            return gate_of(_scored(x, self.gate_weight), "tanh")
+        return gate_of(self(x), self.gate_mode)
 
     def extra_repr(self) -> str:
-        return f"width={self.weight.shape[0]}, gate={self.gate_mode}"
+        weight = self.weight if self.weight is not None else self.gate_weight
+        return f"width={0 if weight is None else weight.shape[0]}, gate={self.gate_mode}"
+
+
+def _scored(x: Tensor, weight: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return x.float() @ weight.float()
 
 
 def gate_of(scores: Tensor, mode: str) -> Tensor:

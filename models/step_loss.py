@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+METHOD = "mmskip_"
+"""In the name of every weight that a method added."""
 SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 
@@ -119,4 +121,6 @@ class StepLossModule(LightningModule):
     def _frozen(self) -> Sequence[str]:
         if not isinstance(self.hparams[self.source], str):
             return []
-        return [name for name, value in self.named_parameters() if not value.requires_grad]
+        # weights of methods are in no named model, even those that get no gradient (fitted routers)
+        frozen = [name for name, value in self.named_parameters() if not value.requires_grad]
+        return [name for name in frozen if METHOD not in name]

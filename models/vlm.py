@@ -4,8 +4,9 @@ Shapes: B rows, T tokens, P labelled positions, V vocabulary, A answers.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch.nn import functional as F
 
 from mmskip import MoDConfig
 from mmskip.datasets.chat_batches import NOT_INPUTS
+from mmskip.datasets.chat_labels import IGNORE
 from mmskip.methods.mod import anneal, keep_in_use
+from mmskip.methods.mod_fit import fit_routers
 from mmskip.models.language_model import LoRA, methods_from_dicts, methods_to_dicts, torch_dtype
 from mmskip.models.step_loss import StepLossModule
 from mmskip.models.streaming_loss import Positions, head_only_at
@@ -58,6 +61,8 @@ class VLM(StepLossModule):
         gradient_checkpointing: recompute each layer in the backward pass.
         anneal_steps: optimizer steps in which the keep ratio of MoD falls from 1 to the config's, >= 0. Validation
             during training uses the ratio of the step; everything after training, the config's.
+        router_fit: training batches on which linear routers with gate "own" or "none" are fitted to the attention of
+            the answers before the first step (`mmskip.methods.mod_fit.fit_routers`); 0: they stay random.
         lr: peak learning rate of AdamW, > 0.
         router_lr: the same for the methods' weights; None: `lr`.
         weight_decay: on matrices only (not on norms, biases, embeddings and routers), >= 0.
@@ -88,6 +93,7 @@ class VLM(StepLossModule):
         attention: str = "sdpa",
         gradient_checkpointing: bool = False,
         anneal_steps: int = 0,
+        router_fit: int = 0,
         lr: float = 1e-3,
         router_lr: float | None = None,
         weight_decay: float = 0.0,
@@ -101,6 +107,7 @@ class VLM(StepLossModule):
         super().__init__()
         limits = {
             "anneal_steps": (anneal_steps, 0, math.inf),
+            "router_fit": (router_fit, 0, math.inf),
             "lr": (lr, 1e-12, math.inf),
             "router_lr": (lr if router_lr is None else router_lr, 1e-12, math.inf),
             "weight_decay": (weight_decay, 0, math.inf),
@@ -128,6 +135,7 @@ class VLM(StepLossModule):
                 "attention": attention,
                 "gradient_checkpointing": gradient_checkpointing,
                 "anneal_steps": anneal_steps,
+                "router_fit": router_fit,
                 "lr": lr,
                 "router_lr": router_lr,
                 "weight_decay": weight_decay,
@@ -229,7 +237,7 @@ class VLM(StepLossModule):
         return min(self.trainer.global_step / steps, 1.0)
 
     def on_fit_start(self) -> None:
-        """Refuse an annealing that the run would not finish.
+        """Refuse an annealing that the run would not finish; fit the routers, unless the run is a resumed one.
 
         Raises:
             ValueError: fewer steps than anneal_steps.
@@ -240,6 +248,26 @@ class VLM(StepLossModule):
                 f"anneal_steps is {steps}, but the run has {total} optimizer steps and would end above the target "
                 "keep; train longer or anneal faster"
             )
+        if self.hparams["router_fit"] and self.trainer.ckpt_path is None:
+            self._fit_routers(self.hparams["router_fit"])
+
+    def _fit_routers(self, batches: int) -> None:
+        """Fit the routers on the first training batches of every rank."""
+        loader = self.trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
+
+        def calls() -> Iterator[tuple[dict[str, Any], Tensor]]:
+            for batch in islice(iter(loader), batches):
+                batch = self.trainer.strategy.batch_to_device(batch)
+                labelled = batch["labels"] != IGNORE
+                # the answer is predicted one token before it
+                yield _inputs(batch), labelled.roll(-1, 1) & (torch.arange(labelled.shape[1]) + 1 < labelled.shape[1])
+
+        def reduce(sums: Tensor) -> Tensor:
+            return self.trainer.strategy.reduce(sums, reduce_op="sum")
+
+        explained = fit_routers(self.llm, calls(), reduce=reduce)
+        shares = ", ".join(f"block {index} {share:.0%}" for index, share in explained.items())
+        rank_zero_info(f"routers fitted on {batches} batches; explained attention within frames: {shares}")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Use the keep ratio of this step."""

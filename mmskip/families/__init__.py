@@ -106,6 +106,13 @@ class TokenView(View, Protocol):
         """The changes by which a block scores the tokens of every call by the attention that text pays to them: [B, T]
         in `TokenGroups.shared[ATTENTION_SCORES]`. `which` as in `mmskip.routers.ranking_queries`."""
 
+    def watch_changes(
+        self, index: int, tell: Callable[[Tensor, Tensor, TokenGroups], None]
+    ) -> tuple[Any, list[Change]]:
+        """The changes by which a block that processes every token tells, at the end of every call, its hidden states
+        [B, T, D], the attention [B, T] that the queries paid to each token (mean over the heads), and the groups; and
+        an object whose `queries_BT` names the queries of the next call, BoolTensor [B, T]."""
+
 
 class Speculator(Protocol):
     """What a method says of drafting, and what it is told.

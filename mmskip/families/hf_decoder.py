@@ -1,6 +1,6 @@
 """Family `hf_decoder`: causal language models of transformers, found by structure."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,13 @@ from mmskip.families import STATE, DepthPlan, MlpRule, Speculator, TokenPolicy
 from mmskip.families.hf_blocks import attention_of, is_stack, kinds, unfit, windows, without_attention
 from mmskip.families.hf_plan import output_projection, parts_of, plan_changes
 from mmskip.families.hf_policy import policy_changes
-from mmskip.families.hf_probe import own_attention, own_config, probe_changes
+from mmskip.families.hf_probe import Watch, own_attention, own_config, probe_changes, watch_changes
 from mmskip.families.hf_prompt import LayoutGenerator
 from mmskip.families.hf_residuals import mlp_cosines
 from mmskip.families.hf_speculate import draft_units, speculation_changes
 from mmskip.families.hf_stream import StreamCache
 from mmskip.families.hf_subset import BlockState, LayoutRoot, RootState, SubsetBlock, check_backend
+from mmskip.routers import TokenGroups
 from mmskip.swap import Change
 
 
@@ -227,6 +228,13 @@ class DecoderView:
     def probe_changes(self, index: int, which: str) -> list[Change]:
         """The changes by which a block scores the tokens of every call by the attention that text pays to them."""
         return probe_changes(self.blocks[index], self.config, which, self.site(index))
+
+    def watch_changes(
+        self, index: int, tell: Callable[[Tensor, Tensor, TokenGroups], None]
+    ) -> tuple[Watch, list[Change]]:
+        """What names the queries of a call, and the changes by which a block tells where their attention goes."""
+        watch = Watch(tell)
+        return watch, watch_changes(self.blocks[index], self.config, watch, self.site(index))
 
 
 def _flops(products: list[tuple[int, int, int]]) -> float:

@@ -50,12 +50,28 @@ class Probe:
     queries: Queries | None = None
 
 
+@dataclass
+class Watch:
+    """What a watched block shares with its attention, and whom it tells.
+
+    Attributes:
+        tell: called at the end of every call with the hidden states [B, T, D] the block started from, the attention
+            [B, T] that the queries paid to each token there (summed over them, mean over the heads), and the groups.
+        queries_BT: BoolTensor [B, T], the queries of the next call.
+        received_BT: the attention of the call under way.
+    """
+
+    tell: Callable[[Tensor, Tensor, TokenGroups], None]
+    queries_BT: Tensor | None = None
+    received_BT: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class AttentionState:
     """What an attention module with a view of its config needs to know."""
 
     config: ConfigView
-    probe: Probe | None = None
+    probe: Probe | Watch | None = None
 
 
 class OwnAttention(nn.Module):
@@ -88,6 +104,23 @@ class ProbedBlock(nn.Module):
             return super().forward(*args, **kwargs)
         finally:
             probe.groups = probe.queries = None
+
+
+class WatchedBlock(nn.Module):
+    """Mixin of a block that processes every token: tells where its attention goes."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        watch: Watch = state_of(self, WatchedBlock)
+        bound = bind(self, args, kwargs)
+        output = super().forward(*args, **kwargs)
+        if watch.received_BT is None:
+            raise RuntimeError(
+                f"{type(self).__name__} did not report its attention: its self-attention does not ask its config which "
+                "function to call."
+            )
+        watch.tell(bound["hidden_states"], watch.received_BT, bound[FORWARD_KEY].groups)
+        watch.received_BT = None
+        return output
 
 
 def attention_of(block: nn.Module) -> nn.Module:
@@ -141,13 +174,42 @@ def probe_changes(block: nn.Module, config: Any, which: str, site: str) -> list[
     ]
 
 
+def watch_changes(block: nn.Module, config: Any, watch: Watch, site: str) -> list[Change]:
+    """The changes by which a block that processes every token tells `watch` where its attention goes.
+
+    Raises:
+        ValueError: packed attention, whose masks only its own function can read.
+    """
+    from transformers import AttentionInterface
+
+    from mmskip.ops.hf_attention import NAME
+
+    attention: Any = attention_of(block)
+    if attention.config._attn_implementation == NAME:
+        raise ValueError(
+            f"{site} runs {NAME}, whose masks say only where padding is; fit under the model's own attention "
+            "('sdpa' or 'eager'): the weights serve both."
+        )
+    AttentionInterface.register(PROBE, probed_attention)
+    state = AttentionState(ConfigView(config, PROBE), watch)
+    return [Change(site, block, WatchedBlock, watch), Change(f"{site}.attn", attention, OwnAttention, state)]
+
+
 def probed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function of a probed block: the model's own, after the scores were read."""
     state: AttentionState = state_of(module, OwnAttention)
     probe = state.probe
-    if probe is not None and probe.groups is not None and probe.queries is not None:
+    if isinstance(probe, Watch) and probe.queries_BT is not None:
+        with torch.no_grad():
+            probe.received_BT = torch.stack(
+                [
+                    _attention_rows(query, key, attention_mask, row, queries.nonzero()[:, 0], kwargs).sum(0)
+                    for row, queries in enumerate(probe.queries_BT.to(query.device))
+                ]
+            )
+    elif isinstance(probe, Probe) and probe.groups is not None and probe.queries is not None:
         with torch.no_grad():
             scores = _scores(query, key, attention_mask, probe.groups.to(query.device), probe.queries, kwargs)
         probe.groups.shared[ATTENTION_SCORES] = scores
@@ -176,21 +238,11 @@ def _scores(
 ) -> Tensor:
     """Attention [B, T] that the ranking queries pay to the tokens of their groups, averaged over the heads."""
     length, keys = query_BHTE.shape[2], key_BGKE.shape[2]
-    scale = settings.get("scaling")
-    scale = query_BHTE.shape[-1] ** -0.5 if scale is None else scale
-    parts = []
-    for row in sorted({int(row) for row in queries.rows_Q}):
-        slots = torch.from_numpy(queries.slots_Q[queries.rows_Q == row]).to(query_BHTE.device)
-        q_GRQE = query_BHTE[row][:, slots].float().unflatten(0, (key_BGKE.shape[1], -1))
-        logits = torch.einsum("grqe,gke->grqk", q_GRQE, key_BGKE[row].float()) * scale
-        if settings.get("softcap") is not None:
-            logits = torch.tanh(logits / settings["softcap"]) * settings["softcap"]
-        logits_HQK = logits.flatten(0, 1) + _mask_rows(mask, row, slots, length, keys)
-        if settings.get("s_aux") is not None:
-            sink = settings["s_aux"].float().view(-1, 1, 1).expand(-1, len(slots), 1)
-            parts.append(torch.cat([logits_HQK, sink], -1).softmax(-1)[..., :-1].mean(0))
-        else:
-            parts.append(logits_HQK.softmax(-1).mean(0))
+    slots_Q = torch.from_numpy(queries.slots_Q).to(query_BHTE.device)
+    parts = [
+        _attention_rows(query_BHTE, key_BGKE, mask, row, slots_Q[queries.rows_Q == row], settings)
+        for row in sorted({int(row) for row in queries.rows_Q})
+    ]
     # the queries are sorted by row, as the parts are
     prob_QT = torch.cat(parts)[:, keys - length :]
     place_GN = groups.table_GN.clamp(max=groups.layout_BT.numel() - 1) % length
@@ -198,6 +250,24 @@ def _scores(
     scores = prob_QT.new_zeros(groups.layout_BT.numel() + 1)
     scores.scatter_(0, groups.table_GN.reshape(-1), prob_QT[query_G[:, None], place_GN].reshape(-1))
     return scores[:-1].view(groups.layout_BT.shape)
+
+
+def _attention_rows(
+    query_BHTE: Tensor, key_BGKE: Tensor, mask: Any, row: int, slots: Tensor, settings: dict[str, Any]
+) -> Tensor:
+    """Attention [Q, K] of the queries at some places of a row, averaged over the heads, in fp32."""
+    length, keys = query_BHTE.shape[2], key_BGKE.shape[2]
+    scale = settings.get("scaling")
+    scale = query_BHTE.shape[-1] ** -0.5 if scale is None else scale
+    q_GRQE = query_BHTE[row][:, slots].float().unflatten(0, (key_BGKE.shape[1], -1))
+    logits = torch.einsum("grqe,gke->grqk", q_GRQE, key_BGKE[row].float()) * scale
+    if settings.get("softcap") is not None:
+        logits = torch.tanh(logits / settings["softcap"]) * settings["softcap"]
+    logits_HQK = logits.flatten(0, 1) + _mask_rows(mask, row, slots, length, keys)
+    if settings.get("s_aux") is None:
+        return logits_HQK.softmax(-1).mean(0)
+    sink = settings["s_aux"].float().view(-1, 1, 1).expand(-1, len(slots), 1)
+    return torch.cat([logits_HQK, sink], -1).softmax(-1)[..., :-1].mean(0)
 
 
 def _mask_rows(mask: Any, row: int, slots: Tensor, length: int, keys: int) -> Tensor:

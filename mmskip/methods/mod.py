@@ -22,7 +22,6 @@ from mmskip.routers import (
     Selection,
     TokenGroups,
     TokenRouter,
-    gate_of,
     norm_scores,
     random_scores,
     select,
@@ -51,7 +50,9 @@ class MoDConfig(MethodConfig):
             controls `"random"` and `"uniform"` (evenly spaced).
         gate: multiplier of a kept vision token's update from its score mu: `"tanh"` (1 + 0.2 tanh mu, zero-initialised:
             safe on pretrained weights), `"linear"` (mu, the paper's), `"sigmoid"`, `"none"` (1: the router gets no
-            gradient). Used by the linear router only.
+            gradient); used by the linear router only. `"own"`: 1 + 0.2 tanh(v . x), whose zero-initialised weights v
+            are trained by the loss, beside any router; a linear router's ranking weights then get no gradient, they
+            are there to be fitted (`mmskip.methods.mod_fit.fit_routers`).
         always_keep: `"last"`: the last vision token of each frame, where a stream decides to speak, is one of the
             k; `"none"`: it competes like the others.
         noise: scale of the Gumbel noise added to the linear router's scores in training, >= 0. At 1 the kept tokens are
@@ -223,16 +224,17 @@ class MoDPolicy:
 
     def gate(self, block: nn.Module, x_BSD: Tensor, selection: Selection, groups: TokenGroups) -> Tensor | None:
         """Multiplier [B, S]: of vision tokens from their score, of text 1."""
-        if self.config.router != "linear" or self.config.gate == "none":
+        gate = self.config.gate
+        if gate == "none" or (gate != "own" and self.config.router != "linear"):
             return None
         if block.training and torch.is_grad_enabled():
             _check_learning(block, self.index)
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in block.mmskip_router.parameters())  # type: ignore[union-attr]
         if not groups.has_vision and not learns:
             return None
-        mu_BS = gate_of(block.mmskip_router(x_BSD), self.config.gate)  # type: ignore[operator]
+        gate_BS = block.mmskip_router.gate(x_BSD)  # type: ignore[operator, union-attr]
         vision_BS = groups.layout_BT.gather(1, selection.index_BS) != TEXT
-        return torch.where(vision_BS, mu_BS, 1.0).to(x_BSD.dtype)
+        return torch.where(vision_BS, gate_BS, 1.0).to(x_BSD.dtype)
 
 
 def anneal(model: nn.Module, progress: float) -> None:
@@ -247,17 +249,18 @@ def anneal(model: nn.Module, progress: float) -> None:
     """
     if not 0 <= progress <= 1:
         raise ValueError(f"progress is {progress!r}; expected a number from 0 (keep all) to 1 (the config's keep).")
-    for policy in _policies(model):
+    for policy in policies(model):
         policy.progress = float(progress)
 
 
 def keep_in_use(model: nn.Module) -> float:
     """Mean over the routed blocks of the keep ratio that `anneal` has brought them to; 1 in a model without any."""
-    ratios = [policy.keep for policy in _policies(model)]
+    ratios = [policy.keep for policy in policies(model)]
     return sum(ratios) / len(ratios) if ratios else 1.0
 
 
-def _policies(model: nn.Module) -> list[MoDPolicy]:
+def policies(model: nn.Module) -> list[MoDPolicy]:
+    """The policies of the routed blocks of `model`, in order."""
     found = (getattr(state, "policy", None) for state in states(model))
     return [policy for policy in found if isinstance(policy, MoDPolicy)]
 
@@ -283,13 +286,19 @@ def route_decoder(config: MoDConfig, view: TokenView) -> list[Change]:
     ratios = keep_ratios(config, routed, len(view.blocks))
     policies = {i: MoDPolicy(config, ratio, i) for i, ratio in zip(routed, ratios, strict=True)}
     children: dict[int, dict[str, nn.Module]] = {i: {} for i in routed}
-    if config.router == "linear":
+    if config.router == "linear" or config.gate == "own":
         for i in routed:
-            # quantized blocks keep scales and norms in dtypes of their own: the hidden states tell
-            device = next(view.blocks[i].parameters()).device
-            router = TokenRouter(view.width, config.gate, device, view.dtype)
-            router.train(view.blocks[i].training)
-            # without a gate no gradient reaches the scores, and DDP waits for every weight that asks for one
-            router.requires_grad_(config.gate != "none")
-            children[i]["mmskip_router"] = router
+            children[i]["mmskip_router"] = _router(config, view, i)
     return view.subset_changes(policies, children, config.attention)
+
+
+def _router(config: MoDConfig, view: TokenView, index: int) -> TokenRouter:
+    block = view.blocks[index]
+    # quantized blocks keep scales and norms in dtypes of their own: the hidden states tell
+    device = next(block.parameters()).device
+    router = TokenRouter(view.width, config.gate, device, view.dtype, ranks=config.router == "linear")
+    router.train(block.training)
+    # without a gate no gradient reaches the scores, and DDP waits for every weight that asks for one
+    if router.weight is not None:
+        router.weight.requires_grad_(config.gate not in ("none", "own"))
+    return router
