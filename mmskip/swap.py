@@ -4,8 +4,10 @@ A module keeps its parameters, keys, hooks and name; only its class becomes a ca
 mixin in front of the original `forward` (the same idea as FSDP2's `fully_shard`).
 """
 
+import copyreg
 import functools
 import inspect
+import pickle
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -72,6 +74,23 @@ def _is_class_forward(module: nn.Module, forward: Any) -> bool:
 
 
 @functools.cache
+def _kind(base: type) -> type:
+    """The metaclass of our subclasses of classes of kind `base`; copies know it as a class like any other, pickle asks
+    `_refuse_pickle`."""
+    kind = type("Swapped", (base,), {})
+    copyreg.pickle(kind, _refuse_pickle)  # type: ignore[arg-type]
+    return kind
+
+
+def _refuse_pickle(cls: type) -> Any:
+    raise pickle.PicklingError(
+        f"{cls.__name__} carries mmskip methods and cannot be pickled (torch.save(model), spawned workers): its class "
+        "exists in this process only. Save model.state_dict() or call mmskip.save(model, folder), and build the model "
+        "anew where it is needed: mmskip.load_(model, folder)."
+    )
+
+
+@functools.cache
 def _subclass(mixin: type, base: type) -> type:
     @functools.wraps(base.forward)  # type: ignore[attr-defined]
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -93,7 +112,7 @@ def _subclass(mixin: type, base: type) -> type:
     }
     if "forward" in mixin.__dict__:
         namespace["forward"] = forward
-    return type(base.__name__, (mixin, base), namespace)
+    return _kind(type(base))(base.__name__, (mixin, base), namespace)
 
 
 def _rebind_forward(module: nn.Module) -> None:

@@ -258,9 +258,11 @@ class VLM(StepLossModule):
         def calls() -> Iterator[tuple[dict[str, Any], Tensor]]:
             for batch in islice(iter(loader), batches):
                 batch = self.trainer.strategy.batch_to_device(batch)
-                labelled = batch["labels"] != IGNORE
-                # the answer is predicted one token before it
-                yield _inputs(batch), labelled.roll(-1, 1) & (torch.arange(labelled.shape[1]) + 1 < labelled.shape[1])
+                labelled_BT = batch["labels"] != IGNORE
+                # an answer is predicted one token before it
+                queries_BT = torch.zeros_like(labelled_BT)
+                queries_BT[:, :-1] = labelled_BT[:, 1:]
+                yield _inputs(batch), queries_BT
 
         def reduce(sums: Tensor) -> Tensor:
             return self.trainer.strategy.reduce(sums, reduce_op="sum")

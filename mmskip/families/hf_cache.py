@@ -260,7 +260,8 @@ def slot_layer(cache: Cache, layer_idx: int, window: int | None) -> SlotCacheLay
     if present.get_seq_length() > 0:
         raise ValueError(
             f"layer {layer_idx} of past_key_values holds {present.get_seq_length()} tokens of a forward without "
-            "mmskip; start from an empty cache after apply_."
+            "mmskip; start from an empty cache after apply_. (peft's prefix tuning fills the cache like this and "
+            "does not go with routed blocks; use LoRA, or prompt tuning.)"
         )
     fresh = SlotCacheLayer(window)
     # without a config all layers keep everything; transformers takes mask sizes from the first layer that slides

@@ -173,7 +173,8 @@ def _read_call(
         layout = _implied_layout(root, state, cache, start, (batch, length), inputs.device)
     if tuple(layout.shape) != (batch, length):
         raise ValueError(
-            f"layout has shape {tuple(layout.shape)}; expected {(batch, length)}, one entry per token of this call."
+            f"layout has shape {tuple(layout.shape)}; expected {(batch, length)}, one entry per token of this call. "
+            "(Virtual tokens of peft's prompt tuning stand in front and count as text: pad the layout with -1 there.)"
         )
     mask = known.attention_mask if known is not None and known.masked else bound.get("attention_mask")
     real = _real_tokens(mask, batch, length)
@@ -212,7 +213,8 @@ def _implied_layout(
         return torch.full((batch, 1), TEXT, device=device)
     raise ValueError(
         "mmskip needs a layout to tell vision tokens from text: pass layout=, an integer tensor [batch, tokens] with "
-        "the frame id of each vision token and -1 for text (all -1 for pure text)."
+        "the frame id of each vision token and -1 for text (all -1 for pure text). Trainer of transformers drops a "
+        "column 'layout' of the dataset unless TrainingArguments(remove_unused_columns=False)."
     )
 
 

@@ -138,11 +138,15 @@ def _bidirectional(outer: Any, bound: dict[str, Any], start: int) -> Bidirection
         return Bidirectional((types != 0).long().neg(), _MASKED[kind])
     module: Any = sys.modules[type(outer).__module__]
     blocks_BT = module.get_block_sequence_ids_for_mask(types)
+    _check_begins_outside(blocks_BT, start)
+    return Bidirectional(blocks_BT[:, start:], _MASKED[kind])
+
+
+def _check_begins_outside(blocks_BT: Tensor, start: int) -> None:
     if start and bool(((blocks_BT[:, start] == blocks_BT[:, start - 1]) & (blocks_BT[:, start] >= 0)).any()):
         raise ValueError(
             f"the call begins within an image (token {start}), whose tokens see each other; pass it in one call."
         )
-    return Bidirectional(blocks_BT[:, start:], _MASKED[kind])
 
 
 def _is_causal(outer: Any) -> bool:

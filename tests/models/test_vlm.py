@@ -297,6 +297,29 @@ def test_router_tuning_starts_exactly_at_the_loss_of_the_base_model(data, tmp_pa
     assert results["router"][-1] != results["dense"][-1]
 
 
+def test_routers_are_fitted_before_the_first_step_and_not_again_when_a_run_goes_on(data, tmp_path):
+    torch.manual_seed(0)
+    save_base(VLM(TINY_VLM, tokens=TOKENS).llm, tmp_path / "base", data.processor)
+    own, settings = mmskip.MoDConfig(keep=0.4, gate="own"), {"trainable": "router", "anneal_steps": 3, "lr": 0.1}
+
+    def fit(name, model, ckpt=None, epochs=1):
+        seed_everything(0)
+        runner = trainer(tmp_path / name, max_epochs=epochs)
+        runner.fit(model, data, ckpt_path=ckpt)
+        runner.save_checkpoint(tmp_path / f"{name}.ckpt")
+        return {key: value for key, value in model.state_dict().items() if key.endswith("mmskip_router.weight")}
+
+    fit("dense", VLM(str(tmp_path / "base")))
+    random = fit("random", VLM(str(tmp_path / "base"), [own], **settings))
+    fitted = fit("fitted", VLM(str(tmp_path / "base"), [own], router_fit=2, **settings))
+    assert logged(tmp_path / "fitted", "train/loss")[0] == logged(tmp_path / "dense", "train/loss")[0]
+    assert fitted and not any(torch.equal(fitted[key], random[key]) for key in fitted)
+    saved = torch.load(tmp_path / "fitted.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(saved[key], value) for key, value in fitted.items()), "they get no gradient, but are kept"
+    more = fit("more", VLM(str(tmp_path / "base"), [own], router_fit=1, **settings), tmp_path / "fitted.ckpt", 2)
+    assert all(torch.equal(more[key], value) for key, value in fitted.items())
+
+
 # --- saving -----------------------------------------------------------------------------------------------------------
 
 

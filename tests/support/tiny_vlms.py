@@ -244,6 +244,7 @@ VLMS: dict[str, dict[str, Any]] = {
         "vision_feature_layer": -1,
     },
 }
+NO_PLACEHOLDERS = {"suppress_tokens": list(range(IMAGE, BREAK + 1)), "max_new_tokens": 4}
 MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
 GRIDS = (*MROPE, "video_llama_3")
 ANYRES = ("llava_onevision", "llava_next_video", "llava_next")

@@ -1,10 +1,10 @@
 """Caches that cannot hold rows of different lengths are refused in words that say what to do; and compiled models."""
 
 import functools
-from unittest.mock import ANY
 
 import pytest
 import torch
+from mod_cases import PassingSlotLayer
 from tiny_decoders import VOCAB, blocks_of, randomize_routers, stream_layout, tiny_decoder
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, QuantizedCache, StaticCache
@@ -167,16 +167,6 @@ def test_a_stream_cropped_within_a_frame_does_not_go_on(then):
         layout = LAYOUT[:, left:] if then == "the frame" else torch.tensor([[-1]])
         with pytest.raises(ValueError, match=rf"cropped to {left} tokens, within frame 1 of row 0.*{start} or less"):
             model(IDS[:, -layout.shape[1] :], layout=layout, past_key_values=cache)
-
-
-class PassingSlotLayer:
-    """A slot layer that leaves the cache as it is and announces entries as if all were kept."""
-
-    def __init__(self, cache, index, window):
-        self.total = ANY
-
-    def begin(self, slots, valid, total, frames, host_valid):
-        return slots, valid, valid is None, host_valid
 
 
 @pytest.mark.slow

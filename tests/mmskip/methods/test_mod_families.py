@@ -25,6 +25,9 @@ import mmskip
 from mmskip.families import hf_blocks, hf_cache, hf_decoder, hf_subset
 
 SAMPLE = ("gpt2", "gpt_neox", "deepseek_v3", "gpt_oss", "gemma4_text", "qwen3_next", "nemotron_h")
+# with the three of test_mod_training.py at least sixteen; the others are trained in the slow run
+TRAINED = (*SAMPLE, "mixtral", "phi3", "gemma", "olmo2", "opt", "cohere", "stablelm")
+TRAINED_ALL = [*TRAINED, *(pytest.param(name, marks=pytest.mark.slow) for name in DECODERS if name not in TRAINED)]
 LAYOUT = stream_layout(2)[None]
 IDS = torch.randint(3, VOCAB, LAYOUT.shape, generator=torch.Generator().manual_seed(0))
 
@@ -67,7 +70,7 @@ def test_cost_counts_every_family(name):
     assert cost.kv_bytes == stored
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("name", TRAINED_ALL)
 def test_gradient_checkpointing_gives_the_same_gradients(name):
     model = routed(name).train()
     gradients = []
@@ -83,7 +86,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
         torch.testing.assert_close(gradients[1][key], value, atol=1e-6, rtol=1e-5, msg=key)
 
 
-@pytest.mark.parametrize("name", [n for n in SAMPLE if n != "nemotron_h"])  # peft refuses all-linear there itself
+@pytest.mark.parametrize("name", [n for n in TRAINED_ALL if n != "nemotron_h"])  # peft refuses all-linear there itself
 @pytest.mark.parametrize("lora_first", [True, False])
 def test_lora_in_both_orders_trains_adapters_and_routers(name, lora_first):
     settings = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}

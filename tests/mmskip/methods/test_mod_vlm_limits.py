@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from tiny_decoders import randomize_routers
-from tiny_vlms import BREAK, IMAGE, Row, add_image, add_video, collate, example_rows, joined, tiny_vlm
+from tiny_vlms import IMAGE, NO_PLACEHOLDERS, Row, add_image, add_video, collate, example_rows, joined, tiny_vlm
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, DynamicCache
 
@@ -22,8 +22,6 @@ TEXT = {
 }
 TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 CLIP = {"model_type": "clip_vision_model", **TOWER, "image_size": 16, "patch_size": 4, "projection_dim": 16}
-
-NO_PLACEHOLDERS = {"suppress_tokens": list(range(IMAGE, BREAK + 1)), "max_new_tokens": 4}
 
 
 def tiny(kind: str, **settings):
@@ -89,6 +87,17 @@ def test_a_vlm_with_unknown_groups_is_routed_by_an_explicit_layout():
         assert torch.equal(model(**call, layout=layout).logits, base(**call).logits)
         how = {"max_new_tokens": 3, "do_sample": False}
         assert torch.equal(model.generate(**call, layout=layout, **how), base.generate(**call, **how))
+
+
+def test_a_model_whose_pictures_are_unknown_would_be_routed_over_all_of_them():
+    model = vipllava()
+    ids = torch.tensor([[1, *[IMAGE] * 16, 5, *[IMAGE] * 16, 6]])
+    call = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+    mmskip.apply_(model, mmskip.MoDConfig(keep=0.3, router="norm"))
+    each = torch.where(ids == IMAGE, (torch.arange(ids.shape[1]) > 17).long(), -1)
+    with torch.no_grad():
+        guessed, right = (model(**call, layout=layout).logits for layout in (each.clamp(max=0), each))
+    assert not torch.allclose(guessed, right, atol=1e-4), "one picture or two: the same result"
 
 
 def test_paligemma_without_token_types_is_refused_because_its_base_has_no_single_answer():

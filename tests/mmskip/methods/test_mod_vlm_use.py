@@ -6,12 +6,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_decoders import randomize_routers
-from tiny_vlms import Row, add_image, collate, example_rows, joined, tiny_vlm
+from tiny_vlms import VLMS, Row, add_image, collate, example_rows, joined, tiny_vlm
 from transformers import StaticCache
 
 import mmskip
 
 NAMES = ("llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm", "gemma3")
+TRAINED = (*NAMES, "internvl", "video_llama_3", "paligemma")
+TRAINED_ALL = [*TRAINED, *(pytest.param(name, marks=pytest.mark.slow) for name in VLMS if name not in TRAINED)]
 CONFIG = mmskip.MoDConfig(keep=0.3, gate="sigmoid")
 
 
@@ -28,7 +30,7 @@ def router_gradients(model):
     return {n: p.grad for n, p in model.named_parameters() if "mmskip_router" in n and "original_module" not in n}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TRAINED_ALL)
 def test_lora_before_mmskip_trains_the_router_of_a_vlm(name):
     model = mmskip.apply_(get_peft_model(tiny_vlm(name), lora()).train(), CONFIG)
     assert mmskip.applied(model) == [CONFIG]
@@ -38,7 +40,7 @@ def test_lora_before_mmskip_trains_the_router_of_a_vlm(name):
     assert not any("mmskip" in n for n, _ in model.named_parameters() if "lora_" in n)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TRAINED_ALL)
 def test_lora_after_mmskip_trains_the_router_of_a_vlm_as_a_module_to_save(name, tmp_path):
     base = tiny_vlm(name)
     model = mmskip.apply_(copy.deepcopy(base), CONFIG)
@@ -65,7 +67,7 @@ def test_generation_through_peft_equals_the_merged_vlm(name):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TRAINED_ALL)
 def test_checkpointing_a_vlm_gives_the_same_gradients(name, reentrant):
     model = mmskip.apply_(tiny_vlm(name), CONFIG).train()
     randomize_routers(model)

@@ -1,0 +1,89 @@
+"""Each refusal of a routed vision-language model is needed: with the check taken out, the result is wrong."""
+
+import numpy as np
+import pytest
+import torch
+from mod_cases import PassingSlotLayer
+from tiny_vlms import NO_PLACEHOLDERS, collate, example_rows, tiny_vlm
+from transformers import StaticCache
+
+import mmskip
+from mmskip.families import hf_subset, hf_vlm
+
+FEW = mmskip.MoDConfig(keep=0.3, router="norm")
+ALL = mmskip.MoDConfig(keep=1.0, router="norm")
+
+
+def same(a, b):
+    return a.shape == b.shape and torch.allclose(a, b, atol=1e-4)
+
+
+def wrong_or_failing(run, expected):
+    """Whether the result of `run` differs from what is right, or there is none."""
+    try:
+        return not same(run(), expected)
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        return True
+
+
+def answers(model, call, **how):
+    out = model.generate(**call, do_sample=False, return_dict_in_generate=True, output_logits=True, **how)
+    return torch.stack(out.logits)
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl", "gemma3"])
+def test_an_image_cut_by_two_calls_would_be_chosen_from_in_parts(name, monkeypatch):
+    monkeypatch.setattr(hf_subset, "seen_after", lambda seen, new: None)
+    monkeypatch.setattr(hf_vlm, "_check_begins_outside", lambda blocks, start: None)
+    model = mmskip.apply_(tiny_vlm(name), FEW)
+    call, layout = collate(name, example_rows(name)[:1])
+    expected = answers(model, call, **NO_PLACEHOLDERS)
+    inside = int((layout[0] >= 0).nonzero()[0]) + 2
+    assert not same(answers(model, call, prefill_chunk_size=inside, **NO_PLACEHOLDERS), expected)
+
+
+def test_guidance_would_give_the_second_prompt_the_layout_of_the_first(monkeypatch):
+    """Routing that keeps everything would no longer be the base model, or not run at all."""
+    monkeypatch.setattr(hf_vlm, "check_guidance", lambda model, call: None)
+    base = tiny_vlm("llava_onevision")
+    call, _ = collate("llava_onevision", example_rows("llava_onevision")[:1])
+    how = {"guidance_scale": 2.0, **NO_PLACEHOLDERS}
+    expected = answers(base, call, **how)
+    assert wrong_or_failing(lambda: answers(mmskip.apply_(base, ALL), call, **how), expected)
+
+
+def test_pictures_guessed_from_runs_of_equal_ids_would_be_one_picture():
+    """What is left to go by where the grid is missing: neighbouring frames would compete for one budget."""
+    model, name = mmskip.apply_(tiny_vlm("qwen2_5_vl"), FEW), "qwen2_5_vl"
+    call, layout = collate(name, example_rows(name)[3:4])
+    runs = torch.where(layout >= 0, 0, -1)
+    with torch.no_grad(), mmskip.trace(model) as trace:
+        assert not same(model(**call, layout=runs).logits, model(**call).logits)
+    guessed, right = (forward.layers[1].kept[0] for forward in trace.forwards)
+    frames = layout[layout >= 0].unique()
+    assert {int(right[layout[0] == frame].sum()) for frame in frames} == {1}
+    assert {int(guessed[layout[0] == frame].sum()) for frame in frames} != {1}
+
+
+def test_grids_in_another_order_would_tear_pictures_apart():
+    """Without the comparison with the ids, tokens of two images would form one group."""
+    name = "qwen3_vl"
+    model = mmskip.apply_(tiny_vlm(name), FEW)
+    call, layout = collate(name, example_rows(name)[1:2])
+    sizes = [int((layout == image).sum()) for image in layout[layout >= 0].unique()]
+    assert len(set(sizes)) > 1, "pictures of one size cannot be confused"
+    torn = layout.clone()
+    torn[layout >= 0] = torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes[::-1]))
+    with torch.no_grad():
+        assert not same(model(**call, layout=torn).logits, model(**call).logits)
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl", "gemma3"])
+def test_a_static_cache_would_hold_the_wrong_tokens_in_a_vlm(name, monkeypatch):
+    monkeypatch.setattr(hf_subset, "check_cache", lambda cache: None)
+    monkeypatch.setattr(hf_subset, "slot_layer", PassingSlotLayer)
+    model = mmskip.apply_(tiny_vlm(name), FEW)
+    call, _ = collate(name, example_rows(name)[:1])
+    expected = answers(model, call, use_cache=False, **NO_PLACEHOLDERS)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=128)
+    assert wrong_or_failing(lambda: answers(model, call, past_key_values=cache, **NO_PLACEHOLDERS), expected)
