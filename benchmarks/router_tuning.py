@@ -1,21 +1,25 @@
 """Router-only tuning of a tiny VLM on the embedded chat set: loss and counted compute against steps.
 
-A base model is trained densely (configs/vlm_dense.yaml). Then its routers alone are tuned (vlm_router_only.yaml),
-or routers and LoRA (vlm_mod_lora.yaml), the keep ratio annealed from 1. Beside them: the same with tokens chosen at
-random at the same keep ratio, step by step (for routers alone there is then nothing to tune: mean of three draws), and
-the base with blanked pictures.
+For each seed a base model is trained densely (configs/vlm_dense.yaml) on a set drawn with that seed. Then its routers
+alone are tuned (vlm_router_only.yaml: fitted to the attention of the base, gates trained), or routers and LoRA
+(vlm_mod_lora.yaml). Beside them, at the same keep ratio: random tokens with the same gates trained as long; with
+nothing trained random (mean of three draws), evenly spaced and largest-norm tokens, and tokens dropped by the
+attention they receive (FastV); and the base with blanked pictures. Losses are those of the test split.
 
 Compute is that of the language model; the vision tower runs whole.
 
-    python benchmarks/router_tuning.py
+    python benchmarks/router_tuning.py            # report: test split of seeds no setting was chosen on
+    python benchmarks/router_tuning.py --search   # validation split of the search seed, on which they were
 
-Trained models are kept under runs/router_tuning; delete a folder there to train anew. Writes docs/router_tuning.png,
-and prints one JSON line.
+Trained models are kept under runs/router_tuning; delete a folder there to train anew. The report writes
+docs/router_tuning.png; both print one JSON line.
 """
 
 import argparse
 import hashlib
 import json
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,43 +28,49 @@ import yaml
 from _measure import ROOT, emit
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from matplotlib.figure import Figure
+from transformers import AutoConfig
 
 import mmskip
 from mmskip.datasets.chat import ChatData
+from mmskip.datasets.scene_chat import SceneChatConfig
 from mmskip.files import write_json
 from mmskip.methods.mod import anneal
+from mmskip.methods.mod_fit import fit_routers
 from mmskip.models.language_model import LoRA
-from mmskip.models.vlm import VLM
+from mmskip.models.vlm import VLM, answering_tokens, inputs_of
 from mmskip.models.vlm_build import save_base
 from mmskip.viz import save_png
 
 CONFIGS = ROOT / "configs"
 FOLDER = ROOT / "runs" / "router_tuning"
-RANDOM = {"router": "random", "noise": 0.0}
+SEARCH_SEED, SEEDS = 100, (1, 2, 3)
+SIZES = {"val": 600, "test": 1000}
+RANDOM = {"router": "random", "gate": "own", "noise": 0.0}
 TUNED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "router": ("vlm_router_only.yaml", {}, {}),
+    "random tuned": ("vlm_router_only.yaml", RANDOM, {"router_fit": 0}),
     "router+lora": ("vlm_mod_lora.yaml", {}, {}),
-    "random+lora": ("vlm_mod_lora.yaml", RANDOM, {"trainable": "lora"}),
+    "random+lora": ("vlm_mod_lora.yaml", RANDOM, {"router_fit": 0}),
 }
 """Recipe, and what differs from it in the method and in the model."""
 COLORS = {
     "router": "#d1495b",
+    "random tuned": "#e6a5ac",
     "router+lora": "#2a6f97",
-    "random": "#e6a5ac",
     "random+lora": "#9dbdd2",
     "base": "#22313c",
 }
 LABELS = {
     "router": "router alone (deep blocks)",
-    "random": "random tokens there, nothing tuned",
+    "random tuned": "random tokens there, gates tuned",
     "router+lora": "router and LoRA (every other block)",
     "random+lora": "random tokens there, LoRA",
     "base": "base model",
 }
-RANDOM_SEEDS = (0, 1, 2)
+DRAWS, FIT_BATCHES = (0, 1, 2), 30
 
 
-def recipe(name: str, method: dict[str, Any] | None = None) -> dict[str, Any]:
+def recipe(name: str, seed: int, method: dict[str, Any] | None = None) -> dict[str, Any]:
     """A file of configs/, its arguments by part; `method`: settings that replace those of its methods."""
     config = yaml.safe_load((CONFIGS / name).read_text())
     model = {**config["model"]["init_args"]}
@@ -68,7 +78,17 @@ def recipe(name: str, method: dict[str, Any] | None = None) -> dict[str, Any]:
     model["lora"] = LoRA(**model["lora"]) if model.get("lora") else None
     keys = ("max_epochs", "gradient_clip_val")
     trainer = {key: config["trainer"].get(key) for key in keys}
-    return {"model": model, "data": config["data"]["init_args"], "trainer": trainer, "seed": config["seed_everything"]}
+    return {"model": model, "data": config["data"]["init_args"], "trainer": trainer, "seed": seed}
+
+
+def data_of(seed: int, split: str) -> ChatData:
+    """The embedded set of a seed, whose validation is that of `split`."""
+    settings = recipe("vlm_dense.yaml", seed)["data"]
+    data = ChatData(root=str(ROOT / "data"), generated=SceneChatConfig(seed=seed, **SIZES), **settings)
+    data.prepare_data()
+    if split == "test":
+        data.val_dataloader = data.test_dataloader  # type: ignore[method-assign]
+    return data
 
 
 class Curve(Callback):
@@ -109,16 +129,16 @@ def trainer_of(settings: dict[str, Any], *callbacks: Callback, **more: Any) -> T
     )
 
 
-def base_model() -> Path:
-    """The folder of the base model, trained if it is not there yet."""
-    settings = recipe("vlm_dense.yaml")
+def base_model(seed: int) -> Path:
+    """The folder of the base model of a seed, trained if it is not there yet."""
+    settings = recipe("vlm_dense.yaml", seed)
     arguments = {key: value for key, value in settings["model"].items() if key not in ("methods", "export")}
-    data = ChatData(root=str(ROOT / "data"), **settings["data"])
-    parts = [arguments, settings["data"], settings["trainer"], settings["seed"], data.generated.id]
+    data = data_of(seed, "val")
+    parts = [arguments, settings["data"], settings["trainer"], seed, data.generated.id]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
-    folder = FOLDER / f"base-{key}"
+    folder = FOLDER / f"base-{seed}-{key}"
     if not (folder / "config.json").exists():
-        seed_everything(settings["seed"], verbose=False)
+        seed_everything(seed, verbose=False)
         model = VLM(**arguments)
         trainer_of(settings["trainer"], num_sanity_val_steps=0, default_root_dir=FOLDER).fit(model, data)
         save_base(model.llm, folder, data.processor)
@@ -144,13 +164,12 @@ def evaluate(model: VLM, data: ChatData, batch: dict[str, Any], progress: float 
     return point(model, 0, batch)
 
 
-def tune(variant: str, base: Path, every: int) -> list[dict[str, float]]:
+def tune(variant: str, base: Path, seed: int, split: str, every: int) -> list[dict[str, float]]:
     """The curve of a tuned variant."""
     name, method, changes = TUNED[variant]
-    settings = recipe(name, method)
-    seed_everything(settings["seed"], verbose=False)
-    data = ChatData(root=str(ROOT / "data"), **settings["data"])
-    data.prepare_data()
+    settings = recipe(name, seed, method)
+    seed_everything(seed, verbose=False)
+    data = data_of(seed, split)
     model = VLM(**(settings["model"] | changes | {"vlm": str(base)}))
     curve = Curve(next(iter(data.val_dataloader())))
     runner = trainer_of(
@@ -165,36 +184,52 @@ def tune(variant: str, base: Path, every: int) -> list[dict[str, float]]:
     return curve.points
 
 
-def random_curve(base: Path, steps: list[int]) -> list[dict[str, float]]:
-    """The control: at each step, the base with tokens chosen at random at that step's ratio; mean of three draws."""
-    settings = recipe(TUNED["router"][0], RANDOM)
-    data = ChatData(root=str(ROOT / "data"), **settings["data"])
-    data.prepare_data()
+def untuned(base: Path, data: ChatData, keep: float, layers: Any) -> dict[str, dict[str, float]]:
+    """The base with `keep` of the vision tokens in `layers`, nothing trained; routers fitted as the recipe does."""
     batch = next(iter(data.val_dataloader()))
-    (config,), length = settings["model"]["methods"], settings["model"]["anneal_steps"]
-    curves = []
-    for seed in RANDOM_SEEDS:
-        values = config.to_dict() | {"seed": seed}
-        model = VLM(str(base), methods=[mmskip.MoDConfig.from_dict(values)])
+
+    def result(config: Any) -> dict[str, float]:
+        model = VLM(str(base))
         model.configure_model()
-        found: dict[float, dict[str, float]] = {}
-        for progress in sorted({min(step / length, 1.0) for step in steps}):
-            found[progress] = evaluate(model, data, batch, progress)
-        curves.append([found[min(step / length, 1.0)] for step in steps])
-    mean = [{key: sum(c[i][key] for c in curves) / len(curves) for key in curves[0][i]} for i in range(len(steps))]
-    return [point | {"step": step} for point, step in zip(mean, steps, strict=True)]
+        mmskip.apply_(model.llm, config)
+        if getattr(config, "router", None) == "linear":
+            fit_routers(model.llm, islice(answer_calls(data.train_dataloader()), FIT_BATCHES))
+        return evaluate(model, data, batch)
+
+    def routed(router: str, seed: int = 0) -> dict[str, float]:
+        return result(mmskip.MoDConfig(keep=keep, layers=layers, router=router, gate="none", seed=seed))
+
+    draws = [routed("random", seed) for seed in DRAWS]
+    blocks = AutoConfig.from_pretrained(base).get_text_config().num_hidden_layers
+    return {
+        "fitted": routed("linear"),
+        "random": {key: sum(draw[key] for draw in draws) / len(draws) for key in draws[0]},
+        "uniform": routed("uniform"),
+        "norm": routed("norm"),
+        "FastV": result(mmskip.TokenReductionConfig(keep=keep, after=blocks // 2)),
+    }
 
 
-def picture(curves: dict[str, list[dict[str, float]]], base: dict[str, float]) -> Figure:
-    """Loss and compute against steps."""
+def answer_calls(loader: Any) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
+    """What `fit_routers` takes: the arguments of a batch, and the tokens from which its answers are predicted."""
+    for batch in loader:
+        yield inputs_of(batch), answering_tokens(batch["labels"])
+
+
+def picture(runs: dict[int, dict[str, Any]]) -> Figure:
+    """Loss over that of the base, and compute, against steps: mean over the seeds, single seeds thin."""
     figure = Figure(figsize=(9.0, 4.0), layout="constrained")
     panels: Any = figure.subplots(1, 2)
-    titles = (("loss", "validation loss"), ("compute", "counted compute, share of dense"))
+    titles = (("loss", "test loss / test loss of the base"), ("compute", "counted compute, share of dense"))
     for axes, (key, label) in zip(panels, titles, strict=True):
-        axes.axhline(base[key], color=COLORS["base"], linewidth=1, linestyle=":", label=LABELS["base"])
-        for name, points in curves.items():
-            xs, ys = [p["step"] for p in points], [p[key] for p in points]
-            axes.plot(xs, ys, color=COLORS[name], label=LABELS[name], linewidth=1.8)
+        axes.axhline(1.0, color=COLORS["base"], linewidth=1, linestyle=":", label=LABELS["base"])
+        for name in next(iter(runs.values()))["curves"]:
+            curves = [[p[key] / run["base"][key] for p in run["curves"][name]] for run in runs.values()]
+            steps = [p["step"] for p in next(iter(runs.values()))["curves"][name]]
+            for ys in curves:
+                axes.plot(steps, ys, color=COLORS[name], linewidth=0.5, alpha=0.5)
+            mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+            axes.plot(steps, mean, color=COLORS[name], label=LABELS[name], linewidth=1.8)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(label, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
@@ -206,13 +241,12 @@ def picture(curves: dict[str, list[dict[str, float]]], base: dict[str, float]) -
     return figure
 
 
-def measured(base: Path, pairs: int) -> dict[str, Any]:
+def measured(base: Path, seed: int, pairs: int) -> dict[str, Any]:
     """Paired time of a training step of routers and LoRA against LoRA alone, beside the counted ideal."""
     from mmskip.train.savings import counted_savings, measured_speedup
 
-    settings = recipe(TUNED["router+lora"][0])
-    data = ChatData(root=str(ROOT / "data"), **settings["data"])
-    data.prepare_data()
+    settings = recipe(TUNED["router+lora"][0], seed)
+    data = data_of(seed, "val")
     model = VLM(**(settings["model"] | {"vlm": str(base)}))
     model.configure_model()
     batch = next(iter(data.train_dataloader()))
@@ -220,41 +254,70 @@ def measured(base: Path, pairs: int) -> dict[str, Any]:
     return {**ratio, "ideal": counted_savings(model, batch)["ideal_speedup"]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=TUNED, default=list(TUNED))
-    parser.add_argument("--every", type=int, default=25, help="steps from one point of the curves to the next")
-    parser.add_argument("--pairs", type=int, default=15, help="of a timed step; 0: not timed")
-    arguments = parser.parse_args()
-    folder = base_model()
-    data = ChatData(root=str(ROOT / "data"), **recipe("vlm_dense.yaml")["data"])
-    data.prepare_data()
-    batch = next(iter(data.val_dataloader()))
+def run_of(seed: int, split: str, names: list[str], every: int) -> dict[str, Any]:
+    """Everything of one seed: base, blanked base, untuned controls, curves."""
+    folder, data = base_model(seed), data_of(seed, split)
     dense = VLM(str(folder))
     dense.configure_model()
+    batch = next(iter(data.val_dataloader()))
     base = evaluate(dense, data, batch)
     data.blank = True
     blank = evaluate(dense, data, batch)
+    data.blank = False
     curves = {}
-    for name in arguments.only:
-        kept = FOLDER / f"{name}-{folder.name}.json"
+    for name in names:
+        settings = hashlib.sha256(json.dumps(TUNED[name] + ((CONFIGS / TUNED[name][0]).read_text(),)).encode())
+        kept = FOLDER / f"{name}-{folder.name}-{split}-{settings.hexdigest()[:10]}.json"
         if not kept.exists():
-            write_json(tune(name, folder, arguments.every), kept)
+            write_json(tune(name, folder, seed, split, every), kept)
         curves[name] = json.loads(kept.read_text())
-    curves["random"] = random_curve(folder, [int(p["step"]) for p in next(iter(curves.values()))])
-    save_png(picture(curves, base), ROOT / "docs" / "router_tuning.png")
-    time = measured(folder, arguments.pairs)
+    (config,) = recipe(TUNED["router"][0], seed)["model"]["methods"]
+    return {
+        "base": base,
+        "blanked_base": blank,
+        "untuned": untuned(folder, data, config.keep, config.layers),
+        "curves": curves,
+        "starts_at_base_loss": {name: points[0]["loss"] == base["loss"] for name, points in curves.items()},
+    }
+
+
+def search(keeps: list[float]) -> dict[str, Any]:
+    """The untuned controls at several keep ratios on the validation split of the search seed."""
+    folder, data = base_model(SEARCH_SEED), data_of(SEARCH_SEED, "val")
+    dense = VLM(str(folder))
+    dense.configure_model()
+    found: dict[str, Any] = {"base": evaluate(dense, data, next(iter(data.val_dataloader())))}
+    for keep in keeps:
+        found[str(keep)] = untuned(folder, data, keep, "deep")
+        print(json.dumps({str(keep): found[str(keep)]}), flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=TUNED, default=list(TUNED))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--search", action="store_true", help="choose settings: validation split of the search seed")
+    parser.add_argument("--keeps", nargs="+", type=float, default=[0.5, 0.6, 0.75], help="of the search")
+    parser.add_argument("--every", type=int, default=25, help="steps from one point of the curves to the next")
+    parser.add_argument("--pairs", type=int, default=15, help="of a timed step; 0: not timed")
+    arguments = parser.parse_args()
+    if arguments.search:
+        emit({"name": "router_tuning_search", "seed": SEARCH_SEED, "split": "val", **search(arguments.keeps)})
+        return
+    runs = {seed: run_of(seed, "test", arguments.only, arguments.every) for seed in arguments.seeds}
+    save_png(picture(runs), ROOT / "docs" / "router_tuning.png")
+    time = measured(base_model(arguments.seeds[0]), arguments.seeds[0], arguments.pairs)
+    ends = {name: [run["curves"][name][-1]["loss"] / run["base"]["loss"] for run in runs.values()]
+            for name in arguments.only}  # fmt: skip
     emit(
         {
             "name": "router_tuning",
             "speedup": time["speedup"],
             "ideal": time["ideal"],
-            "shape": "configs/vlm_dense.yaml, vlm_router_only.yaml, vlm_mod_lora.yaml; embedded chat set, seed 7",
-            "base": base,
-            "blanked_base": blank,
-            "starts_at_base_loss": {name: c[0]["loss"] == base["loss"] for name, c in curves.items()},
-            "end": {name: c[-1] for name, c in curves.items()},
-            "curves": curves,
+            "shape": "configs/vlm_dense.yaml, vlm_router_only.yaml, vlm_mod_lora.yaml; embedded chat set, test split",
+            "loss_over_base": ends,
+            "seeds": runs,
             "time": time,
         }
     )

@@ -78,7 +78,7 @@ def _kind(base: type) -> type:
     """The metaclass of our subclasses of classes of kind `base`; copies know it as a class like any other, pickle asks
     `_refuse_pickle`."""
     kind = type("Swapped", (base,), {})
-    copyreg.pickle(kind, _refuse_pickle)  # type: ignore[arg-type]
+    copyreg.pickle(kind, _refuse_pickle)
     return kind
 
 

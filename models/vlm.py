@@ -199,7 +199,7 @@ class VLM(StepLossModule):
     def forward(self, batch: dict[str, Any], rows: Tensor, cols: Tensor) -> Tensor:
         """Logits [P, V] behind the tokens at `[rows, cols]` of a batch."""
         with head_only_at(self.llm, rows, cols):
-            out = self.llm(**_inputs(batch), use_cache=False)
+            out = self.llm(**inputs_of(batch), use_cache=False)
         return out.logits
 
     def _losses(self, batch: dict[str, Any]) -> tuple[Positions, Tensor, Tensor]:
@@ -258,11 +258,7 @@ class VLM(StepLossModule):
         def calls() -> Iterator[tuple[dict[str, Any], Tensor]]:
             for batch in islice(iter(loader), batches):
                 batch = self.trainer.strategy.batch_to_device(batch)
-                labelled_BT = batch["labels"] != IGNORE
-                # an answer is predicted one token before it
-                queries_BT = torch.zeros_like(labelled_BT)
-                queries_BT[:, :-1] = labelled_BT[:, 1:]
-                yield _inputs(batch), queries_BT
+                yield inputs_of(batch), answering_tokens(batch["labels"])
 
         def reduce(sums: Tensor) -> Tensor:
             return self.trainer.strategy.reduce(sums, reduce_op="sum")
@@ -356,7 +352,7 @@ class VLM(StepLossModule):
         """The uid and the generated ids (greedy) of each conversation's answer."""
         anneal(self.llm, self.progress)
         prompt = batch["input_ids"].shape[1]
-        out = self.llm.generate(**_inputs(batch), max_new_tokens=self.hparams["max_new_tokens"], do_sample=False)
+        out = self.llm.generate(**inputs_of(batch), max_new_tokens=self.hparams["max_new_tokens"], do_sample=False)
         return list(zip(batch["uid"], out[:, prompt:].tolist(), strict=True))
 
     # --- saving -------------------------------------------------------------------------------------------------
@@ -373,6 +369,14 @@ class VLM(StepLossModule):
         rank_zero_info("written: " + ", ".join(str(path) for path in written))
 
 
-def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of the VLM's forward in a batch."""
     return {key: value for key, value in batch.items() if key not in NOT_INPUTS}
+
+
+def answering_tokens(labels_BT: Tensor) -> Tensor:
+    """BoolTensor [B, T]: the tokens from which a labelled one is predicted, one place before it."""
+    labelled_BT = labels_BT != IGNORE
+    before_BT = torch.zeros_like(labelled_BT)
+    before_BT[:, :-1] = labelled_BT[:, 1:]
+    return before_BT
