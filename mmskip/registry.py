@@ -53,6 +53,8 @@ def apply_(model: M, config: Any) -> M:
             the model, a site is claimed already, or the model is wrapped by FSDP or DDP. The model is then as it was.
     """
     methods = config_types()
+    if isinstance(config, nn.Module):
+        raise TypeError(f"config is a model ({type(config).__name__}); the order is mmskip.apply_(model, config).")
     if type(config).__name__ not in methods or not isinstance(config, methods[type(config).__name__]):
         raise TypeError(f"config is {config!r}; expected an instance of one of {', '.join(sorted(methods))}.")
     _check_unwrapped(model)

@@ -127,7 +127,8 @@ def _copy(own: dict[str, Tensor], saved: dict[str, Tensor], folder: Any) -> None
     missing, extra = sorted(set(own) - set(saved)), sorted(set(saved) - set(own))
     if missing or extra:
         raise ValueError(
-            f"the weights in {folder} do not fit the model: missing {missing or 'none'}, unexpected {extra or 'none'}."
+            f"the weights in {folder} do not fit the model: missing {missing or 'none'}, unexpected {extra or 'none'}; "
+            "load them into a model with as many blocks as the one they were saved from."
         )
     for name, tensor in own.items():
         if tensor.shape != saved[name].shape:

@@ -171,6 +171,8 @@ def _read_call(
     start = cache.get_seq_length() if cache is not None else 0
     if layout is None:
         layout = _implied_layout(root, state, cache, start, (batch, length), inputs.device)
+    if not isinstance(layout, Tensor):
+        raise ValueError(f"layout is a {type(layout).__name__}; expected a LongTensor of shape {(batch, length)}.")
     if tuple(layout.shape) != (batch, length):
         raise ValueError(
             f"layout has shape {tuple(layout.shape)}; expected {(batch, length)}, one entry per token of this call. "

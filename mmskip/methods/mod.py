@@ -78,7 +78,7 @@ class MoDConfig(MethodConfig):
     def __post_init__(self) -> None:
         for name in ("keep", "layers"):
             value = getattr(self, name)
-            if not isinstance(value, (str, int, float)):
+            if isinstance(value, Sequence) and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
         _check_keep(self.keep)
         check_ratio("keep_floor", self.keep_floor)
@@ -115,7 +115,7 @@ def _check_layers(layers: Any) -> None:
         raise ValueError(f"layers is {layers!r}; expected one of {', '.join(PATTERNS)}, or a list of block indices.")
     for index in layers:
         if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-            raise ValueError(f"layers holds {index!r}; expected block indices >= 0.")
+            raise ValueError(f"layers holds {index!r}; expected block indices, integers >= 0.")
     if len(set(layers)) != len(layers):
         raise ValueError(f"layers is {list(layers)}; each index may stand there once.")
 

@@ -103,6 +103,14 @@ def test_something_that_is_no_model_or_no_config_is_refused():
         mmskip.apply_("meta-llama/Meta-Llama-3-8B", mmskip.MoDConfig())
     with pytest.raises(TypeError, match="MoDConfig"):
         mmskip.apply_(tiny_decoder("llama"), {"keep": 0.2})
+    with pytest.raises(TypeError, match=r"the order is mmskip\.apply_\(model, config\)"):
+        mmskip.apply_(mmskip.MoDConfig(), tiny_decoder("llama"))
+
+
+def test_a_layout_that_is_no_tensor_is_refused():
+    model = mmskip.apply_(tiny_decoder("llama"), mmskip.MoDConfig())
+    with pytest.raises(ValueError, match="layout is a list; expected a LongTensor"):
+        model(IDS, layout=LAYOUT.tolist())
 
 
 def test_a_change_by_another_tool_on_top_blocks_remove():
@@ -120,12 +128,14 @@ def test_a_change_by_another_tool_on_top_blocks_remove():
         ({"keep": 0}, r"keep is 0; expected a number in \(0, 1\]"),
         ({"keep": 1.2}, "keep is 1.2"),
         ({"keep": True}, "keep is True"),
+        ({"keep": None}, "keep is None"),
         ({"keep": []}, "keep is empty"),
         ({"keep": [0.2, -1]}, r"keep\[1\] is -1"),
         ({"keep": "linear"}, "'cosine'"),
         ({"layers": "odd"}, "alternate"),
         ({"layers": []}, "block indices"),
         ({"layers": [1, -2]}, "holds -2"),
+        ({"layers": ["1"]}, "holds '1'; expected block indices, integers >= 0"),
         ({"layers": [1, 1]}, "once"),
         ({"router": "best"}, "linear, norm, random, uniform"),
         ({"gate": "relu"}, "linear, sigmoid, tanh, none"),

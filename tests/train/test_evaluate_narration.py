@@ -217,7 +217,7 @@ def test_features_that_break_under_way_are_told_by_name(trained, tmp_path, monke
 def test_a_sweep_runs_every_budget_with_its_controls(trained, alone, tmp_path):
     sweep = ["--keep", "0.4", "1.0", "--router", "learned", "random", "uniform", "--blank", "--pairs", "2"]
     results = evaluate(trained, tmp_path, *sweep)["results"]
-    assert list(results) == ["dense", "learned-0.4", "learned-1", "random-0.4", "uniform-0.4", "trained-blank"]
+    assert list(results) == ["dense", "learned-0.4", "learned-1", "random-0.4", "uniform-0.4", "blanked"]
     own = alone[1]["results"]["trained"]
     assert results["learned-0.4"]["lm_ppl"] == pytest.approx(own["lm_ppl"], rel=1e-5)
     values = {results[name]["lm_ppl"] for name in results}
@@ -227,7 +227,7 @@ def test_a_sweep_runs_every_budget_with_its_controls(trained, alone, tmp_path):
     assert counted["random-0.4"] < counted["learned-0.4"], "a router costs a little"
     assert results["random-0.4"]["compute"]["measured"] > 0
     assert (tmp_path / "quality_compute.png").stat().st_size > 5000
-    assert set(samples(tmp_path, "trained-blank")) == {"t0", "t1", "t2", "t3"}
+    assert set(samples(tmp_path, "blanked")) == {"t0", "t1", "t2", "t3"}
 
 
 def test_a_sweep_leaves_the_model_as_trained(trained):
@@ -255,7 +255,7 @@ def test_a_dense_checkpoint_has_no_learned_router_but_controls():
     assert names == ["dense", "random-0.2", "uniform-0.2"]
     own = [mmskip.MoDConfig(keep=0.4)]
     names = [variant.name for variant in plan_variants(own, [0.2, 0.2], ["learned", "learned"], True)]
-    assert names == ["dense", "learned-0.2", "trained", "trained-blank"], "the blanked one has its twin, nothing twice"
+    assert names == ["dense", "learned-0.2", "trained", "blanked"], "the blanked one has its twin, nothing twice"
 
 
 def test_checkpoints_that_do_not_fit_are_one_clear_line(trained, tmp_path, capsys):

@@ -80,7 +80,7 @@ def plan_variants(
     if blank:
         if all(variant.methods != trained for variant in variants):
             variants.append(Variant("trained", trained))
-        variants.append(Variant("trained-blank", trained, blank=True))
+        variants.append(Variant("blanked", trained, blank=True))
     return variants
 
 
