@@ -297,9 +297,10 @@ def prefill(models: dict[str, VideoLLM], frames: int, pairs: int) -> dict[str, A
 
 
 def picture(result: dict[str, Any]) -> Figure:
-    """Latency and KV bytes against position, and the grid."""
-    figure = Figure(figsize=(13.0, 3.8), layout="constrained")
-    panels: Any = figure.subplots(1, 3)
+    """Latency and KV bytes against position, and the grid where it was measured."""
+    cells = result.get("grid", {}).get("cells", [])
+    figure = Figure(figsize=(13.0 if cells else 8.7, 3.8), layout="constrained")
+    panels: Any = figure.subplots(1, 3 if cells else 2)
     styles = {"dense": (INK, "-"), "mod": (RAN, "-"), "dense + window": (INK, "--"), "mod + window": (RAN, "--")}
     for name, row in result.get("position", {}).get("contenders", {}).items():
         color, line = styles[name]
@@ -311,7 +312,8 @@ def picture(result: dict[str, Any]) -> Figure:
         axes.set_ylim(bottom=0)
         if axes.lines:
             axes.legend(frameon=False, fontsize=8)
-    _draw_grid(panels[2], result.get("grid", {}).get("cells", []))
+    if cells:
+        _draw_grid(panels[2], cells)
     for axes in panels:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
