@@ -12,18 +12,18 @@ from collections.abc import Sequence
 from mmskip.train.cli import told as own_message
 
 COMMANDS = {
-    "lm": ("mmskip.train.evaluation.lm", "a language model and a method: perplexity, greedy agreement, times"),
     "ego4d": ("mmskip.train.evaluation.ego4d", "streaming narration: LM-PPL, LM-Correctness, TimeDiff, Fluency"),
-    "masking": ("mmskip.train.evaluation.masking", "which way of leaving pixels out suits an image classifier"),
-    "fid": ("mmskip.train.evaluation.fid", "generated images: Frechet distance, KID, precision and recall"),
     "coin": ("mmskip.train.evaluation.coin", "COIN: step, task, next, procedure and procedure+ accuracy"),
     "coco": ("mmskip.train.evaluation.coco", "BLEU, ROUGE-L and CIDEr of a COCO result file (METEOR, SPICE with Java)"),
+    "lm": ("mmskip.train.evaluation.lm", "a language model and a method: perplexity, greedy agreement, times"),
+    "fid": ("mmskip.train.evaluation.fid", "generated images: Frechet distance, KID, precision and recall"),
+    "masking": ("mmskip.train.evaluation.masking", "which way of leaving pixels out suits an image classifier"),
 }
 USAGE = """\
-usage: python evaluate.py COMMAND --checkpoint RUN [--KEY VALUE ...]
+usage: python evaluate.py COMMAND [--KEY VALUE ...]
 
-Evaluate a trained model. RUN is a folder of a run (runs/NAME/TIME), of all runs of a name (runs/NAME: the newest), or a
-checkpoint file. Commands:
+Evaluate a model. Where a command takes --checkpoint RUN, RUN is a folder of a run (runs/NAME/TIME), of all runs of a
+name (runs/NAME: the newest), or a checkpoint file. Commands:
 {commands}
 
   python evaluate.py ego4d --checkpoint runs/videollm_mod              its test split
