@@ -11,6 +11,7 @@ from torch import Tensor
 
 import mmskip
 from mmskip.datasets.turns import collate_narration
+from mmskip.families.hf_blocks import CACHE_NAME
 
 if TYPE_CHECKING:
     from mmskip.models.video_llm import VideoLLM
@@ -49,12 +50,12 @@ def answer(model: "VideoLLM", samples: Sequence[dict[str, Any]], max_new_tokens:
             inputs_embeds=model.embed(ids, layout, features),
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             use_cache=True,
             logits_to_keep=1,
             **routing,
         )
-        cache = out.past_key_values
+        cache = getattr(out, CACHE_NAME)
         best: Tensor = out.logits[:, -1].argmax(-1)
         for row, token in enumerate(best.tolist()):
             if row in open_rows and token == model.ids.eos:

@@ -4,14 +4,17 @@ tokens exactly, and why others cannot."""
 import ast
 import inspect
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from mmskip.families import STATE
 
-CACHE_ARGUMENTS = ("past_key_values", "layer_past")
+CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
+CACHE_NAME = next(name for name in CACHE_ARGUMENTS if name in BaseModelOutputWithPast.__dataclass_fields__)
+"""Of models' argument and output: `cache` since transformers 5.24, `past_key_values` before."""
 PER_TOKEN_ARGUMENTS = ("position_ids", "position_embeddings", "cache_position", "per_layer_input")
 ABSENT_ARGUMENTS = ("encoder_hidden_states", "encoder_attention_mask")
 """Of cross-attention: served as long as nothing is passed."""
@@ -29,6 +32,11 @@ _KNOWN_ARGUMENTS = {
     "kwargs",
 }
 _ATTENTION_TYPES = {"full_attention", "sliding_attention", "attention"}
+
+
+def given_cache(call: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a call, or None."""
+    return next((call[name] for name in CACHE_ARGUMENTS if call.get(name) is not None), None)
 
 
 def is_block(block: nn.Module, causal: bool = True) -> bool:

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
 from mmskip.exits import TiedHead
-from mmskip.families.hf_blocks import arguments_of
+from mmskip.families.hf_blocks import CACHE_NAME, arguments_of
 from mmskip.swap import Change, bind, state_of
 
 POLICIES = ("project", "copy", "hole")
 _FINAL_NORMS = ("final_layer_norm", "layer_norm", "ln_f", "norm", "layernorm")
-_DECODER_ARGUMENTS = {"hidden_states", "attention_mask", "encoder_hidden_states", "past_key_values"}
+_DECODER_ARGUMENTS = {"hidden_states", "attention_mask", "encoder_hidden_states", CACHE_NAME}
 
 
 class ExitRule(Protocol):
@@ -274,13 +274,13 @@ class DecoderExit:
         if self.training:  # type: ignore[attr-defined]
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         values, run, index = bind(self, args, kwargs), state.run, state.index  # type: ignore[arg-type]
-        x_BTD, cache = values["hidden_states"], values.get("past_key_values")
+        x_BTD, cache = values["hidden_states"], values.get(CACHE_NAME)
         if index == 0:
             past = 0 if cache is None else _layer(cache, 0).get_seq_length()
             run.start(x_BTD.shape[:2], x_BTD.device, state.rule.begin(None, past), past)
         if cache is None and state.rule.policy == "copy":
             run.cache = run.cache or EncoderDecoderCache(DynamicCache(), DynamicCache())
-            cache = values["past_key_values"] = run.cache
+            cache = values[CACHE_NAME] = run.cache
         entry = None if cache is None else _layer(cache, index)
         if index and state.rule.policy == "hole":
             values["attention_mask"] = _with_holes(values.get("attention_mask"), entry, run, x_BTD)

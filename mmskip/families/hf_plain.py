@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmskip.families.hf_blocks import CACHE_NAME
+
 
 class PlainCache:
     """What `mmskip.families.hf_stream.StreamCache` is to several bounded streams, for one stream without bounds, one
@@ -41,11 +43,11 @@ class PlainCache:
             raise ValueError(f"the stream would be {total} tokens long, the model has {self.range} positions")
         self.totals = [total]
         mask = torch.ones(1, total, dtype=torch.long, device=self.device)
-        return {"attention_mask": mask, "past_key_values": self._cache, "use_cache": True}
+        return {"attention_mask": mask, CACHE_NAME: self._cache, "use_cache": True}
 
     def end(self, output: Any) -> None:
         """Keep the cache of the model's output."""
-        self._cache = output.past_key_values
+        self._cache = getattr(output, CACHE_NAME)
 
     @property
     def stored_bytes(self) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
 from mmskip.families import STATE, DepthPlan, Visit
-from mmskip.families.hf_blocks import CACHE_ARGUMENTS, attention_of
+from mmskip.families.hf_blocks import CACHE_ARGUMENTS, attention_of, given_cache
 from mmskip.families.hf_plan_entries import check_plan, entries_of
 from mmskip.families.hf_prompt import arguments_of, only_new_tokens
 from mmskip.families.hf_stream import StreamCache
@@ -150,7 +150,7 @@ def _read_call(root: nn.Module, state: PlanRootState, bound: dict[str, Any]) -> 
     inputs = bound.get("input_ids") if inputs is None else inputs
     if inputs is None:
         raise ValueError("forward got neither input_ids nor inputs_embeds.")
-    cache = next((bound[name] for name in CACHE_ARGUMENTS if bound.get(name) is not None), None)
+    cache = given_cache(bound)
     _check_cache(cache, state)
     start = cache.get_seq_length() if cache is not None else 0
     length, phase = inputs.shape[1], state.plan.phase
@@ -224,10 +224,6 @@ def _mixed(block: nn.Module, state: SlotState, call: PlanCall, bound: dict[str, 
     return torch.where(call.planned_T[None, :, None], x_BTD, y_BTD)
 
 
-def _cache_of(bound: dict[str, Any]) -> Any:
-    return next((bound[name] for name in CACHE_ARGUMENTS if bound.get(name) is not None), None)
-
-
 def _with_entry(bound: dict[str, Any], entry: int, stop: bool = False) -> dict[str, Any]:
     """The arguments with a cache that writes `entry`."""
     given = [name for name in CACHE_ARGUMENTS if bound.get(name) is not None]
@@ -243,7 +239,7 @@ def _visit(
     visit: Visit,
     entry: int | None,
 ) -> Tensor:
-    cache = _cache_of(bound)
+    cache = given_cache(bound)
     if cache is not None and entry is not None:
         _prepare_entry(cache, state, call, entry)
     moved = entry is not None and entry != visit.block
@@ -264,7 +260,7 @@ def _run(
         for module, runs in zip(parts_of(block), (visit.attn, visit.mlp), strict=True)
         if module is not None and isinstance(module, PlannedPart)
     ]
-    left_out = FILL if state.fills and _cache_of(bound) is not None else DROP
+    left_out = FILL if state.fills and given_cache(bound) is not None else DROP
     for part, runs in parts:
         part.planned_T = call.planned_T
         part.mode = RUN if runs else left_out if call.planned_T is None else MIX
@@ -278,7 +274,7 @@ def _run(
 
 def _fill(block: nn.Module, state: SlotState, call: PlanCall, bound: dict[str, Any], x_BTD: Tensor) -> None:
     """Store the keys and values of tokens that pass the block by."""
-    cache = _cache_of(bound)
+    cache = given_cache(bound)
     if cache is None:
         return
     _prepare_entry(cache, state, call, state.index)
@@ -322,7 +318,7 @@ class PlannedPart(nn.Module):
         bound = bind(self, args, kwargs)
         x_BTD = args[0] if args else bound["hidden_states"]
         if state.mode == FILL and getattr(self, "layer_idx", None) is not None:
-            cache = _cache_of(bound)
+            cache = given_cache(bound)
             entry = cache._entry if isinstance(cache, EntryCache) else state.block
             try:
                 super().forward(**_with_entry(bound, entry, stop=True))
@@ -344,7 +340,7 @@ class PlannedGenerator(nn.Module):
         given = call.get("inputs_embeds") if given is None or not given.shape[1] else given
         if given is None:
             return generate(*args, **kwargs)
-        cache = call.get("past_key_values")
+        cache = given_cache(call)
         start = int(cache.get_seq_length()) if cache is not None else 0
         length = given.shape[1] + (start if only_new_tokens(call, start) else 0)
         with decode_from(state_of(self, PlannedGenerator), length):

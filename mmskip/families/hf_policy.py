@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmskip.families import STATE, MlpRule
-from mmskip.families.hf_blocks import CACHE_ARGUMENTS
+from mmskip.families.hf_blocks import given_cache
 from mmskip.families.hf_plan import parts_of
 from mmskip.swap import Change, bind, state_of
 from mmskip.trace import report_slot, report_visit
@@ -54,7 +54,7 @@ class PolicyRoot(nn.Module):
         inputs = bound.get("input_ids") if inputs is None else inputs
         if inputs is None:
             raise ValueError("forward got neither input_ids nor inputs_embeds.")
-        cache = next((bound[name] for name in CACHE_ARGUMENTS if bound.get(name) is not None), None)
+        cache = given_cache(bound)
         place_BT = _places(inputs, cache, bound, rule.warmup)
         return super().forward(*args, **kwargs, **{POLICY_KEY: PolicyCall(place_BT >= rule.warmup)})
 
@@ -99,7 +99,7 @@ class PolicyBlock(nn.Module):
         finally:
             state.done_BT = state.update_BTD = None
         call.done_BT = done_BT | now_BT
-        cache = next((bound[name] for name in CACHE_ARGUMENTS if bound.get(name) is not None), None)
+        cache = given_cache(bound)
         report_slot(state.index)
         report_visit(state.index, x_BTD, True, True, False, cache, state.index, ~done_BT)
         return output

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmskip.families.hf_blocks import given_cache
 from mmskip.families.hf_stream import StreamCache
 from mmskip.families.hf_subset import FORWARD_KEY
 from mmskip.routers import ATTENTION_SCORES, Queries, TokenGroups, ranking_queries
@@ -92,7 +93,7 @@ class ProbedBlock(nn.Module):
         call = bound.get(FORWARD_KEY)
         if call is None or not call.groups.has_vision:
             return super().forward(*args, **kwargs)
-        if isinstance(bound.get("past_key_values"), StreamCache):
+        if isinstance(given_cache(bound), StreamCache):
             raise ValueError(
                 "score='attention' does not serve running streams, whose frames come before the text that would rank "
                 "them; choose another score."

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmskip.families.hf_blocks import given_cache
 from mmskip.routers import TEXT
 from mmskip.swap import state_of
 
@@ -53,7 +54,7 @@ def whole_prompt(layout: Tensor, call: Mapping[str, Any]) -> Tensor:
     Raises:
         ValueError: the layout does not fit the other arguments.
     """
-    cache = call.get("past_key_values")
+    cache = given_cache(call)
     start = cache.get_seq_length() if cache is not None else 0
     new = only_new_tokens(call, start)
     for given in (call.get("input_ids"), call.get("inputs_embeds")):

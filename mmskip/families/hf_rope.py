@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmskip.families.hf_blocks import CACHE_ARGUMENTS
+
 _DYNAMIC = ("dynamic", "longrope")
 
 
@@ -102,7 +104,7 @@ class Rotation:
             "hidden_states": x_11D,
             "position_embeddings": embeddings,
             "attention_mask": None,
-            "past_key_values": capture,
+            **dict.fromkeys(CACHE_ARGUMENTS, capture),
             "position_ids": place,
         }
         known = inspect.signature(type(attention).forward).parameters

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from mmskip.families import STATE, Speculator
+from mmskip.families.hf_blocks import CACHE_NAME, given_cache
 from mmskip.families.hf_plan import DROP, RUN, PartState, PlannedPart, parts_of, returned_values
 from mmskip.families.hf_prompt import arguments_of
 from mmskip.ops.speculative import matching, speculative_sample
@@ -115,7 +116,7 @@ def _check_call(config: Any, model_kwargs: dict[str, Any]) -> None:
             "self-speculation decodes greedily or by sampling with a cache; num_beams must be 1, use_cache True, and "
             "prompt_lookup_num_tokens unset."
         )
-    cache = model_kwargs.get("past_key_values")
+    cache = given_cache(model_kwargs)
     if cache is not None and (type(cache) is not DynamicCache or cache.offloading or cache.get_seq_length() > 0):
         raise ValueError(
             f"past_key_values is a {type(cache).__name__} with {int(cache.get_seq_length())} tokens; self-speculation "
@@ -199,7 +200,7 @@ class Decoding:
         positions = (mask_BS.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         cache = self.cache if cache is None else cache
         output = self.model(
-            input_ids=ids, attention_mask=mask_BS, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=ids, attention_mask=mask_BS, position_ids=positions, use_cache=True, **{CACHE_NAME: cache}
         )
         logits: Tensor = output.logits
         return logits.float()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from mmskip.families.hf_blocks import CACHE_NAME
 from mmskip.families.hf_ledger import Ledger, Plan, Run, pieces_of
 from mmskip.families.hf_mask import build_mask
 from mmskip.families.hf_rope import Rotation
@@ -221,7 +222,7 @@ class StreamCache(Cache):
             dtype: of the hidden states.
 
         Returns:
-            `attention_mask`, `position_ids`, `past_key_values` and `use_cache` of the model's forward.
+            `attention_mask`, `position_ids`, the cache and `use_cache` of the model's forward.
 
         Raises:
             ValueError: absolute positions beyond the model's range; nothing has changed then.
@@ -255,7 +256,7 @@ class StreamCache(Cache):
         return {
             "attention_mask": masks if len(masks) > 1 else next(iter(masks.values())),
             "position_ids": call.positions_BT - bases_B1,
-            "past_key_values": self,
+            CACHE_NAME: self,
             "use_cache": True,
         }
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmskip.families import TokenPolicy
-from mmskip.families.hf_blocks import ABSENT_ARGUMENTS, CACHE_ARGUMENTS, PER_TOKEN_ARGUMENTS
+from mmskip.families.hf_blocks import ABSENT_ARGUMENTS, PER_TOKEN_ARGUMENTS, given_cache
 from mmskip.families.hf_cache import SlotCacheLayer, check_cache, slot_layer
 from mmskip.families.hf_frames import check_not_cut, frames_of, seen_after
 from mmskip.families.hf_mask import build_mask
@@ -164,7 +164,7 @@ def _read_call(
     batch, length = inputs.shape[:2]
     if layout is None and known is not None:
         layout = known.layout
-    cache = bound.get("past_key_values")
+    cache = given_cache(bound)
     if isinstance(cache, StreamCache):
         return _read_stream(state, cache, layout, inputs.device)
     check_cache(cache)
@@ -271,7 +271,7 @@ def _segments(bound: dict[str, Any], real: Tensor | None) -> Tensor | None:
     if positions is not None and positions.dim() == 3 and positions.shape[0] == 4:
         # M-RoPE with the text positions in front, by which transformers tells packed sequences
         positions = positions[0]
-    if positions is None or positions.dim() != 2 or real is not None or bound.get("past_key_values") is not None:
+    if positions is None or positions.dim() != 2 or real is not None or given_cache(bound) is not None:
         return None
     breaks = torch.diff(positions, dim=-1, prepend=positions[:, :1] - 1) != 1
     return breaks.cumsum(-1) if bool(breaks.any()) else None
@@ -338,7 +338,7 @@ def _attend(
 ) -> int:
     """Announce the new entries to the cache, put the mask into `bound`; returns the number of keys K."""
     check_backend(state.config)
-    cache = next((bound[name] for name in CACHE_ARGUMENTS if bound.get(name) is not None), None)
+    cache = given_cache(bound)
     if isinstance(cache, StreamCache):
         bound["attention_mask"], keys = cache.attend(state.index, state.config, groups, selection, x_BSD)
         return keys

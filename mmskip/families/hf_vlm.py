@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmskip.families import TokenPolicy, hf_decoder
+from mmskip.families.hf_blocks import given_cache
 from mmskip.families.hf_decoder import DecoderView
 from mmskip.families.hf_prompt import (
     LayoutGenerator,
@@ -73,7 +74,7 @@ class VisionRoot(nn.Module):
     def forward(self, *args: Any, layout: Tensor | None = None, **kwargs: Any) -> Any:
         state: VisionState = state_of(self, VisionRoot)
         bound = bind(self, args, kwargs)
-        start = _cached_tokens(bound.get("past_key_values"))
+        start = _cached_tokens(given_cache(bound))
         if layout is None and given_prompt(state.decoder) is None:
             layout = layout_of_call(self, bound, start)
         kind = self.config.model_type  # type: ignore[union-attr]
@@ -99,7 +100,7 @@ class VisionGenerator(nn.Module):
 
 
 def _layout_of_prompt(outer: nn.Module, call: dict[str, Any]) -> Tensor | None:
-    start = _cached_tokens(call.get("past_key_values"))
+    start = _cached_tokens(given_cache(call))
     ids = call.get("input_ids")
     if ids is None or not start:
         return layout_of_call(outer, call, start)
