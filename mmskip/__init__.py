@@ -10,6 +10,7 @@ from mmskip.cost import Cost, cost
 from mmskip.importance import ImportanceTable, importance
 from mmskip.methods.early_exit import EarlyExitConfig
 from mmskip.methods.freeu import FreeUConfig
+from mmskip.methods.layer_bits import LayerBitsConfig
 from mmskip.methods.layer_mask import LayerMaskConfig, masked
 from mmskip.methods.layer_plan import LayerPlanConfig
 from mmskip.methods.mod import MoDConfig
@@ -31,6 +32,7 @@ __all__ = [
     "EarlyExitConfig",
     "FreeUConfig",
     "ImportanceTable",
+    "LayerBitsConfig",
     "LayerMaskConfig",
     "LayerPlanConfig",
     "MoDConfig",

@@ -101,7 +101,8 @@ def remove_(model: M) -> M:
     """Take all methods off `model` in place: classes, keys and outputs are as before, and return it.
 
     Raises:
-        RuntimeError: another tool (FSDP, ...) changed a module after mmskip; nothing is removed then.
+        RuntimeError: another tool (FSDP, ...) changed a module after mmskip, or a method was told to free what it would
+            have to give back; nothing is removed then.
     """
     modules = list(model.modules())
     for module in modules:
@@ -110,6 +111,9 @@ def remove_(model: M) -> M:
                 f"{type(module).__name__} was changed by another tool after mmskip.apply_ (FSDP2's fully_shard, for "
                 "one); undo that first."
             )
+        check_end = getattr(module, "mmskip_check_end", None)
+        if check_end is not None:
+            check_end()
     for module in modules:
         while is_swapped(module):
             unswap(module)

@@ -125,7 +125,8 @@ def _rebind_forward(module: nn.Module) -> None:
 
 
 def swap(change: Change) -> None:
-    """Carry out one change."""
+    """Carry out one change. A mixin with `mmskip_begin` then changes more than the class; its `mmskip_end` undoes that,
+    also where it came half-way, and its `mmskip_check_end` raises RuntimeError where it could not."""
     module = change.module
     # the class first: it is the step that can fail, and nothing else has changed by then
     module.__class__ = _subclass(change.mixin, type(module))  # type: ignore[arg-type]
@@ -133,6 +134,12 @@ def swap(change: Change) -> None:
     for name, child in change.children.items():
         module.add_module(name, child)
     _rebind_forward(module)
+    if hasattr(change.mixin, "mmskip_begin"):
+        try:
+            change.mixin.mmskip_begin(module)
+        except BaseException:
+            unswap(module)
+            raise
 
 
 def unswap(module: nn.Module) -> None:
@@ -147,6 +154,8 @@ def unswap(module: nn.Module) -> None:
             f"{cls.__name__} was changed by another tool after mmskip (its class is {cls.__qualname__!r}, not "
             "mmskip's); undo that first."
         )
+    if hasattr(cls._mmskip_mixin, "mmskip_end"):  # type: ignore[attr-defined]
+        cls._mmskip_mixin.mmskip_end(module)  # type: ignore[attr-defined]
     module.__class__ = cls._mmskip_base  # type: ignore[attr-defined]
     installed = module.__dict__[_INSTALLED]
     _, children = installed.pop(cls._mmskip_mixin.__name__)  # type: ignore[attr-defined]

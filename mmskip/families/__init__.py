@@ -208,6 +208,41 @@ class PlanView(View, Protocol):
         """FLOPs of the output head per token."""
 
 
+@dataclass(frozen=True)
+class HeldBits:
+    """The weights of a block's linear layers.
+
+    Attributes:
+        bits: of each; None: as they were.
+        weights: how many.
+        stored_bytes: that they take, scales included.
+        original_bytes: that they took before.
+        kept_bytes: of the original weights kept aside.
+    """
+
+    bits: int | None
+    weights: int
+    stored_bytes: int
+    original_bytes: int
+    kept_bytes: int
+
+
+class BitsView(View, Protocol):
+    """A model whose blocks can hold weights of few bits."""
+
+    blocks: tuple[nn.Module, ...]
+
+    def bits_changes(self, bits: Mapping[int, int], group: int | None, store: str, keep: bool) -> list[Change]:
+        """The changes by which blocks hold their weights in so many bits, by block index.
+
+        Raises:
+            ValueError: a block cannot be served.
+        """
+
+    def bits_held(self) -> list[HeldBits]:
+        """What the weights of each block take."""
+
+
 def find(model: nn.Module, among: Sequence[str] = _FAMILIES) -> Any:
     """The view of the first family in `among` that fits `model`.
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmskip.families import STATE, DepthPlan, MlpRule, Speculator, TokenPolicy
+from mmskip.families import STATE, DepthPlan, HeldBits, MlpRule, Speculator, TokenPolicy
+from mmskip.families.hf_bits import bits_changes, held
 from mmskip.families.hf_blocks import attention_of, is_stack, kinds, unfit, windows, without_attention
 from mmskip.families.hf_plan import output_projection, parts_of, plan_changes
 from mmskip.families.hf_policy import policy_changes
@@ -224,6 +225,18 @@ class DecoderView:
     def mlp_cosines(self, model: nn.Module, data: Any, chosen: range, warmup: int) -> Tensor:
         """Cosines [blocks, tokens] between the states before and after the MLP of some blocks."""
         return mlp_cosines(self, model, data, chosen, warmup)
+
+    def bits_changes(self, bits: Mapping[int, int], group: int | None, store: str, keep: bool) -> list[Change]:
+        """The changes by which blocks hold their weights in so many bits, by block index.
+
+        Raises:
+            ValueError: a block cannot be served.
+        """
+        return bits_changes(self, bits, group, store, keep)
+
+    def bits_held(self) -> list[HeldBits]:
+        """What the weights of each block take."""
+        return [held(self, index) for index in range(len(self.blocks))]
 
     def probe_changes(self, index: int, which: str) -> list[Change]:
         """The changes by which a block scores the tokens of every call by the attention that text pays to them."""

@@ -23,6 +23,13 @@ def test_snippets_run(snippet, tmp_path, monkeypatch):
 
 
 def test_the_page_has_snippets_and_names_every_policy():
-    assert len(SNIPPETS) == 4
-    for name in ("LayerPlanConfig", "SkipPolicyConfig", "SelfSpeculationConfig", "oracles", "deployable"):
+    assert len(SNIPPETS) == 5
+    for name in (
+        "LayerPlanConfig",
+        "SkipPolicyConfig",
+        "SelfSpeculationConfig",
+        "LayerBitsConfig",
+        "oracles",
+        "deployable",
+    ):
         assert name in PAGE

@@ -1,0 +1,176 @@
+"""Bit widths layer by layer: blocks that matter more keep more bits (arXiv 2406.17415).
+
+    table = mmskip.importance(model, batches)
+    mmskip.apply_(model, mmskip.LayerBitsConfig.by_importance(table, "lim", average=3.5))
+    print(report(model))
+
+The blocks are ranked by a column of the importance table; as many as the target average allows get `high` bits, the
+others `low`. torchao quantizes the linear layers of the blocks; embeddings, norms and the output head stay.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from torch import nn
+
+from mmskip import families
+from mmskip.config import MethodConfig, check_choice, check_count
+from mmskip.families import BitsView
+from mmskip.importance import ImportanceTable, fingerprint
+from mmskip.ops.quantize import STORES, check_bits
+from mmskip.registry import register
+from mmskip.swap import Change
+
+PLAIN = 16
+"""Bits that mean: as it is."""
+DESCENDING = {
+    "bi": True,
+    "lim": True,
+    "activity": True,
+    "zd": False,
+    "drop_block": False,
+    "drop_attn": False,
+    "drop_mlp": False,
+}
+"""Columns of the importance table, and whether more means more important."""
+
+
+@dataclass(frozen=True)
+class LayerBitsConfig(MethodConfig):
+    """Bits of the weights of each block.
+
+    Args:
+        bits: one number per block: 2 to 8, or 16 for a block that stays as it is.
+        group: inputs that share a scale; None: one scale per output channel.
+        store: `"int8"`: torchao's plain integers, one byte per weight whatever its bits, computed in the model's
+            dtype, on every device: it shows what few bits do to quality, and saves memory against 16 or 32 bits only.
+            `"packed"`: torchao's CPU kernels, which pack the bits and quantize activations to 8 bits.
+        keep_original: whether the original weights stay in memory, so that `remove_` can give them back; False frees
+            them, and `remove_` then refuses.
+        made_for: the architecture the bits were chosen for, as an importance table names it; None: not checked.
+    """
+
+    bits: Sequence[int]
+    group: int | None = None
+    store: str = "int8"
+    keep_original: bool = True
+    made_for: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bits", tuple(self.bits))
+        if not self.bits:
+            raise ValueError("bits is empty; expected one number per block.")
+        for value in self.bits:
+            check_count("bits: each", value)
+        check_choice("store", self.store, STORES)
+        if self.group is not None and (
+            isinstance(self.group, bool) or not isinstance(self.group, int) or self.group < 2
+        ):
+            raise ValueError(f"group is {self.group!r}; expected an integer >= 2, or None.")
+
+    @classmethod
+    def by_importance(
+        cls, table: ImportanceTable, column: str, average: float, high: int = 8, low: int = 4, **settings: Any
+    ) -> Self:
+        """The most important blocks by a column of the table get `high` bits, the others `low`.
+
+        Args:
+            table: of `mmskip.importance(model, data)`.
+            column: any of its columns; blocks without a value there count as the least important.
+            average: bits per block, in [low, high]; the nearest that whole blocks reach is taken.
+            settings: further fields of the config.
+
+        Raises:
+            ValueError: an unknown column, or an average out of range.
+        """
+        check_choice("column", column, tuple(DESCENDING))
+        ranked = table.ranking(column, DESCENDING[column])
+        rest = tuple(i for i in range(table.layers) if i not in ranked)
+        return cls(_two_levels((*ranked, *rest), average, high, low), made_for=table.model, **settings)
+
+    @classmethod
+    def random(cls, layers: int, average: float, high: int = 8, low: int = 4, seed: int = 0, **settings: Any) -> Self:
+        """The control: the same bits, but the blocks that get `high` ones are drawn at random."""
+        drawn = random.Random(seed).sample(range(layers), layers)
+        return cls(_two_levels(drawn, average, high, low), **settings)
+
+
+def _two_levels(ranked: Sequence[int], average: float, high: int, low: int) -> tuple[int, ...]:
+    """Bits by block, the first of `ranked` with `high` ones."""
+    for name, value in (("high", high), ("low", low)):
+        check_count(name, value)
+    if not low < high or not low <= average <= high:
+        raise ValueError(f"average is {average!r} between low={low} and high={high}; expected low <= average <= high.")
+    count = len(ranked)
+    top = set(ranked[: round(count * (average - low) / (high - low))])
+    return tuple(high if index in top else low for index in range(count))
+
+
+@dataclass(frozen=True)
+class BitsReport:
+    """What the weights of a quantized model take.
+
+    Attributes:
+        bits: by block.
+        average: bits per weight of the blocks' linear layers, without scales.
+        ideal_bytes: of these weights, were they packed without a gap and without scales.
+        stored_bytes: that they take in memory, scales included.
+        original_bytes: that they took before.
+        kept_bytes: original weights that are still in memory for `remove_`.
+    """
+
+    bits: tuple[int, ...]
+    average: float
+    ideal_bytes: int
+    stored_bytes: int
+    original_bytes: int
+    kept_bytes: int
+
+    def __str__(self) -> str:
+        text = (
+            f"bits {list(self.bits)}, {self.average:.2f} on average; weights of the blocks stored in "
+            f"{self.stored_bytes / 2**20:.3f} MiB ({self.ideal_bytes / 2**20:.3f} if packed without scales, "
+            f"{self.original_bytes / 2**20:.3f} before)"
+        )
+        if self.kept_bytes:
+            text += f"; {self.kept_bytes / 2**20:.3f} MiB of original weights are kept for remove_"
+        return text
+
+
+def report(model: nn.Module) -> BitsReport:
+    """What the weights take on a model that carries a LayerBitsConfig; `print` it.
+
+    Raises:
+        ValueError: it carries none.
+    """
+    found = families.find(model, ("hf_decoder", "hf_vlm")).bits_held()
+    if all(block.bits is None for block in found):
+        raise ValueError(f"no LayerBitsConfig is applied to this {type(model).__name__}, or it leaves all as it is.")
+    widths = [8 * block.original_bytes // block.weights if block.bits is None else block.bits for block in found]
+    ideal = sum(width * block.weights for width, block in zip(widths, found, strict=True))
+    return BitsReport(
+        tuple(widths),
+        ideal / sum(block.weights for block in found),
+        ideal // 8,
+        sum(block.stored_bytes for block in found),
+        sum(block.original_bytes for block in found),
+        sum(block.kept_bytes for block in found),
+    )
+
+
+@register(LayerBitsConfig, "hf_vlm")
+@register(LayerBitsConfig, "hf_decoder")
+def quantize_blocks(config: LayerBitsConfig, view: BitsView) -> list[Change]:
+    """The changes by which the blocks of a decoder hold weights of few bits."""
+    if config.made_for not in (None, fingerprint(view)):
+        raise ValueError(
+            f"the bits were chosen by the importance of another model ({config.made_for}); this one is "
+            f"{fingerprint(view)}. Run mmskip.importance on it."
+        )
+    if len(config.bits) != len(view.blocks):
+        raise ValueError(f"bits has {len(config.bits)} numbers; this model has {len(view.blocks)} blocks.")
+    chosen = {index: width for index, width in enumerate(config.bits) if width != PLAIN}
+    check_bits(chosen.values(), config.group, config.store)
+    return view.bits_changes(chosen, config.group, config.store, config.keep_original)

@@ -1,0 +1,82 @@
+"""Weights of linear layers in few bits, by torchao (the extra `quantize`), which is imported when it is asked for.
+
+torchao's symmetric integers, with a scale per output channel or per group of inputs.
+"""
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+STORES = ("int8", "packed")
+FEWEST, MOST = 2, 8
+"""Bits that mean something: one symmetric bit leaves zeros only."""
+
+
+def torchao() -> Any:
+    """The `torchao.quantization` module.
+
+    Raises:
+        ValueError: torchao is not installed, or does not load here.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import torchao.quantization as library
+    except ImportError as error:
+        raise ValueError(
+            f"quantized weights need torchao, which does not load here ({error}): pip install 'mmskip[quantize]'."
+        ) from error
+    return library
+
+
+def quantizer(bits: int, group: int | None, store: str) -> Any:
+    """torchao's config for weights of so many bits; `store` as in `LayerBitsConfig`."""
+    library = torchao()
+    dtype = getattr(torch, f"int{bits}")
+    granularity = library.PerAxis(0) if group is None else library.PerGroup(group)
+    if store == "packed":
+        return library.Int8DynamicActivationIntxWeightConfig(
+            weight_dtype=dtype, weight_granularity=granularity, intx_packing_format="opaque_torchao_auto"
+        )
+    return library.IntxWeightOnlyConfig(weight_dtype=dtype, granularity=granularity)
+
+
+def check_bits(bits: Iterable[int], group: int | None, store: str) -> None:
+    """Whether torchao can store such weights on this machine, tried on small layers of its own.
+
+    Raises:
+        ValueError: it cannot, with its reason.
+    """
+    for width in sorted(set(bits)):
+        if not FEWEST <= width <= MOST:
+            raise ValueError(
+                f"bits holds {width}; torchao stores symmetric integers of {FEWEST} to {MOST} bits, and 16 leaves a "
+                "block as it is."
+            )
+        inputs = 64 if group is None else 2 * group
+        trial = nn.ModuleDict({"trial": nn.Linear(inputs, 16)})
+        try:
+            quantize_({"trial": width}, trial, group, store)
+            trial["trial"](torch.zeros(1, inputs))
+        except (AssertionError, RuntimeError, NotImplementedError, ImportError, ValueError) as error:
+            raise ValueError(
+                f"torchao cannot store {width} bits with store={store!r}, group={group} on this machine: {error}"
+            ) from error
+
+
+def quantize_(bits: Mapping[str, int], module: nn.Module, group: int | None, store: str) -> None:
+    """Quantize the weights of linear layers of `module` in place, by name."""
+    configs = OrderedDict((name, quantizer(width, group, store)) for name, width in bits.items())
+    torchao().quantize_(module, torchao().FqnToConfig(configs), filter_fn=None)
+
+
+def stored_bytes(weight: Tensor) -> int:
+    """Bytes that a weight takes, quantized or not: its numbers as they lie in memory, scales and zero points."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return weight.nbytes
+    names, _ = weight.__tensor_flatten__()
+    return sum(getattr(weight, name).nbytes for name in names)
