@@ -257,19 +257,24 @@ def _place(
             f"input_ids hold {len(places)} {modality} tokens, the {modality}s of the call fill "
             f"{len(pictures.picture_N)}; they must agree, or {PASS_LAYOUT}."
         )
-    rows = places // mask_BT.shape[1]
+    _check_places(places, mask_BT.shape[1], pictures, modality)
+    order = np.flatnonzero(pictures.picture_N >= 0)
+    firsts = order[np.concatenate([[True], np.diff(pictures.picture_N[order]) != 0])] if len(order) else order
+    names = before_BT.reshape(-1)[places[firsts]]
+    layout_BT.reshape(-1)[places[order]] = np.repeat(
+        names, np.diff(np.append(np.searchsorted(order, firsts), len(order)))
+    )
+
+
+def _check_places(places: np.ndarray, length: int, pictures: Pictures, modality: str) -> None:
+    """Refuse placeholders [N], places in rows of `length`, that divide a run, or a picture between rows."""
+    rows = places // length
     same_run = pictures.run_N[1:] == pictures.run_N[:-1]
-    known = pictures.picture_N >= 0
-    order = np.flatnonzero(known)
-    same_picture = pictures.picture_N[order][1:] == pictures.picture_N[order][:-1]
-    torn = (same_run & (np.diff(places) != 1)).any() or (same_run & (np.diff(rows) != 0)).any()
+    order = np.flatnonzero(pictures.picture_N >= 0)
+    same_picture = np.diff(pictures.picture_N[order]) == 0
+    torn = (same_run & ((np.diff(places) != 1) | (np.diff(rows) != 0))).any()
     if torn or (same_picture & (np.diff(rows[order]) != 0)).any():
         raise ValueError(
             f"the {modality} tokens of input_ids do not stand where the sizes of the {modality}s say: a picture would "
             f"be torn apart. Check their order, or {PASS_LAYOUT}."
         )
-    firsts = order[np.concatenate([[True], ~same_picture])] if len(order) else order
-    names = before_BT.reshape(-1)[places[firsts]]
-    layout_BT.reshape(-1)[places[order]] = np.repeat(
-        names, np.diff(np.append(np.searchsorted(order, firsts), len(order)))
-    )

@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
-from tiny_decoders import randomize_routers
+from masked_reference import masked_routing
+from tiny_decoders import randomize_routers, routers_of
 from tiny_vlms import IMAGE, NO_PLACEHOLDERS, Row, add_image, add_video, collate, example_rows, joined, tiny_vlm
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, DynamicCache
 
 import mmskip
+from mmskip.families import hf_blocks, hf_decoder
 
 TEXT = {
     "vocab_size": 90,
@@ -48,7 +50,7 @@ def mllama():
 
 def llama4():
     tower = {**TOWER, "image_size": 16, "patch_size": 4, "vision_output_dim": 32, "projector_input_dim": 32}
-    text = {**TEXT, "intermediate_size_mlp": 48, "num_local_experts": 2, "head_dim": 8}
+    text = {**TEXT, "intermediate_size_mlp": 48, "num_local_experts": 2, "head_dim": 8, "attention_chunk_size": 8}
     return tiny("llama4", text_config=text, vision_config={**tower, "projector_output_dim": 32})
 
 
@@ -65,6 +67,43 @@ def test_language_models_that_a_subset_cannot_serve_are_refused_with_the_reason(
     with pytest.raises(ValueError, match=rf"hf_vlm: the language model of \w+ does not fit: .*{reason}"):
         mmskip.apply_(model, mmskip.MoDConfig())
     assert mmskip.applied(model) == []
+
+
+def in_spite_of_the_refusal(build, index, monkeypatch):
+    """The language model inside `build()`, whose block `index` is routed all the same, and a dense copy."""
+    monkeypatch.setattr(hf_decoder, "unfit", lambda *args: "")
+    monkeypatch.setattr(hf_blocks, "_carries_state", lambda block, causal: False)
+    monkeypatch.setattr(
+        hf_blocks,
+        "attention_of",
+        lambda block, causal=True: next(c for c in block.children() if hasattr(c, "layer_idx")),
+    )
+    model = build()
+    base = copy.deepcopy(model)
+    mmskip.apply_(model, mmskip.MoDConfig(keep=0.3, gate="sigmoid", layers=(index,)))
+    randomize_routers(model)
+    return model.get_decoder(), base.get_decoder()
+
+
+def test_without_the_refusal_cross_attention_would_get_the_mask_of_all_tokens(monkeypatch):
+    decoder, base = in_spite_of_the_refusal(mllama, 3, monkeypatch)
+    pictures = {"cross_attention_states": torch.randn(1, 5, 32), "cross_attention_mask": torch.zeros(1, 1, 14, 5)}
+    call = {"input_ids": torch.arange(3, 17)[None], "use_cache": False, **pictures}
+    with torch.no_grad():
+        assert base(**call).last_hidden_state.isfinite().all()
+        with pytest.raises(RuntimeError, match="must match the size"):
+            decoder(**call, layout=torch.tensor([[-1] * 2 + [0] * 12]))
+
+
+def test_without_the_refusal_chunks_would_be_counted_in_kept_tokens(monkeypatch):
+    decoder, base = in_spite_of_the_refusal(llama4, 1, monkeypatch)
+    layout = torch.tensor([[-1] * 2 + [0] * 12 + [-1] * 2])
+    call = {"input_ids": torch.arange(3, 19)[None], "use_cache": False}
+    with torch.no_grad():
+        base.set_attn_implementation("eager")
+        with masked_routing(base, routers_of(decoder), layout, 0.3, "sigmoid"):
+            expected = base(**call)[0]
+        assert not torch.allclose(decoder(**call, layout=layout)[0], expected, atol=1e-4)
 
 
 def test_a_model_that_is_neither_gets_the_reason_of_each_family():
