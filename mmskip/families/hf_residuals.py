@@ -35,19 +35,46 @@ class Residual:
 
 
 @contextmanager
-def residuals(view: Any, seen: Callable[[Residual], None]) -> Iterator[None]:
+def residuals(view: Any, seen: Callable[[Residual], None], middle: bool = True) -> Iterator[None]:
     """Call `seen` for every block of every forward inside. To see the state between attention and MLP, a block runs a
-    second time with its MLP silenced, without writing to a cache."""
+    second time with its MLP silenced, without writing to a cache; without `middle` that is left out."""
     with ExitStack() as stack:
         for index, block in enumerate(view.blocks):
             _, mlp = parts_of(block)
-            if view.kinds[index] == STATE:
+            if view.kinds[index] == STATE or not middle:
                 mlp = None
             silence = _Silence()
             if mlp is not None:
                 stack.enter_context(_removed(mlp.register_forward_hook(silence)))
             hook = _watch(index, silence if mlp is not None else None, seen)
             stack.enter_context(_removed(block.register_forward_hook(hook, with_kwargs=True)))
+        yield
+
+
+@contextmanager
+def leaving(view: Any, index: int, edit: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """In forwards inside, what leaves a block is `edit(x_BTD, y_BTD)` of what entered and what would have left."""
+
+    def hook(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        x_BTD = args[0] if args else kwargs["hidden_states"]
+        if isinstance(output, tuple):
+            return (edit(x_BTD, output[0]), *output[1:])
+        return edit(x_BTD, output)
+
+    with _removed(view.blocks[index].register_forward_hook(hook, with_kwargs=True)):
+        yield
+
+
+@contextmanager
+def entering(view: Any, index: int, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """In forwards inside, a block gets `edit(x_BTD)` of what would have entered it."""
+
+    def hook(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (edit(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
+
+    with _removed(view.blocks[index].register_forward_pre_hook(hook, with_kwargs=True)):
         yield
 
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "coin": ("mmskip.train.evaluation.coin", "COIN: step, task, next, procedure and procedure+ accuracy"),
     "coco": ("mmskip.train.evaluation.coco", "BLEU, ROUGE-L and CIDEr of a COCO result file (METEOR, SPICE with Java)"),
     "lm": ("mmskip.train.evaluation.lm", "a language model and a method: perplexity, greedy agreement, times"),
+    "depth": ("mmskip.train.evaluation.depth", "what the layers of a language model do: effects, lens, erasure, maps"),
     "fid": ("mmskip.train.evaluation.fid", "generated images: Frechet distance, KID, precision and recall"),
     "masking": ("mmskip.train.evaluation.masking", "which way of leaving pixels out suits an image classifier"),
 }
