@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "skip": ("mmskip.search.skip", "the scale of a diffusion network's skip connections for few evaluations"),
+    "cola": ("mmskip.search.cola", "paths of a language model's layers that answer each sample (an oracle bound)"),
 }
 
 
