@@ -35,12 +35,38 @@ def check_threshold(name: str, criterion: str, value: float) -> None:
         raise ValueError(f"{name} is {value!r}; expected a number in [{low:g}, {high:g}] for criterion {criterion!r}.")
 
 
-# --- scores per token -----------------------------------------------------------------------------------------------
+# --- scores of states -----------------------------------------------------------------------------------------------
 
 
 def saturation(after_BTD: Tensor, before_BTD: Tensor) -> Tensor:
     """Cosine of each token's state with the one before the layer, [B, T]; rounding never takes it above 1."""
     return F.cosine_similarity(after_BTD.float(), before_BTD.float(), dim=-1).clamp(max=1.0)
+
+
+class Saturation:
+    """MuE's sign that a layer adds nothing: the cosine of the states behind and before it."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, float] | None = None
+
+    def __call__(self, after_BTD: Tensor, before_BTD: Tensor) -> Tensor:
+        """Of each token, [B, T]."""
+        return saturation(after_BTD, before_BTD)
+
+    def samples(self, after_BTD: Tensor, before_BTD: Tensor, real_BT: Tensor | None) -> Tensor:
+        """Of each sample's tokens taken as one vector, [B]."""
+        norms_B = _inner(after_BTD, after_BTD, real_BT).sqrt() * _inner(before_BTD, before_BTD, real_BT).sqrt()
+        return (_inner(after_BTD, before_BTD, real_BT) / norms_B.clamp(min=1e-8)).clamp(max=1.0)
+
+    def single(self, after: Tensor, before: Tensor) -> float:
+        """Of all values of two tensors taken as one vector each, in a few operations: what a step of one sample waits
+        for."""
+        after_N, before_N = after.reshape(-1).float(), before.reshape(-1).float()
+        known = self._last is not None and self._last[0] is before
+        before_square = self._last[1] if known and self._last else torch.dot(before_N, before_N).item()
+        after_square = torch.dot(after_N, after_N).item()
+        self._last = after, after_square
+        return min(torch.dot(after_N, before_N).item() / max(math.sqrt(after_square * before_square), 1e-8), 1.0)
 
 
 class StateNorm:
@@ -53,17 +79,39 @@ class StateNorm:
         self._seen = 0
 
     def __call__(self, after_BTD: Tensor, before_BTD: Tensor) -> Tensor:
-        """1 - growth / spread, [B, T]."""
-        growth_BT = after_BTD.float().norm(dim=-1) - before_BTD.float().norm(dim=-1)
-        score_BT = torch.full_like(growth_BT, -math.inf)
+        """1 - growth / spread of each token, [B, T]."""
+        return self._of(after_BTD.float().norm(dim=-1) - before_BTD.float().norm(dim=-1))
+
+    def samples(self, after_BTD: Tensor, before_BTD: Tensor, real_BT: Tensor | None) -> Tensor:
+        """The same of each sample's tokens taken as one vector, [B]."""
+        return self._of(_inner(after_BTD, after_BTD, real_BT).sqrt() - _inner(before_BTD, before_BTD, real_BT).sqrt())
+
+    def single(self, after: Tensor, before: Tensor) -> float:
+        """The same of all values of two tensors taken as one vector each."""
+        return float(self(after.reshape(1, 1, -1), before.reshape(1, 1, -1)))
+
+    def _of(self, growth: Tensor) -> Tensor:
+        score = torch.full_like(growth, -math.inf)
         if self._low is None or self._high is None:
-            self._low = self._high = growth_BT
+            self._low = self._high = growth
         elif self._seen > 1:
-            spread_BT = self._high - self._low
-            score_BT = torch.where(spread_BT > 0, 1 - growth_BT / spread_BT, score_BT)
-        self._low, self._high = torch.minimum(self._low, growth_BT), torch.maximum(self._high, growth_BT)
+            spread = self._high - self._low
+            score = torch.where(spread > 0, 1 - growth / spread, score)
+        self._low, self._high = torch.minimum(self._low, growth), torch.maximum(self._high, growth)
         self._seen += 1
-        return score_BT
+        return score
+
+
+def _inner(a_BTD: Tensor, b_BTD: Tensor, real_BT: Tensor | None) -> Tensor:
+    """Inner products [B] of samples, padding left out."""
+    products_BT = torch.linalg.vecdot(a_BTD.float(), b_BTD.float())
+    return (products_BT if real_BT is None else products_BT.masked_fill(~real_BT, 0.0)).sum(-1)
+
+
+def is_single(x: Tensor, states: int) -> bool:
+    """Whether the host may ask for one score instead of a tensor of them: one state, which no device has to be waited
+    for."""
+    return states == 1 and x.device.type == "cpu"
 
 
 def confidence(logits_BTV: Tensor) -> Tensor:
@@ -102,8 +150,8 @@ _HEAD_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _state_score(criterion: str) -> Callable[[Tensor, Tensor], Tensor]:
-    return StateNorm() if criterion == "state_norm" else saturation
+def _state_score(criterion: str) -> StateNorm | Saturation:
+    return StateNorm() if criterion == "state_norm" else Saturation()
 
 
 class TokenScores:
@@ -135,6 +183,10 @@ class TokenScores:
         self._choice = choice_BT
         return self._streak
 
+    def single(self, after_11D: Tensor, before_11D: Tensor) -> float:
+        """The score of one token."""
+        return float(self(after_11D, before_11D)) if self._state is None else self._state.single(after_11D, before_11D)
+
 
 # --- scores per sample ----------------------------------------------------------------------------------------------
 
@@ -152,11 +204,13 @@ class SampleScores:
 
     def __call__(self, after_BTD: Tensor, before_BTD: Tensor) -> Tensor:
         """Scores [B] behind a layer."""
-        states = [after_BTD.float(), before_BTD.float()]
-        if self.real is not None:
-            states = [state.masked_fill(~self.real[..., None], 0.0) for state in states]
-        after, before = (state.flatten(1)[:, None] for state in states)
-        return self._score(after, before)[:, 0]
+        return self._score.samples(after_BTD, before_BTD, self.real)
+
+    def single(self, after_1TD: Tensor, before_1TD: Tensor) -> float:
+        """The score of one sample."""
+        if self.real is None:
+            return self._score.single(after_1TD, before_1TD)
+        return float(self(after_1TD, before_1TD))
 
 
 # --- thresholds and heads -------------------------------------------------------------------------------------------

@@ -25,10 +25,14 @@ from mmskip.exits import (
     TokenScores,
     check_threshold,
     decayed,
+    is_single,
 )
-from mmskip.families.hf_encoder_decoder import POLICIES, EncoderDecoderView
+from mmskip.families.hf_encoder_decoder import EncoderDecoderView
+from mmskip.families.hf_exits import POLICIES, Decide
 from mmskip.registry import register
 from mmskip.swap import Change, states
+
+COMPACT = ("auto", "never", "always")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,10 @@ class EarlyExitConfig(MethodConfig):
         decay: share beta, in (0, 1], of the constant part of the decoder's threshold (CALM); None: it is constant.
         decay_speed: tau, > 0.
         decay_steps: tokens generated at most, the unit of the decay.
+        compact: whether a layer that only some rows of a batch still need runs on those rows alone: `always`, `never`,
+            or `auto`: where that pays by `Compaction`.
+        compact_overhead: what taking rows out and putting them back costs, as a share of the layer's time for all rows,
+            in [0, 1].
     """
 
     decoder: float | None = 0.99
@@ -61,11 +69,16 @@ class EarlyExitConfig(MethodConfig):
     decay: float | None = None
     decay_speed: float = 1.0
     decay_steps: int = 16
+    compact: str = "auto"
+    compact_overhead: float = 0.25
 
     def __post_init__(self) -> None:
         check_choice("criterion", self.criterion, CRITERIA)
         check_choice("encoder_criterion", self.encoder_criterion, STATE_CRITERIA)
         check_choice("kv", self.kv, POLICIES)
+        check_choice("compact", self.compact, COMPACT)
+        if not _is_number(self.compact_overhead) or not 0 <= self.compact_overhead <= 1:
+            raise ValueError(f"compact_overhead is {self.compact_overhead!r}; expected a number in [0, 1].")
         if self.decoder is None and self.encoder is None:
             raise ValueError("decoder and encoder are both None; give a threshold for at least one of them.")
         for name, criterion in (("decoder", self.criterion), ("encoder", self.encoder_criterion)):
@@ -86,7 +99,7 @@ class EarlyExitConfig(MethodConfig):
             raise ValueError(f"decay is for thresholds in [0, 1]; criterion is {self.criterion!r}.")
         for name, high in (("decay", 1.0), ("decay_speed", float("inf"))):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and 0 < value <= high):
+            if value is not None and not (_is_number(value) and 0 < value <= high):
                 raise ValueError(f"{name} is {value!r}; expected a number in (0, {high:g}].")
         if not _is_count(self.decay_steps):
             raise ValueError(f"decay_steps is {self.decay_steps!r}; expected an integer >= 1.")
@@ -96,6 +109,24 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """When rows that have exited are taken out of a layer. The layer's time is taken to grow with its rows, and the
+    taking out and putting back to cost `overhead` of the layer's time for all rows: it pays where left / rows +
+    overhead < 1."""
+
+    mode: str
+    overhead: float
+
+    def __call__(self, left: int, rows: int) -> bool:
+        """Whether a layer runs on the `left` of `rows` rows that need it."""
+        return self.mode == "always" or (self.mode == "auto" and left / rows + self.overhead < 1)
+
+
 @dataclass(frozen=True)
 class TokenRule:
     """When a token leaves the decoder."""
@@ -103,26 +134,30 @@ class TokenRule:
     config: EarlyExitConfig
     points: tuple[int, ...]
     head: Callable[[Tensor], Tensor] | None
+    compacts: Compaction
 
     @property
     def policy(self) -> str | None:
         """What becomes of an exited token's keys and values."""
         return self.config.kv
 
-    def begin(self, mask_BT: Tensor | None, past: int) -> Callable[[Tensor, Tensor], Tensor]:
+    def begin(self, mask_BT: Tensor | None, past: int) -> Decide:
         """Decisions [B, T] of one forward."""
         scores, config = TokenScores(self.config.criterion, self.head), self.config
         assert config.decoder is not None
         threshold = config.decoder
 
-        def decide(after_BTD: Tensor, before_BTD: Tensor) -> Tensor:
-            score_BT = scores(after_BTD, before_BTD)
+        def decide(after_BTD: Tensor, before_BTD: Tensor) -> Tensor | bool:
+            batch, count = after_BTD.shape[:2]
+            one = is_single(after_BTD, batch * count)
+            score: Any = (scores.single if one else scores)(after_BTD, before_BTD)
             if config.criterion == "patience":
-                return score_BT >= threshold
+                return score >= threshold
             if config.decay is None:
-                return score_BT > threshold
-            position_T = torch.arange(past, past + score_BT.shape[1], device=score_BT.device)
-            return score_BT > decayed(threshold, config.decay, config.decay_speed, config.decay_steps, position_T)
+                return score > threshold
+            position_T = torch.arange(past, past + count, device=after_BTD.device)
+            limit_T = decayed(threshold, config.decay, config.decay_speed, config.decay_steps, position_T)
+            return score > (limit_T.item() if one else limit_T)
 
         return decide
 
@@ -134,12 +169,19 @@ class SampleRule:
     criterion: str
     threshold: float
     points: tuple[int, ...]
+    compacts: Compaction
     policy: str | None = None
 
-    def begin(self, mask_BT: Tensor | None, past: int) -> Callable[[Tensor, Tensor], Tensor]:
+    def begin(self, mask_BT: Tensor | None, past: int) -> Decide:
         """Decisions [B] of one forward."""
         scores = SampleScores(self.criterion, mask_BT)
-        return lambda after_BTD, before_BTD: scores(after_BTD, before_BTD) > self.threshold
+
+        def decide(after_BTD: Tensor, before_BTD: Tensor) -> Tensor | bool:
+            one = is_single(after_BTD, len(after_BTD))
+            score: Any = (scores.single if one else scores)(after_BTD, before_BTD)
+            return score > self.threshold
+
+        return decide
 
 
 def _points(name: str, given: tuple[int, ...] | None, least: int, depth: int) -> tuple[int, ...]:
@@ -160,13 +202,14 @@ def _points(name: str, given: tuple[int, ...] | None, least: int, depth: int) ->
 @register(EarlyExitConfig, "hf_encoder_decoder")
 def _changes(config: EarlyExitConfig, view: EncoderDecoderView) -> list[Change]:
     changes: list[Change] = []
+    compacts = Compaction(config.compact, config.compact_overhead)
     if config.encoder is not None:
         points = _points("encoder_points", config.encoder_points, config.encoder_min_layers, len(view.encoder))
-        changes += view.exit_changes("encoder", SampleRule(config.encoder_criterion, config.encoder, points))
+        changes += view.exit_changes("encoder", SampleRule(config.encoder_criterion, config.encoder, points, compacts))
     if config.decoder is not None:
         points = _points("points", config.points, config.min_layers, len(view.decoder))
         head = view.head() if config.criterion in HEAD_CRITERIA else None
-        changes += view.exit_changes("decoder", TokenRule(config, points, head))
+        changes += view.exit_changes("decoder", TokenRule(config, points, head, compacts))
     return changes
 
 

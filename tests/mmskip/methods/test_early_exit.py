@@ -2,6 +2,7 @@
 explicit mask."""
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import mmskip
 from mmskip import EarlyExitConfig
 from mmskip.families.hf_encoder_decoder import match
-from mmskip.methods.early_exit import exit_layers
+from mmskip.methods.early_exit import Compaction, exit_layers
 
 POLICIES = ("project", "copy", "hole")
 TOKENS = torch.randint(4, 40, (2, 6), generator=torch.Generator().manual_seed(3))
@@ -39,16 +40,20 @@ def logits(model: Any, inputs: dict[str, Tensor], tokens: Tensor, **settings: An
 
 def mixed(name: str, module: str, **settings: Any) -> EarlyExitConfig:
     """A config under which the states of `module` exit at several layers, some of them before the last."""
+    return EarlyExitConfig(**{"decoder": None, module: mixing_threshold(name, module), **settings})
+
+
+@functools.cache
+def mixing_threshold(name: str, module: str) -> float:
     model, best = tiny.build(name), (0, 0.0)
     for threshold in torch.linspace(-0.5, 0.95, 30).tolist():
-        config = EarlyExitConfig(**{"decoder": None, module: threshold})
-        mmskip.apply_(model, config)
+        mmskip.apply_(model, EarlyExitConfig(**{"decoder": None, module: threshold}))
         logits(model, tiny.inputs(name), TOKENS)
         kinds = exit_layers(model)[module].unique()
         best = max(best, (len(kinds) if kinds[0] < tiny.LAYERS else 0, threshold))
         mmskip.remove_(model)
     assert best[0] > 1 or (name.startswith("vit") and module == "encoder")
-    return EarlyExitConfig(**{"decoder": None, module: best[1], **settings})
+    return best[1]
 
 
 @torch.no_grad()
@@ -183,12 +188,68 @@ def test_the_tied_head_is_the_models_own_output_and_layers_left_out_do_not_run(n
     for handle in handles:
         handle.remove()
     ran: list[str] = []
-    for index, block in enumerate(view.decoder):
-        inner = list(block.children())[-1] if name != "t5" else block.layer[-1]  # behind self- and cross-attention
+    for index, inner in enumerate(feed_forwards(name, "decoder", model)):
         inner.register_forward_hook(lambda m, a, o, index=index: ran.append(index))
     mmskip.apply_(model, EarlyExitConfig(decoder=-1.0))
     torch.testing.assert_close(logits(model, inputs, TOKENS), first)
     assert set(ran) == {0} and (exit_layers(model)["decoder"] == 1).all()
+
+
+def feed_forwards(name: str, module: str, model: Any) -> list[Any]:
+    """The last part of each block of a stack, which only states whose block runs pass through."""
+    return [
+        list(block.children())[-1] if name != "t5" else block.layer[-1] for block in getattr(match(model)[0], module)
+    ]
+
+
+@pytest.mark.parametrize("kv", POLICIES)
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_rows_that_exited_are_taken_out_and_change_nothing(name: str, kv: str) -> None:
+    encoder, decoder = mixed(name, "encoder").encoder, mixed(name, "decoder").decoder
+    found, rows = {}, {}
+    for compact in ("never", "always"):
+        model, inputs, seen = tiny.build(name), tiny.inputs(name), []
+        for module in ("encoder", "decoder"):
+            for part in feed_forwards(name, module, model):
+                part.register_forward_hook(lambda m, a, o, seen=seen: seen.append(len(a[0])))
+        mmskip.apply_(model, EarlyExitConfig(encoder=encoder, decoder=decoder, kv=kv, compact=compact))
+        whole = logits(model, inputs, TOKENS, use_cache=False)
+        found[compact] = (whole, *stepwise(model, inputs, TOKENS))
+        said = [generate(model, inputs, num_beams=beams) for beams in (1, 3)]
+        found[compact] += tuple(said)
+        rows[compact] = set(seen)
+    assert rows["never"] & {1} == set() and 1 in rows["always"]
+    torch.testing.assert_close(found["always"][:2], found["never"][:2], atol=1e-5, rtol=1e-5)
+    assert all(map(torch.equal, found["always"][2:], found["never"][2:]))
+
+
+def test_rows_are_taken_out_where_that_pays() -> None:
+    taken = Compaction("auto", 0.25)
+    assert [taken(left, 8) for left in (8, 7, 6, 5, 1)] == [False, False, False, True, True]
+    assert not Compaction("never", 0.0)(1, 8) and Compaction("always", 1.0)(7, 8)
+    model, inputs = tiny.build("bart"), tiny.inputs("bart")
+    mmskip.apply_(model, EarlyExitConfig(decoder=mixed("bart", "decoder").decoder, compact_overhead=0.6))
+    seen: list[int] = []
+    for part in feed_forwards("bart", "decoder", model):
+        part.register_forward_hook(lambda m, a, o: seen.append(len(a[0])))
+    stepwise(model, inputs, TOKENS)
+    assert set(seen) == {2}  # half of two rows and an overhead of 0.6
+
+
+def test_layers_that_no_later_token_reaches_store_nothing_and_rows_can_still_be_picked() -> None:
+    model, inputs = tiny.build("bart"), tiny.inputs("bart")
+    mmskip.apply_(model, EarlyExitConfig(decoder=-1.0))
+    cache = model(**inputs, decoder_input_ids=TOKENS[:, :4], use_cache=True).past_key_values
+    layer = cache.self_attention_cache.layers[2]
+    assert layer.get_seq_length() == 4 and layer.keys is None
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.crop(-1)
+    assert layer.get_seq_length() == 3
+    mmskip.remove_(model)
+    mmskip.apply_(model, EarlyExitConfig(decoder=-1.0, points=(2,)))
+    flipped = {key: value.flip(0) for key, value in inputs.items()}
+    mixed_exits = model(**flipped, decoder_input_ids=TOKENS[:, 3:4].flip(0), past_key_values=cache)
+    assert mixed_exits.logits.isfinite().all() and layer.get_seq_length() == 4
 
 
 @pytest.mark.parametrize("criterion", ["confidence", "margin", "entropy", "patience", "state_norm"])
@@ -249,6 +310,8 @@ def test_training_runs_all_layers_and_copies_are_independent() -> None:
         ({"decay": 1.5}, "decay is 1.5"),
         ({"decay": 0.5, "criterion": "patience"}, "thresholds in"),
         ({"decay_steps": 0}, "decay_steps is 0"),
+        ({"compact": "yes"}, "compact is 'yes'"),
+        ({"compact_overhead": 1.5}, "compact_overhead is 1.5"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], match_: str) -> None:

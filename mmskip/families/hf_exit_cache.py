@@ -1,0 +1,233 @@
+"""Cache entries of blocks that some tokens pass over, and of blocks that run on some rows of a batch.
+
+Shape suffixes: B batch, N rows that run, H heads, T tokens of the call, S stored tokens, E head width, D width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+
+PerToken = dict[str, Any]
+"""Arguments of a block that hold a value per token: tensors [B, T, ...] or tuples of them."""
+
+
+class ExitLayer(DynamicLayer):
+    """Cache layer of a block that exited tokens pass over: they may get other keys and values, none, or theirs later.
+
+    Attributes:
+        valid: boolean [B, S], False for holes; None: there are none.
+        swap: where to take the keys and values of exited tokens of the call under way from: which tokens are no such
+            ones, [B, T], and the layer below.
+        owed: states [B, T, D] of the latest tokens, whose keys and values nobody has asked for yet, with the block's
+            arguments per token.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.valid: Tensor | None = None
+        self.swap: tuple[Tensor, DynamicLayer] | None = None
+        self.owed: list[tuple[Tensor, PerToken]] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append entries; those of exited tokens come from the layer below if `swap` says so."""
+        if self.swap is not None:
+            active_B1T1 = self.swap[0][:, None, :, None]
+            below = last_entries(self.swap[1], key_states.shape[-2])
+            key_states = torch.where(active_B1T1, key_states, below[0])
+            value_states = torch.where(active_B1T1, value_states, below[1])
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def owe(self, x_BTD: Tensor, per_token: PerToken) -> None:
+        """Note tokens whose keys and values are stored when the block runs again, if it ever does."""
+        self.owed.append((x_BTD, per_token))
+
+    def debts(self) -> tuple[Tensor, PerToken]:
+        """All states that are owed for, [B, T, D], and their arguments per token; they are owed for no longer."""
+        owed, self.owed = self.owed, []
+        if len(owed) == 1:
+            return owed[0]
+        states, arguments = zip(*owed, strict=True)
+        return torch.cat(states, 1), {name: _join([given[name] for given in arguments]) for name in arguments[0]}
+
+    def get_seq_length(self) -> int:
+        return super().get_seq_length() + sum(x_BTD.shape[1] for x_BTD, _ in self.owed)
+
+    def mark(self, active_BT: Tensor | None, count: int, batch: int, device: torch.device) -> None:
+        """Note which of the `count` entries that come next are no holes."""
+        if active_BT is None and self.valid is None:
+            return
+        stored = self.get_seq_length()
+        old_BS = self.valid
+        if old_BS is None:
+            old_BS = torch.ones(batch, stored, dtype=torch.bool, device=device)
+        new_BT = torch.ones(batch, count, dtype=torch.bool, device=device) if active_BT is None else active_BT
+        self.valid = torch.cat([old_BS, new_BT], dim=1)
+
+    def reset(self) -> None:
+        super().reset()
+        self.valid, self.owed = None, []
+
+    def crop(self, tokens_to_remove: int) -> None:
+        # in some versions a positive number is the length that is left
+        cut = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.get_seq_length() - tokens_to_remove)
+        if self.valid is not None and cut:
+            self.valid = self.valid[:, :-cut]
+        while cut and self.owed:
+            (x_BTD, per_token) = self.owed.pop()
+            kept = max(0, x_BTD.shape[1] - cut)
+            cut -= x_BTD.shape[1] - kept
+            if kept:
+                self.owed.append((x_BTD[:, :kept], _map(per_token, lambda t, kept=kept: t[:, :kept])))
+        super().crop(-cut)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._permute(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._permute(lambda tensor: tensor[indices])
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._permute(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def _permute(self, pick: Any) -> None:
+        """Change the rows of everything that is held."""
+        if super().get_seq_length():
+            assert self.keys is not None and self.values is not None
+            self.keys, self.values = pick(self.keys), pick(self.values)
+        if self.valid is not None:
+            self.valid = pick(self.valid)
+        if self.owed:
+            x_BTD, per_token = self.debts()
+            self.owe(pick(x_BTD), _map(per_token, pick))
+
+
+def _join(values: list[Any]) -> Any:
+    if isinstance(values[0], tuple):
+        return tuple(_join(list(parts)) for parts in zip(*values, strict=True))
+    return torch.cat(values, 1)
+
+
+def _map(per_token: PerToken, change: Any) -> PerToken:
+    return {
+        name: tuple(map(change, value)) if isinstance(value, tuple) else change(value)
+        for name, value in per_token.items()
+    }
+
+
+def last_entries(layer: DynamicLayer, count: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, H, count, E] that were stored last."""
+    assert layer.keys is not None and layer.values is not None
+    return layer.keys[..., -count:, :], layer.values[..., -count:, :]
+
+
+def exit_layer(cache: Any, index: int) -> DynamicLayer:
+    """The self-attention entry of a block, as an `ExitLayer` above the first block.
+
+    Raises:
+        ValueError: a cache whose entries cannot differ from token to token.
+    """
+    own: Cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    layers = own.layers
+    if index < len(layers) and type(layers[index]) is ExitLayer and not own.offloading:
+        return layers[index]  # type: ignore[return-value]
+    if own.layer_class_to_replicate is not None:
+        while len(layers) <= index:
+            layers.append(own.layer_class_to_replicate())
+    layer: Any = layers[index]
+    if type(layer) is not DynamicLayer or own.offloading:
+        raise ValueError(
+            f"layer {index} of past_key_values is a {type(layer).__name__}{' (offloaded)' if own.offloading else ''}; "
+            "early exit needs a DynamicCache: in generate, leave cache_implementation out or set it to 'dynamic'."
+        )
+    if index:
+        fresh: Any = ExitLayer()
+        if layer.is_initialized:
+            keys, values = layer.keys, layer.values
+            assert keys is not None and values is not None
+            fresh.lazy_initialization(keys, values)
+            fresh.keys, fresh.values = keys, values
+        layers[index] = layer = fresh
+    return layer
+
+
+# --- stand-ins for a cache ------------------------------------------------------------------------------------------
+
+
+class StoredError(Exception):
+    """Raised behind the cache update of a block that is only called for its keys and values."""
+
+
+class _Capture(DynamicLayer):
+    """Takes the keys and values of a block and stops it there."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = key_states, value_states
+        raise StoredError
+
+
+def capture(cache: Any, index: int) -> tuple[Any, DynamicLayer]:
+    """A cache of the kind of `cache` that stops block `index` at its update, and the layer that then holds what it
+    would have stored."""
+    layer = _Capture()
+    own = DynamicCache()
+    own.layers = [*[DynamicLayer() for _ in range(index)], layer]
+    return (EncoderDecoderCache(own, DynamicCache()) if isinstance(cache, EncoderDecoderCache) else own), layer
+
+
+class _RowLayer(DynamicLayer):
+    """Stands for the entry of all rows in a call of some rows.
+
+    Args:
+        entry: of all rows.
+        rows: indices [N] of those of the call.
+        others: indices of the others, and their keys and values; None: what they get does not matter.
+    """
+
+    def __init__(self, entry: DynamicLayer, rows: Tensor, others: tuple[Tensor, Tensor, Tensor] | None) -> None:
+        super().__init__()
+        self._entry, self._rows, self._others = entry, rows, others
+
+    def get_seq_length(self) -> int:
+        return self._entry.get_seq_length()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store entries of all rows; returns those [N, H, S, E] of the rows of the call."""
+        assert self._entry.keys is not None
+        whole = []
+        for position, part in enumerate((key_states, value_states)):
+            all_BHTE = part.new_zeros(self._entry.keys.shape[0], *part.shape[1:])
+            all_BHTE[self._rows] = part
+            if self._others is not None:
+                all_BHTE[self._others[0]] = self._others[1 + position]
+            whole.append(all_BHTE)
+        keys, values = self._entry.update(*whole)
+        return keys[self._rows], values[self._rows]
+
+
+def row_cache(
+    cache: Any, entry: DynamicLayer, index: int, rows: Tensor, others: tuple[Tensor, Tensor, Tensor] | None
+) -> Any:
+    """A cache of the kind of `cache` with which block `index` runs on some rows. Arguments as `_RowLayer`."""
+    own = DynamicCache()
+    own.layers = [*[DynamicLayer() for _ in range(index)], _RowLayer(entry, rows, others)]
+    if not isinstance(cache, EncoderDecoderCache):
+        return own
+    pair = EncoderDecoderCache(own, DynamicCache())
+    crossed: Any = cache.cross_attention_cache.layers[index]
+    few = DynamicLayer()
+    few.keys, few.values, few.is_initialized = crossed.keys[rows], crossed.values[rows], True
+    pair.cross_attention_cache.layers = [*[DynamicLayer() for _ in range(index)], few]
+    pair.is_updated[index] = True
+    return pair
+
+
+def serves_rows(cache: Any, entry: DynamicLayer | None, index: int) -> bool:
+    """Whether block `index` can run on some rows of a batch: every row has its entries, also those of what is attended
+    to across."""
+    if cache is None:
+        return True
+    if isinstance(cache, EncoderDecoderCache) and not cache.is_updated.get(index):
+        return False
+    return entry is not None and entry.is_initialized and entry.keys is not None and entry.keys.numel() > 0
