@@ -148,12 +148,7 @@ def load_narrations(
     if redactions is not None:
         entries = _redacted(entries, read_redactions(Path(redactions)), report)
     files = find_videos(video_dir, report)
-    named = {name for entry in entries for name in (entry.uid, *entry.names, *(entry.whole or ())[:1])}
-    for uid in sorted(files.keys() - named):
-        report.add("video without narration", uid)
-    told = {entry.uid for entry in entries if entry.moments}
-    for uid, reason in {entry.uid: entry.empty for entry in entries if entry.uid not in told}.items():
-        report.add(reason, uid)
+    _count_unpaired(entries, files, report)
     finder = _Finder(files, video_dir, encoded, check_videos, report)
     located = finder.located([entry for entry in entries if entry.moments])
     loaded = [video for entry in located if (video := _narrated(entry, finder, narrate_at)) is not None]
@@ -163,6 +158,16 @@ def load_narrations(
             "videos must be named <video uid>.mp4"
         )
     return loaded, report
+
+
+def _count_unpaired(entries: Sequence[Annotated], files: Iterable[str], report: LoadReport) -> None:
+    """Count videos that nobody narrates, and entries that tell nothing."""
+    named = {name for entry in entries for name in (entry.uid, *entry.names, *(entry.whole or ())[:1])}
+    for uid in sorted(set(files) - named):
+        report.add("video without narration", uid)
+    told = {entry.uid for entry in entries if entry.moments}
+    for uid, reason in {entry.uid: entry.empty for entry in entries if entry.uid not in told}.items():
+        report.add(reason, uid)
 
 
 def _narrated(entry: Annotated, finder: "_Finder", narrate_at: str | None) -> NarratedVideo | None:

@@ -116,20 +116,11 @@ class NarrationData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if padding_side not in ("right", "left"):
-            raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}")
-        if not fps > 0 or batch_size < 1:
-            raise ValueError(f"fps must be > 0 and batch_size >= 1, got fps={fps}, batch_size={batch_size}")
+        _check_batches(padding_side, fps, batch_size)
         self.tower_args = _tower_args(tower, tower_pretrained, grid, image_size, tower_kwargs, tower_seed)
         self.generated, self.annotations = generated, annotations
         self.video_dir = check_sources(annotations, video_dir)
-        check_format(format, narration_passes, narrate_at)
-        self.source: dict[str, Any] = {
-            "format": format,
-            "passes": tuple(narration_passes) if narration_passes else None,
-            "narrate_at": narrate_at,
-            "redactions": redactions,
-        }
+        self.source = _source(format, narration_passes, narrate_at, redactions)
         self.encode_device, self.tokenizer_name = encode_device, tokenizer
         self.fps, self.batch_size = fps, batch_size
         self.eval_batch_size = eval_batch_size or batch_size
@@ -404,6 +395,28 @@ class NarrationData(LightningDataModule):
     @property
     def _shape_path(self) -> Path:
         return self.features_folder / "tower.json"
+
+
+def _check_batches(padding_side: str, fps: float, batch_size: int) -> None:
+    if padding_side not in ("right", "left"):
+        raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}")
+    if not fps > 0 or batch_size < 1:
+        raise ValueError(f"fps must be > 0 and batch_size >= 1, got fps={fps}, batch_size={batch_size}")
+
+
+def _source(format: str, passes: list[str] | None, narrate_at: str | None, redactions: str | None) -> dict[str, Any]:
+    """How annotations are read: arguments of `load_narrations`.
+
+    Raises:
+        ValueError: a format, pass or moment that is not known.
+    """
+    check_format(format, passes, narrate_at)
+    return {
+        "format": format,
+        "passes": tuple(passes) if passes else None,
+        "narrate_at": narrate_at,
+        "redactions": redactions,
+    }
 
 
 def _tower_args(

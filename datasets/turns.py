@@ -164,33 +164,41 @@ def split_turns(
     head = len(tokens.head(instruction)) + per_frame
     per_turn = len(tokens.open) + len(tokens.assistant)
     _check_limits(max_frames, max_tokens, frame_tokens, head + per_frame + per_turn + 2)
-    frame_limit = math.inf if max_frames is None else max_frames
-    token_limit = math.inf if max_tokens is None else max_tokens
+    most = _Size(math.inf if max_frames is None else max_frames, math.inf if max_tokens is None else max_tokens)
     counts: Counter[str] = Counter()
     samples: list[list[Turn]] = []
-    used_frames, used_tokens = 1, head
-    fresh = True
+    used: _Size | None = None  # by the last sample; None: the next turn begins one
     for turn in turns:
         text = per_turn + len(tokens.narration(turn.narration))
-        frames = turn.frames[1] - turn.frames[0]
-        if fresh or used_frames + frames > frame_limit or used_tokens + frames * per_frame + text > token_limit:
-            room = min(frame_limit - 1, (token_limit - head - text) // per_frame)
+        grown = None if used is None else used.plus(turn, per_frame, text)
+        if grown is None or grown.frames > most.frames or grown.tokens > most.tokens:
+            room = min(most.frames - 1, (most.tokens - head - text) // per_frame)
             if room < 1:
                 counts["text too long"] += 1
                 # The frames of a dropped turn are skipped, so the next turn cannot continue this sample.
-                fresh = True
+                used = None
                 continue
-            if frames > room:
+            if turn.frames[1] - turn.frames[0] > room:
                 counts["shortened"] += 1
-                frames = int(room)
-                turn = turn._replace(frames=(turn.frames[1] - frames, turn.frames[1]))
+                turn = turn._replace(frames=(turn.frames[1] - int(room), turn.frames[1]))
             samples.append([])
-            used_frames, used_tokens, fresh = 1, head, False
+            grown = _Size(1, head).plus(turn, per_frame, text)
         samples[-1].append(turn)
-        used_frames += frames
-        used_tokens += frames * per_frame + text
+        used = grown
     counts["split"] = max(len(samples) - 1, 0)
     return samples, +counts
+
+
+class _Size(NamedTuple):
+    """Of a sample."""
+
+    frames: float
+    tokens: float
+
+    def plus(self, turn: Turn, per_frame: int, text: int) -> "_Size":
+        """With a turn whose text takes `text` tokens."""
+        frames = turn.frames[1] - turn.frames[0]
+        return _Size(self.frames + frames, self.tokens + frames * per_frame + text)
 
 
 def _check_limits(max_frames: int | None, max_tokens: int | None, frame_tokens: int, least: int) -> None:
@@ -237,7 +245,22 @@ def build_sample(
             f"sample {uid!r} needs features [F >= {num_frames}, N, C], got {tuple(features.shape)}; "
             "encode the video again at the same fps"
         )
-    writer = _Writer(tokens, features.shape[1])
+    writer, spans = _written(turns, tokens, features.shape[1], uid, first_frame, instruction)
+    return {
+        "input_ids": torch.tensor(writer.ids),
+        "labels": torch.tensor(writer.labels),
+        "layout": torch.tensor(writer.layout),
+        "features": features[:num_frames],
+        "turns": spans,
+        "uid": uid,
+    }
+
+
+def _written(
+    turns: Sequence[Turn], tokens: StreamTokens, frame_tokens: int, uid: str, first_frame: int, instruction: str
+) -> tuple["_Writer", list[TurnSpan]]:
+    """The token lists of a sample, and where its turns lie in them; see `build_sample`."""
+    writer = _Writer(tokens, frame_tokens)
     writer.text(tokens.head(instruction))
     writer.text(tokens.open)
     writer.frame()
@@ -249,14 +272,7 @@ def build_sample(
         writer.text(tokens.open if spans else [tokens.silent])
         spans.append(writer.turn(turn, first_frame))
         next_frame = turn.frames[1]
-    return {
-        "input_ids": torch.tensor(writer.ids),
-        "labels": torch.tensor(writer.labels),
-        "layout": torch.tensor(writer.layout),
-        "features": features[:num_frames],
-        "turns": spans,
-        "uid": uid,
-    }
+    return writer, spans
 
 
 class _Writer:

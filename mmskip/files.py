@@ -58,6 +58,32 @@ def write_json(values: Any, path: str | Path, indent: int | None = 2) -> Path:
     return write_text(json.dumps(values, indent=indent, allow_nan=False) + "\n", path)
 
 
+class GrowingLines:
+    """A file of JSON lines that keeps what was written if the process dies: `NAME.part`, a whole line at a time, until
+    `close` gives it its name. What stood under the name stays until then; a `.part` of before is begun anew.
+
+    Args:
+        path: the file; its folder is made.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._part = self.path.with_name(f"{self.path.name}.part")
+        self._file = self._part.open("w", encoding="utf-8")
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Write one line; it is with the system, not in a buffer of the process, when this returns."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> Path:
+        """Give the file its name; returns it."""
+        self._file.close()
+        os.replace(self._part, self.path)
+        return self.path
+
+
 def _finite(value: Any, place: str, found: dict[str, str]) -> Any:
     """`value` with None for every number that is not finite; these are noted in `found`."""
     if isinstance(value, float) and not math.isfinite(value):

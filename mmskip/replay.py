@@ -51,6 +51,15 @@ class Selections:
             raise ValueError("the trace holds no selections: no method routes tokens of frames in it.")
         return found
 
+    def of_row(self, row: int) -> "Selections":
+        """Those of one row, for a batch of this row alone."""
+        return Selections(
+            {
+                site: {(0, frame): mask for (number, frame), mask in kept.items() if number == row}
+                for site, kept in self.kept.items()
+            }
+        )
+
 
 @dataclass
 class Replay:

@@ -12,6 +12,7 @@ from torch import Tensor
 import mmskip
 from mmskip.datasets.turns import collate_narration
 from mmskip.families.hf_blocks import CACHE_NAME
+from mmskip.models.logits import head_only_at
 
 if TYPE_CHECKING:
     from mmskip.models.video_llm import VideoLLM
@@ -46,17 +47,18 @@ def answer(model: "VideoLLM", samples: Sequence[dict[str, Any]], max_new_tokens:
     open_rows = set(range(len(samples)))
     for _ in range(max_new_tokens):
         routing = {"layout": layout} if mmskip.applied(model.llm) else {}
-        out = model.llm(
-            inputs_embeds=model.embed(ids, layout, features),
-            attention_mask=mask,
-            position_ids=positions,
-            **{CACHE_NAME: cache},
-            use_cache=True,
-            logits_to_keep=1,
-            **routing,
-        )
+        rows = torch.arange(len(samples), device=model.device)
+        with head_only_at(model.llm, rows, torch.full_like(rows, ids.shape[1] - 1)):
+            out = model.llm(
+                inputs_embeds=model.embed(ids, layout, features),
+                attention_mask=mask,
+                position_ids=positions,
+                **{CACHE_NAME: cache},
+                use_cache=True,
+                **routing,
+            )
         cache = getattr(out, CACHE_NAME)
-        best: Tensor = out.logits[:, -1].argmax(-1)
+        best: Tensor = out.logits.argmax(-1)
         for row, token in enumerate(best.tolist()):
             if row in open_rows and token == model.ids.eos:
                 open_rows.discard(row)

@@ -7,6 +7,7 @@ The template is that of `mmskip.datasets.turns`; a question closes the stream pa
 Shapes: B streams, T tokens of a call, F frames, N tokens per frame, C feature channels, V vocabulary.
 """
 
+import copy
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -23,8 +24,8 @@ from mmskip import families
 from mmskip.families.hf_ledger import TEXT_PIECE, bound
 from mmskip.families.hf_plain import PlainCache
 from mmskip.families.hf_stream import POSITIONS, StreamCache
+from mmskip.models.logits import head_only_at
 from mmskip.models.narrator import TokenIds, speaks
-from mmskip.models.streaming_loss import head_only_at
 from mmskip.routers import TEXT
 
 
@@ -266,7 +267,8 @@ class StreamEngine:
     # --- saving ---------------------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Everything that goes on: a JSON-ready part, and tensors by name. See `mmskip.models.stream_state`."""
+        """Everything that goes on: a JSON-ready part, and tensors by name, which may be views of buffers: save them
+        before the streams go on. See `mmskip.models.stream_state`."""
         cache, tensors = self.cache.state()
         streams = []
         for number, row in enumerate(self._streams):
@@ -275,7 +277,7 @@ class StreamEngine:
             tensors[f"draw.{number}"] = self._draws[number].get_state()
             if row.frames:
                 tensors[f"frames.{number}"] = torch.stack(list(row.frames))
-        return {"settings": self.settings.to_dict(), "streams": streams, "cache": cache}, tensors
+        return copy.deepcopy({"settings": self.settings.to_dict(), "streams": streams, "cache": cache}), tensors
 
     def restore(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Take over what `state` gave, in an engine of the same model and settings."""

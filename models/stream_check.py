@@ -1,24 +1,26 @@
 """How exactly a running stream computes what the offline forward of the whole sequence computes.
 
-In half precision the two round differently (matrices of other shapes are summed in another order), so that choices
-between nearly equal logits may differ. Selections of tokens are taken from the stream, see `mmskip.replay`.
+In half precision the two round their hidden states differently (matrices of other shapes are summed in another order),
+so that choices between nearly equal logits may differ. Logits themselves are not rounded (`mmskip.models.logits`), and
+selections of tokens are taken from the stream (`mmskip.replay`).
 
 Shapes: F frames, N tokens per frame, C feature channels, T tokens of the stream, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import mmskip
+from mmskip.models.logits import head_only_at
 from mmskip.models.narrator import speaks
 from mmskip.models.stream import StreamEngine, StreamSettings
-from mmskip.replay import Replay, Selections, replaying
+from mmskip.replay import Selections, replaying
 from mmskip.routers import TEXT
 
 
@@ -57,82 +59,125 @@ class Comparison:
     flipped: int = 0
 
 
-class _Recorder(StreamEngine):
-    """One stream that remembers its tokens and the logits it chose by."""
+@dataclass
+class _Record:
+    """One stream: its tokens, and the logits [V] that were chosen by, with whether they decided, by position."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.ids: list[int] = []
-        self.layout: list[int] = []
-        self.chosen: dict[int, tuple[bool, Tensor]] = {}
+    ids: list[int] = field(default_factory=list)
+    layout: list[int] = field(default_factory=list)
+    chosen: dict[int, tuple[bool, Tensor]] = field(default_factory=dict)
 
-    def _call(self, parts: Sequence[Any]) -> list[Tensor]:
-        start, part, size = self.cache.totals[0], parts[0], self.frame_tokens
-        seen = self._streams[0].seen
-        logits = super()._call(parts)
-        # what stood behind here was cropped
-        del self.ids[start:], self.layout[start:]
-        self.chosen = {place: found for place, found in self.chosen.items() if place < start}
-        self.ids += part.text
-        self.layout += [TEXT] * len(part.text)
-        for index in range(len(part.frames)):
-            self.ids += [self.model.ids.silent] * bool(index) + [0] * size
-            self.layout += [TEXT] * bool(index) + [seen + index] * size
-            if seen + index > 0:
-                self.chosen[len(self.ids) - 1] = (True, logits[0][index].float())
-        if part.then == "pick":
-            self.chosen[len(self.ids) - 1] = (False, logits[0][0].float())
-        return logits
-
-    def trim(self) -> None:
-        """Leave out what was cropped last."""
-        total = self.cache.totals[0]
+    def cut(self, total: int) -> None:
+        """Leave out what was cropped: all from `total` on."""
         del self.ids[total:], self.layout[total:]
         self.chosen = {place: found for place, found in self.chosen.items() if place < total}
 
 
+class _Recorder(StreamEngine):
+    """Streams that remember their tokens and choices. `rounded`: they choose by logits of the model's dtype."""
+
+    def __init__(self, *args: Any, rounded: bool = False) -> None:
+        super().__init__(*args)
+        self.rounded = rounded
+        self.records = [_Record() for _ in self._streams]
+
+    def _call(self, parts: Sequence[Any]) -> list[Tensor]:
+        starts, size, ids = list(self.cache.totals), self.frame_tokens, self.model.ids
+        seen = self.frames_seen
+        logits = super()._call(parts)
+        if self.rounded:
+            logits = [row.to(self.model.llm.dtype) for row in logits]
+        for number, part in enumerate(parts):
+            if part is None:
+                continue
+            record = self.records[number]
+            record.cut(starts[number])
+            record.ids += part.text
+            record.layout += [TEXT] * len(part.text)
+            for index in range(len(part.frames)):
+                record.ids += [ids.silent] * bool(index) + [0] * size
+                record.layout += [TEXT] * bool(index) + [seen[number] + index] * size
+                if seen[number] + index > 0:
+                    record.chosen[len(record.ids) - 1] = (True, logits[number][index].float())
+            if part.then == "pick":
+                record.chosen[len(record.ids) - 1] = (False, logits[number][0].float())
+        return logits
+
+    def reopened(self) -> "_Recorder":
+        """The same streams, saved and restored."""
+        heads: list[list[int]] = [[] for _ in self._streams]
+        other = _Recorder(self.model, self.frame_tokens, self.settings, heads, rounded=self.rounded)
+        other.restore(*self.state())
+        other.records = self.records
+        return other
+
+
 @torch.no_grad()
 def compare(
-    model: Any, features: Tensor, head: Sequence[int], settings: StreamSettings, exact_head: bool = False
+    model: Any,
+    videos: Sequence[Tensor],
+    head: Sequence[int],
+    settings: StreamSettings,
+    rounded: bool = False,
+    reopen_after: int | None = None,
 ) -> Comparison:
-    """Watch one video as a stream, and compare it with one forward over the whole sequence under its selections.
+    """Watch videos as streams of one batch, and compare each with one forward over its whole sequence under its
+    selections.
 
     Args:
         model: a `VideoLLM`, in evaluation mode.
-        features: [F, N, C].
+        videos: [F, N, C] each.
         head: ids before the first frame.
         settings: without a window.
-        exact_head: both compute their logits from the last hidden states in fp32.
+        rounded: both choose by logits rounded to the model's dtype, as its head alone would tell them.
+        reopen_after: the streams are saved and restored after so many calls; None: never.
 
     Raises:
-        ValueError: settings with a window, or `exact_head` with a head that is no plain linear layer.
+        ValueError: settings with a window.
     """
     if settings.window is not None:
         raise ValueError(f"window is {settings.window}; the offline forward sees the whole stream, so leave it out")
     settings = replace(settings, temperature=0.0)
     found = Comparison()
-    with ExitStack() as stack:
-        if exact_head:
-            stack.enter_context(_fp32_head(model.llm))
-        stream = _Recorder(model, features.shape[1], settings, [list(head)])
-        stream.push(features)
-        with mmskip.trace(model.llm) as trace:
-            stream.run()
-        stream.trim()
-        replay: Replay | None = None
-        routing: dict[str, Tensor] = {}
-        layout = torch.tensor([stream.layout], device=model.device)
-        if mmskip.applied(model.llm):
-            replay = stack.enter_context(replaying(Selections.of(trace)))
-            routing = {"layout": layout}
-        ids = torch.tensor([stream.ids], device=model.device)
-        embeds = model.embed(ids, layout, features.to(model.device)).to(model.llm.dtype)
-        logits = model.llm(inputs_embeds=embeds, use_cache=False, **routing).logits[0].float()
-    if replay is not None:
-        found.compared, found.flipped = replay.compared, replay.flipped
-    for place, (decision, streamed) in stream.chosen.items():
-        _judge(found, place, decision, streamed, logits[place], model, settings.threshold)
+    heads = [list(head) for _ in videos]
+    streams = _Recorder(model, videos[0].shape[1], settings, heads, rounded=rounded)
+    for number, features in enumerate(videos):
+        streams.push(features, number)
+    with mmskip.trace(model.llm) as trace:
+        calls = 0
+        while streams.step() is not None:
+            calls += 1
+            if calls == reopen_after:
+                streams = streams.reopened()
+    selections = Selections.of(trace) if mmskip.applied(model.llm) else None
+    for number, features in enumerate(videos):
+        record = streams.records[number]
+        record.cut(streams.cache.totals[number])
+        with ExitStack() as stack:
+            replay = None
+            if selections is not None:
+                replay = stack.enter_context(replaying(selections.of_row(number)))
+            logits = _offline(model, record, features)
+        if replay is not None:
+            found.compared += replay.compared
+            found.flipped += replay.flipped
+        if rounded:
+            logits = logits.to(model.llm.dtype)
+        for (place, (decision, streamed)), offline in zip(record.chosen.items(), logits.float(), strict=True):
+            _judge(found, place, decision, streamed, offline, model, settings.threshold)
     return found
+
+
+def _offline(model: Any, record: _Record, features: Tensor) -> Tensor:
+    """Logits [P, V] of one forward over a stream, where it chose."""
+    layout = torch.tensor([record.layout], device=model.device)
+    ids = torch.tensor([record.ids], device=model.device)
+    embeds = model.embed(ids, layout, features.to(model.device)).to(model.llm.dtype)
+    cols = torch.tensor(list(record.chosen), dtype=torch.long, device=model.device)
+    routing = {"layout": layout} if mmskip.applied(model.llm) else {}
+    with head_only_at(model.llm, torch.zeros_like(cols), cols):
+        logits: Tensor = model.llm(inputs_embeds=embeds, use_cache=False, **routing).logits
+    return logits
 
 
 def _judge(
@@ -162,20 +207,3 @@ def _decision_margin(logits: Tensor, silent: int, threshold: float) -> float:
     if 0 < threshold < 1:
         margins.append(abs(float(logits[silent] - others.logsumexp(0)) - math.log(threshold / (1 - threshold))))
     return min(margins)
-
-
-@contextmanager
-def _fp32_head(llm: Any) -> Iterator[None]:
-    head = llm.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        raise ValueError(f"the head is a {type(head).__name__}; exact_head needs a plain linear layer")
-    bias = None if head.bias is None else head.bias.float()
-
-    def exact(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return nn.functional.linear(args[0].float(), module.weight.float(), bias)  # type: ignore[arg-type]
-
-    handle = head.register_forward_hook(exact)
-    try:
-        yield
-    finally:
-        handle.remove()

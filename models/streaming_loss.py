@@ -3,13 +3,10 @@
 Shapes: B samples, T tokens, P labelled positions of the batch, V vocabulary.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torch import Tensor, nn, stack
+from torch import Tensor, stack
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from mmskip.datasets.turns import IGNORE
 
@@ -35,21 +32,6 @@ class Positions:
         """Positions of unshifted `labels` [B, T] (-100: not learned), with `layout` [B, T] (-1: text)."""
         rows, cols = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
         return cls(rows, cols, labels[rows, cols + 1], layout[rows, cols] >= 0)
-
-
-@contextmanager
-def head_only_at(llm: PreTrainedModel, rows: Tensor, cols: Tensor) -> Iterator[None]:
-    """While open, the LM head of `llm` sees the hidden states at `[rows, cols]` only, so logits are [P, V].
-
-    A hook on the head instead of a call of the inner model, because what a causal LM does behind its head (soft caps,
-    logit scales) stays its own business. With a vocabulary of 128k the head is the largest tensor of a step.
-    """
-    head: nn.Module = llm.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0][rows, cols],))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def loss_sums(logits: Tensor, positions: Positions, stream_weight: float) -> Tensor:

@@ -25,11 +25,12 @@ from mmskip.models.language_model import (
     methods_from_dicts,
     methods_to_dicts,
 )
+from mmskip.models.logits import head_only_at
 from mmskip.models.narrator import TokenIds, Utterance, split_rows
 from mmskip.models.scoring import score_turns
 from mmskip.models.step_loss import StepLossModule
 from mmskip.models.stream import StreamEngine, StreamSettings
-from mmskip.models.streaming_loss import Positions, head_only_at, loss_sums
+from mmskip.models.streaming_loss import Positions, loss_sums
 from mmskip.train.metrics.narration import NarrationMetrics
 from mmskip.train.schedules import SCHEDULES, warmup_schedule
 
@@ -92,37 +93,19 @@ class VideoLLM(StepLossModule):
         fps: float | None = None,
         tokens: dict[str, Any] | None = None,
     ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        _check_range("stream_weight", stream_weight, 0, math.inf)
-        _check_range("lr", lr, 1e-12, math.inf)
-        _check_range("warmup", warmup, 0, 0.999)
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule is {schedule!r}; expected one of {', '.join(SCHEDULES)}")
+        _check_settings(given)
         if isinstance(lora, Mapping):
             lora = LoRA(**lora)
         # dicts and lists only: a dataclass in the hyper-parameters breaks weights-only loading of the checkpoint
-        self._set_hparams(
-            {
-                "llm": llm if isinstance(llm, str) else dict(llm),
-                "methods": methods_to_dicts(methods),
-                "lora": None if lora is None else asdict(lora),
-                "llm_dtype": llm_dtype,
-                "attention": attention,
-                "residual_init": residual_init,
-                "gradient_checkpointing": gradient_checkpointing,
-                "stream_weight": stream_weight,
-                "lr": lr,
-                "weight_decay": weight_decay,
-                "betas": list(betas),
-                "schedule": schedule,
-                "warmup": warmup,
-                "silent_threshold": silent_threshold,
-                "max_new_tokens": max_new_tokens,
-                "feature_dim": feature_dim,
-                "fps": fps,
-                "tokens": tokens,
-            }
-        )
+        plain = {
+            "llm": llm if isinstance(llm, str) else dict(llm),
+            "methods": methods_to_dicts(methods),
+            "lora": None if lora is None else asdict(lora),
+            "betas": list(betas),
+        }
+        self._set_hparams(given | plain)
         self._config = llm_config(llm)
         self._methods = methods_from_dicts(self.hparams["methods"])
         check_residual_init(llm, self._config, residual_init)
@@ -322,6 +305,10 @@ class VideoLLM(StepLossModule):
         return [Utterance(item.frame, item.tokens) for item in said]
 
 
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{name} is {value}; expected a number from {low} to {high}")
+def _check_settings(given: Mapping[str, Any]) -> None:
+    """Refuse numbers out of range and an unknown schedule."""
+    for name, low, high in (("stream_weight", 0, math.inf), ("lr", 1e-12, math.inf), ("warmup", 0, 0.999)):
+        if not low <= given[name] <= high:
+            raise ValueError(f"{name} is {given[name]}; expected a number from {low} to {high}")
+    if given["schedule"] not in SCHEDULES:
+        raise ValueError(f"schedule is {given['schedule']!r}; expected one of {', '.join(SCHEDULES)}")

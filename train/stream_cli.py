@@ -1,7 +1,6 @@
 """The command line behind `stream.py`: a trained run watches a video and says what it sees."""
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -17,7 +16,7 @@ import torch
 from mmskip.datasets.frames import ImageFolder, VideoFrames, open_frames
 from mmskip.datasets.tokenizer import StreamTokens
 from mmskip.env import pick_device
-from mmskip.files import check_folder, write_text
+from mmskip.files import GrowingLines, check_folder, write_text
 from mmskip.models.stream import StreamEngine, StreamSettings
 from mmskip.models.vision_tower import VisionTower
 from mmskip.train.stream_play import Player, Question, Spoken, Watched, place_questions
@@ -109,6 +108,7 @@ class Session:
         )
         self._check_range()
         self.pictures: dict[int, str] = {}
+        self._lines: GrowingLines | None = None
         self._stride = math.ceil(len(self.frames.times_s) / args.report_frames) if args.report_frames else 0
 
     def _settings(self) -> StreamSettings:
@@ -157,8 +157,9 @@ class Session:
         return notes
 
     def play(self) -> Watched:
-        """Play the video, printing each text as it is spoken."""
-        seen = (_print, self._see, self._stride)
+        """Play the video, printing and writing each text as it is spoken."""
+        self._lines = GrowingLines(self.out / "stream.jsonl")
+        seen = (self._say, self._see, self._stride)
         player = Player(self.engine, self._encode, self.tokens, self.args.realtime, *seen)
         return player.play(self.frames, self.frames.times_s, self.questions)
 
@@ -166,11 +167,17 @@ class Session:
         # the features a run is trained on are stored in half precision
         return self.tower(frames.to(self.engine.cache.device)).half().float()
 
+    def _say(self, spoken: Spoken) -> None:
+        assert self._lines is not None
+        self._lines.add({"type": "answer" if spoken.question else "narration", **asdict(spoken)})
+        _print(spoken)
+
     def _see(self, index: int, frame: np.ndarray) -> None:
         self.pictures[index] = thumbnail(frame)
 
     def finish(self, watched: Watched) -> None:
-        """Print the figures, and write the texts and the report."""
+        """Print the figures, and write them behind the texts, and the report."""
+        assert self._lines is not None
         if watched.stopped:
             sys.stderr.write(f"stopped: {watched.stopped}\n")
         figures = self._figures(watched)
@@ -185,9 +192,8 @@ class Session:
             "settings": self.engine.settings.to_dict(),
             "made": time.strftime("%Y-%m-%dT%H:%M:%S"),
         }
-        lines = [{"type": "answer" if s.question else "narration", **asdict(s)} for s in watched.spoken]
-        text = "".join(json.dumps(line) + "\n" for line in [*lines, {**about, **summary}])
-        written = [write_text(text, self.out / "stream.jsonl")]
+        self._lines.add({**about, **summary})
+        written = [self._lines.close()]
         if self.pictures:
             page = stream_page(
                 Path(self.args.video).name,

@@ -243,14 +243,14 @@ class StreamCache(Cache):
             call.turns = [new - old for new, old in zip(bases, self.bases, strict=True)]
         self._call, self.totals, self.bases = call, ends, bases
         masks: dict[str, Any] = {}
+        # a model with one mask per kind takes them as they are, and without one only sdpa is causal by itself
+        plain = call.plain and (len(self._dense) == 1 or self.view.config._attn_implementation == "sdpa")
         for kind, ledger in self._dense.items():
             pieces = [pieces_of(runs, _all_of(runs), ledger.sinks) for runs in call.runs]
             ledger.announce(call.positions_BT, pieces, call.starts, call.turns)
             own = next(w for w, t in zip(self.view.windows, self.view.attention_types(), strict=True) if t == kind)
             masks[f"{kind}_attention"] = (
-                None
-                if call.plain
-                else self._mask(self.view.config, call.positions_BT, ledger.positions_BK(), own, dtype)
+                None if plain else self._mask(self.view.config, call.positions_BT, ledger.positions_BK(), own, dtype)
             )
         bases_B1 = torch.tensor(bases, device=self.device)[:, None]
         return {

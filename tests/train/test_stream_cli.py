@@ -11,6 +11,7 @@ from PIL import Image
 from trained_runs import TOWER, narrated_set, train_run
 
 from mmskip.datasets.tokenizer import train_tokenizer
+from mmskip.models.stream import StreamEngine
 from mmskip.train.stream_cli import Session, build_parser, main
 from mmskip.train.stream_play import Question, place_questions
 from mmskip.viz_stream import grid_of, stream_page, thumbnail
@@ -100,6 +101,27 @@ def test_what_was_watched_before_a_break_is_written(run, tmp_path, capsys):
     assert (status, summary["frames"]) == (1, 4)
     assert "4.png: not a readable image" in summary["stopped"]
     assert "stopped:" in capsys.readouterr().err
+
+
+def test_a_stream_that_dies_keeps_what_was_said_until_then(run, tmp_path, monkeypatch):
+    whole = play(run, tmp_path, "--threshold", "0.6", "--report_frames", "0")
+    assert len(whole[1]) > 2 and not (tmp_path / "stream.jsonl.part").exists()
+    before = (tmp_path / "stream.jsonl").read_text()
+    step, said_so_far = StreamEngine.step, []
+
+    def dying(self):
+        if len(said_so_far) > 1:
+            raise MemoryError
+        now = step(self)
+        said_so_far.extend(now or ())
+        return now
+
+    monkeypatch.setattr(StreamEngine, "step", dying)
+    with pytest.raises(MemoryError):
+        play(run, tmp_path, "--threshold", "0.6", "--report_frames", "0")
+    part = (tmp_path / "stream.jsonl.part").read_text()
+    assert part.endswith("\n") and said([json.loads(line) for line in part.splitlines()]) == said(whole[1])[:2]
+    assert (tmp_path / "stream.jsonl").read_text() == before
 
 
 @pytest.mark.parametrize(

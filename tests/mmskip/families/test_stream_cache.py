@@ -236,3 +236,16 @@ def test_a_cache_that_was_not_announced_to_is_refused():
     feeder.call(PLAN[0])
     with pytest.raises(RuntimeError, match="not announced"):
         model(torch.ones(2, 1, dtype=torch.long), past_key_values=feeder.cache)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "mmskip_ragged"])
+@pytest.mark.parametrize("routed", [False, True])
+def test_a_first_call_without_padding_is_causal_under_every_backend(attention, routed):
+    """Models with windowed and full blocks take the masks they are given, and no mask at all shows them the future."""
+    register_attention()
+    model, base = build("qwen3_mixed_window", routed)
+    model.set_attn_implementation(attention)
+    feeder = Feeder(model)
+    for step in [((3, True), (3, True)), *PLAN[1:4]]:
+        feeder.call(step)
+    torch.testing.assert_close(torch.cat(feeder.logits[0]), feeder.expect(base, 0), atol=2e-5, rtol=2e-5)
