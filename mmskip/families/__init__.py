@@ -120,6 +120,9 @@ class Speculator(Protocol):
     Attributes:
         draft_tokens: drafts per step at most.
         stop_below: a row drafts no further after a token of less probability.
+        branches: tokens beside each draft at most, which the model may choose instead.
+        branch_above: probability that such a token needs.
+        exits: whether drafts may leave out the last block too.
         window_tokens: generated tokens that sets of parts are compared on.
         searching: whether another set should be tried.
         window: those tokens, kept by the decoding under way.
@@ -127,6 +130,9 @@ class Speculator(Protocol):
 
     draft_tokens: int
     stop_below: float
+    branches: int
+    branch_above: float
+    exits: bool
     window_tokens: int
     window: Any
 
@@ -137,7 +143,7 @@ class Speculator(Protocol):
         """Put the first set of parts into `draft.attn` and `draft.mlp`."""
 
     def timed(self, what: str) -> AbstractContextManager[None]:
-        """Adds the seconds inside to `prefill`, `draft`, `verify` or `search`."""
+        """Adds the seconds inside to `prefill`, `draft`, `verify`, `plain` (a step without drafts) or `search`."""
 
     def count(self, drafted: int, accepted: int, rows: int) -> None:
         """Told after each step: drafts, how many were accepted, and how many rows were decoding."""

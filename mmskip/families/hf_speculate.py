@@ -10,6 +10,7 @@ Shape suffixes: B rows, T tokens of the prompt, S slots of the cache, V vocabula
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +21,14 @@ from mmskip.families import STATE, Speculator
 from mmskip.families.hf_blocks import CACHE_NAME, given_cache
 from mmskip.families.hf_plan import DROP, RUN, PartState, PlannedPart, parts_of, returned_values
 from mmskip.families.hf_prompt import arguments_of
-from mmskip.ops.speculative import matching, speculative_sample
+from mmskip.families.hf_speculate_tree import DraftTree, kept_slots, tree_inputs, tree_mask, walk
+from mmskip.ops.speculative import speculative_sample
 from mmskip.swap import Change, state_of
 from mmskip.trace import report_slot, report_visit
+
+PLAIN_EVERY = 64
+"""Of so many steps one is taken without drafts, so that the report knows what plain decoding costs."""
+TREE_BACKENDS = ("sdpa", "eager")
 
 
 @dataclass
@@ -50,10 +56,11 @@ class DraftSite:
 
 @dataclass(frozen=True)
 class GeneratorState:
-    """What a module with `generate` needs for decoding by speculation."""
+    """What a module with `generate` needs for decoding by speculation; `windows` as of the family view."""
 
     draft: DraftState
     speculator: Speculator
+    windows: tuple[int | None, ...] = (None,)
 
 
 class DraftBlock(nn.Module):
@@ -99,6 +106,12 @@ class SpeculativeGenerator(nn.Module):
             **model_kwargs: Any,
         ) -> Any:
             _check_call(generation_config, model_kwargs)
+            backend = model.config._attn_implementation
+            if state.speculator.branches and backend not in TREE_BACKENDS:
+                raise ValueError(
+                    f"branches is {state.speculator.branches} with attn_implementation={backend!r}; draft trees need a "
+                    f"mask of their own, which {' and '.join(TREE_BACKENDS)} take. Choose one of these, or branches=0."
+                )
             mask = model_kwargs.get("attention_mask")
             run = Decoding(model, state, input_ids, mask, logits_processor, stopping_criteria, generation_config)
             return run.result(run.tokens_of())
@@ -174,11 +187,15 @@ class Decoding:
             first = self._choose(self._process(last_BV, [[] for _ in range(batch)]))[0]
         for row, token in enumerate(first):
             self._emit(row, [token])
+        steps = 0
         while not all(self.done):
-            drafts, drafted = self._draft()
+            steps += 1
+            plain = steps % PLAIN_EVERY == PLAIN_EVERY // 2
+            trees, drafted = ([DraftTree() for _ in range(batch)], []) if plain else self._draft()
             before = self.mask_BS.shape[1]
-            accepted = self._verify(drafts, drafted)
-            self._align(accepted, before + max(accepted) + 1)
+            with self.speculator.timed("plain" if plain else "verify"):
+                places = self._verify(trees, drafted)
+            self._keep(places, before)
             self._search()
         self.speculator.window = None
         pad = self.config._pad_token_tensor
@@ -195,9 +212,10 @@ class Decoding:
 
         return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
 
-    def _forward(self, ids: Tensor, mask_BS: Tensor, cache: Any = None) -> Tensor:
-        """Logits of new tokens, given the mask of all slots after them."""
-        positions = (mask_BS.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    def _forward(self, ids: Tensor, mask_BS: Any, cache: Any = None, positions: Tensor | None = None) -> Tensor:
+        """Logits of new tokens, given the mask of all slots after them, or any mask with their positions."""
+        if positions is None:
+            positions = (mask_BS.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         cache = self.cache if cache is None else cache
         output = self.model(
             input_ids=ids, attention_mask=mask_BS, position_ids=positions, use_cache=True, **{CACHE_NAME: cache}
@@ -209,17 +227,20 @@ class Decoding:
         """Logits after the processors of `generate`, which see each row's own tokens and the drafts ahead of them."""
         if not self.processors:
             return logits_BV
-        length, rows = self.prompt_BT.shape[1], []
-        for row, drafts in enumerate(ahead):
-            own = self.tokens_BN[row : row + 1, : length + self.counts[row]]
-            ids = torch.cat([own, own.new_tensor([list(drafts)])], 1) if drafts else own
-            rows.append(self.processors(ids, logits_BV[row : row + 1]))
-        return torch.cat(rows)
+        return torch.cat([self._process_row(row, drafts, logits_BV[row : row + 1]) for row, drafts in enumerate(ahead)])
 
-    def _choose(self, logits_BV: Tensor) -> tuple[list[int], Tensor]:
+    def _process_row(self, row: int, drafts: Sequence[int], logits_1V: Tensor) -> Tensor:
+        if not self.processors:
+            return logits_1V
+        own = self.tokens_BN[row : row + 1, : self.prompt_BT.shape[1] + self.counts[row]]
+        ids = torch.cat([own, own.new_tensor([list(drafts)])], 1) if drafts else own
+        found: Tensor = self.processors(ids, logits_1V)
+        return found
+
+    def _choose(self, logits_BV: Tensor, likeliest: bool = False) -> tuple[list[int], Tensor]:
         """A token per row, and the distribution it came from."""
         probs_BV = logits_BV.softmax(-1)
-        if self.sampling:
+        if self.sampling and not likeliest:
             return torch.multinomial(probs_BV, 1)[:, 0].tolist(), probs_BV
         return logits_BV.argmax(-1).tolist(), probs_BV
 
@@ -239,10 +260,11 @@ class Decoding:
         ends = torch.tensor(self.counts, device=self.prompt_BT.device) + self.prompt_BT.shape[1] - 1
         return self.tokens_BN.gather(1, ends[:, None])
 
-    def _draft(self) -> tuple[list[list[int]], list[Tensor]]:
-        """Draft tokens per row, and the distributions [B, V] of each step."""
+    def _draft(self) -> tuple[list[DraftTree], list[Tensor]]:
+        """Drafts per row, and the distributions [B, V] of each step of the chain."""
         batch, slots = self.mask_BS.shape
-        drafts: list[list[int]] = [[] for _ in range(batch)]
+        trees: list[DraftTree] = [DraftTree() for _ in range(batch)]
+        chains: list[list[int]] = [[] for _ in range(batch)]
         distributions: list[Tensor] = []
         open_rows = [not done for done in self.done]
         room = (
@@ -254,13 +276,16 @@ class Decoding:
         with self.speculator.timed("draft"), _drafting(self.state.draft):
             for _ in range(min(self.speculator.draft_tokens, room - 1)):
                 mask = nn.functional.pad(mask, (0, 1), value=1)
-                logits_BV = self._process(self._forward(ids, mask)[:, -1], drafts)
-                tokens, probs_BV = self._choose(logits_BV)
+                logits_BV = self._process(self._forward(ids, mask)[:, -1], chains)
+                # a tree is compared with what the model draws, so that its own tokens need not be drawn
+                tokens, probs_BV = self._choose(logits_BV, likeliest=bool(self.speculator.branches))
                 distributions.append(probs_BV)
+                beside = self._alternatives(tokens, probs_BV)
                 sure = (probs_BV.amax(-1) >= self.speculator.stop_below).tolist()
                 for row in range(batch):
                     if open_rows[row]:
-                        drafts[row].append(tokens[row])
+                        trees[row].add(tokens[row], beside[row])
+                        chains[row].append(tokens[row])
                         open_rows[row] = sure[row]
                 if not any(open_rows):
                     break
@@ -268,58 +293,95 @@ class Decoding:
         for layer in self.cache.layers:
             if layer.is_initialized and layer.keys.shape[-2] > slots:
                 layer.keys, layer.values = layer.keys[..., :slots, :], layer.values[..., :slots, :]
-        return drafts, distributions
+        return trees, distributions
 
-    def _verify(self, drafts: list[list[int]], distributions: list[Tensor]) -> list[int]:
-        """Accept drafts of each row as the whole model would have chosen them, add one token of its own; returns how
-        many were accepted."""
-        longest = max(len(row) for row in drafts)
-        padded = [row + [0] * (longest - len(row)) for row in drafts]
+    def _alternatives(self, tokens: Sequence[int], probs_BV: Tensor) -> list[list[int]]:
+        """Tokens beside each row's draft that are likely enough."""
+        count = min(self.speculator.branches, probs_BV.shape[1] - 1)
+        if not count:
+            return [[] for _ in tokens]
+        best_BK, index_BK = probs_BV.topk(count + 1)
+        likely = (best_BK >= self.speculator.branch_above).tolist()
+        return [
+            [other for other, able in zip(row, enough, strict=True) if able and other != token][:count]
+            for row, enough, token in zip(index_BK.tolist(), likely, tokens, strict=True)
+        ]
+
+    def _verify(self, trees: list[DraftTree], distributions: list[Tensor]) -> list[list[int]]:
+        """Accept drafts of each row as the whole model would have chosen them, add one token of its own; returns the
+        places of the pass that each row keeps."""
+        branched = any(tree.length != len(tree.tokens) for tree in trees)
+        longest = max(len(tree.tokens) for tree in trees)
         last = self._last()
-        ids = torch.cat([last, last.new_tensor(padded).view(len(drafts), longest)], 1)
-        mask = nn.functional.pad(self.mask_BS, (0, longest + 1), value=1)
-        with self.speculator.timed("verify"):
-            logits = self._forward(ids, mask)[:, -(longest + 1) :]
-            steps = [self._process(logits[:, i], [row[:i] for row in drafts]) for i in range(longest + 1)]
-            chosen = None if self.sampling else torch.stack([step.argmax(-1) for step in steps], 1).tolist()
-        accepted = []
-        for row, own in enumerate(drafts):
+        ids = last.new_tensor([tree.tokens + [0] * (longest - len(tree.tokens)) for tree in trees])
+        ids = torch.cat([last, ids.view(len(trees), longest)], 1)
+        before_BS = self.mask_BS
+        self.mask_BS = nn.functional.pad(before_BS, (0, longest + 1), value=1)
+        if branched:
+            sees, positions = tree_inputs(before_BS, trees)
+            mask = tree_mask(before_BS, sees, positions, self.state.windows, self.model.dtype)
+            logits = self._forward(ids, mask, positions=positions)[:, -(longest + 1) :]
+        else:
+            logits = self._forward(ids, self.mask_BS)[:, -(longest + 1) :]
+        own = logits.argmax(-1).tolist() if not (self.sampling or self.processors) else None
+        places: list[list[int]] = []
+        for row, tree in enumerate(trees):
             if self.done[row]:
-                accepted.append(-1)
-            elif chosen is not None:
-                count = matching(own, chosen[row])
-                accepted.append(count)
-                self._emit(row, [*own[:count], chosen[row][count]])
+                places.append([])
+            elif self.sampling and not self.speculator.branches:
+                places.append(self._sample_chain(row, tree.tokens, distributions, logits))
             else:
-                targets = [step[row].softmax(-1) for step in steps]
-                tokens = speculative_sample(own, [q[row] for q in distributions], targets)
-                accepted.append(len(tokens) - 1)
+                tokens, kept = walk(tree, partial(self._own, row, logits, own))
+                places.append(kept)
                 self._emit(row, tokens)
-        live = [count for count in accepted if count >= 0]
-        self.speculator.count(sum(map(len, drafts)), sum(live), len(live))
-        self.mask_BS = mask
-        return [max(live) if count < 0 else count for count in accepted]
+        live = [len(kept) - 1 for kept in places if kept]
+        self.speculator.count(sum(tree.length for tree in trees), sum(live), len(live))
+        most = list(range(max(live) + 1))
+        return [kept or most for kept in places]
 
-    def _align(self, accepted: list[int], slots: int) -> None:
-        """Cut the cache after `slots`, and move rows that accepted less to the right."""
-        most = max(accepted)
-        self.mask_BS = self.mask_BS[:, :slots]
-        index_BS = None
-        if any(count != most for count in accepted):
-            shift_B = torch.tensor([most - count for count in accepted], device=self.mask_BS.device)
-            from_BS = torch.arange(slots, device=self.mask_BS.device)[None] - shift_B[:, None]
+    def _own(self, row: int, logits: Tensor, own: list[list[int]] | None, place: int, ahead: list[int]) -> int:
+        """The model's own token of a row after a place of the pass."""
+        if own is not None:
+            return own[row][place]
+        logits_1V = self._process_row(row, ahead, logits[row : row + 1, place])
+        return int(torch.multinomial(logits_1V.softmax(-1), 1)) if self.sampling else int(logits_1V.argmax())
+
+    def _sample_chain(self, row: int, drafts: list[int], distributions: list[Tensor], logits: Tensor) -> list[int]:
+        """Speculative sampling along a chain; the places kept."""
+        targets = [
+            self._process_row(row, drafts[:i], logits[row : row + 1, i])[0].softmax(-1) for i in range(len(drafts) + 1)
+        ]
+        tokens = speculative_sample(drafts, [q[row] for q in distributions], targets)
+        self._emit(row, tokens)
+        return list(range(len(tokens)))
+
+    def _keep(self, places: list[list[int]], before: int) -> None:
+        """Keep, of the slots after a pass, those of each row's places, right-aligned; drop slots empty in all rows."""
+        most = max(map(len, places))
+        slots = before + most
+        # what moves: nothing for equal chains, the new slots alone where all rows keep as many
+        chains = all(row == list(range(most)) for row in places)
+        first = before if all(len(row) == most for row in places) else 0
+        from_BS = None if chains else kept_slots(places, before)[:, first:].to(self.mask_BS.device)
+        if from_BS is not None:
             index_BS = from_BS.clamp(min=0)
-            self.mask_BS = self.mask_BS.gather(1, index_BS) * (from_BS >= 0)
+            moved = self.mask_BS.gather(1, index_BS) * (from_BS >= 0)
+            self.mask_BS = torch.cat([self.mask_BS[:, :first], moved], 1)
+        self.mask_BS = self.mask_BS[:, :slots]
         empty = int(self.mask_BS.amax(0).argmax())
         self.mask_BS = self.mask_BS[:, empty:]
         for layer in self.cache.layers:
             for name in ("keys", "values"):
-                stored = getattr(layer, name)[..., :slots, :]
-                if index_BS is not None:
-                    stored = stored.gather(
-                        2, index_BS[:, None, :, None].expand(-1, stored.shape[1], -1, stored.shape[3])
-                    )
-                setattr(layer, name, stored[..., empty:, :])
+                stored = getattr(layer, name)
+                if from_BS is not None:
+                    index = index_BS[:, None, :, None].expand(-1, stored.shape[1], -1, stored.shape[3])
+                    moved = stored.gather(2, index)
+                    if first:
+                        # into slots of this pass, which nothing else looks at
+                        stored[..., first:slots, :] = moved
+                    else:
+                        stored = moved
+                setattr(layer, name, stored[..., empty:slots, :])
 
     def _search(self) -> None:
         """Try one more set of parts to leave out."""
@@ -396,7 +458,7 @@ def speculation_changes(view: Any, speculator: Speculator) -> list[Change]:
     draft = DraftState()
     speculator.start(draft)
     changes = []
-    for index in range(1, len(view.blocks) - 1):
+    for index in range(1, len(view.blocks) - (not speculator.exits)):
         block, site = view.blocks[index], view.site(index)
         states: list[PartState | None] = []
         for part, label in zip(parts_of(block), ("attn", "mlp"), strict=True):
@@ -404,5 +466,5 @@ def speculation_changes(view: Any, speculator: Speculator) -> list[Change]:
             if part is not None:
                 changes.append(Change(f"{site}.{label}", part, PlannedPart, states[-1]))
         changes.append(Change(site, block, DraftBlock, DraftSite(index, draft, (states[0], states[1]))))
-    state = GeneratorState(draft, speculator)
+    state = GeneratorState(draft, speculator, tuple(view.windows))
     return changes + [Change("generate", module, SpeculativeGenerator, state) for module in view.generators]

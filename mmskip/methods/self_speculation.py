@@ -6,6 +6,7 @@ rolls back. Which parts are left out is searched for while decoding, on the toke
 
 import importlib.util
 import random
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from mmskip.registry import applied, apply_, register, remove_
 from mmskip.swap import Change, states
 
 SEARCHES = (None, "random", "bayes")
-PHASES = ("prefill", "draft", "verify", "search")
+PHASES = ("prefill", "draft", "verify", "plain", "search")
 Unit = tuple[int | None, int | None]
 
 
@@ -33,8 +34,12 @@ class SelfSpeculationConfig(MethodConfig):
     Args:
         skip_attn, skip_mlp: indices of blocks whose attention and whose MLP drafts leave out. None for both: the odd
             blocks first, up to `skip_share`. The first and the last block always run.
+        exit_after: drafts leave the model after so many blocks, >= 1, and use its norm and head there (early-exit
+            drafts); None: they leave out the sets above. No search then.
         draft_tokens: drafts per step at most, >= 1.
         stop_below: a row drafts no further after a token of less probability than this, in [0, 1].
+        branches: draft trees: tokens beside each draft at most, >= 0, which are verified in the same pass. 0: a chain.
+        branch_above: probability that a token beside a draft needs, in [0, 1].
         skip_share: of the attentions and MLPs between the first and the last block, how many a searched set leaves
             out, in (0, 1].
         search: None: the set stays; `"random"`: each step tries a random set; `"bayes"`: every `bayes_every`-th comes
@@ -51,8 +56,11 @@ class SelfSpeculationConfig(MethodConfig):
 
     skip_attn: Sequence[int] | None = None
     skip_mlp: Sequence[int] | None = None
+    exit_after: int | None = None
     draft_tokens: int = 25
     stop_below: float = 0.8
+    branches: int = 0
+    branch_above: float = 0.05
     skip_share: float = 0.45
     search: str | None = None
     window: int = 32
@@ -72,14 +80,21 @@ class SelfSpeculationConfig(MethodConfig):
                     check_count(f"{name}: index", value)
                 object.__setattr__(self, name, values)
         check_choice("search", self.search, SEARCHES)
+        if self.exit_after is not None:
+            check_count("exit_after", self.exit_after)
+            if self.exit_after < 1 or self.skip_attn is not None or self.search is not None:
+                raise ValueError(
+                    f"exit_after is {self.exit_after}; expected a number of blocks >= 1, without skip_attn, skip_mlp "
+                    "and search."
+                )
         check_ratio("skip_share", self.skip_share)
         for name in ("draft_tokens", "window", "patience", "bayes_every"):
             check_count(name, getattr(self, name))
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is 0; expected an integer >= 1.")
-        check_count("max_trials", self.max_trials)
-        check_count("seed", self.seed)
-        for name in ("stop_below", "enough"):
+        for name in ("max_trials", "seed", "branches"):
+            check_count(name, getattr(self, name))
+        for name in ("stop_below", "enough", "branch_above"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value!r}; expected a number in [0, 1].")
@@ -92,18 +107,19 @@ class Speculation:
     Attributes:
         units: what a draft may leave out.
         costs: share of the decoding FLOPs of the model that each unit takes.
-        seconds: by phase.
-        steps: verifications times rows; tokens: accepted drafts and one more per step; drafted, accepted: drafts.
+        seconds: by phase; plain_s: of each step that was taken without drafts.
+        passes: verifications; steps: the same times rows, each of which gives the drafts accepted and one token more.
+        drafted, accepted: drafts.
         best, trials, stale: share of the window that the present set gets right, sets tried, those since a better one.
     """
 
     config: SelfSpeculationConfig
     units: list[Unit]
     costs: list[float]
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("prefill", "draft", "verify", "search"), 0.0)
-    )
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    plain_s: list[float] = field(default_factory=list)
     steps: int = 0
+    passes: int = 0
     drafted: int = 0
     accepted: int = 0
     best: float | None = None
@@ -115,6 +131,8 @@ class Speculation:
 
     def __post_init__(self) -> None:
         self.draft_tokens, self.stop_below = self.config.draft_tokens, self.config.stop_below
+        self.branches, self.branch_above = self.config.branches, self.config.branch_above
+        self.exits = self.config.exit_after is not None
         self.window_tokens = self.config.window
         self._random = random.Random(self.config.seed)
 
@@ -146,13 +164,17 @@ class Speculation:
         try:
             yield
         finally:
-            self.seconds[what] += time.perf_counter() - begin
+            took = time.perf_counter() - begin
+            self.seconds[what] += took
+            if what == "plain":
+                self.plain_s.append(took)
 
     def count(self, drafted: int, accepted: int, rows: int) -> None:
         """Told after each step."""
         self.drafted += drafted
         self.accepted += accepted
         self.steps += rows
+        self.passes += 1
 
     def trial(self, draft: Any, matchness: Callable[[], float]) -> None:
         """Measure the next set of parts, and keep the better one."""
@@ -181,18 +203,36 @@ class Speculation:
         passes = self.steps + self.drafted * self.draft_share
         return (self.accepted + self.steps) / passes if passes else 1.0
 
+    def _left_out(self, part: int) -> list[int]:
+        return sorted(index for index in (self.units[i][part] for i in self.chosen) if index is not None)
+
+    @property
+    def measured_speedup(self) -> float | None:
+        """Seconds that plain steps would take for the same tokens, by the median of those taken, over the seconds that
+        drafts, verification and search took; None before a plain step. The prompt is not counted."""
+        if not self.plain_s or not self.steps:
+            return None
+        spent = sum(self.seconds[phase] for phase in ("draft", "verify", "plain", "search"))
+        rows = self.steps / self.passes
+        return (self.accepted + self.steps) / rows * statistics.median(self.plain_s) / spent
+
     def __str__(self) -> str:
         tokens, ideal = self.accepted + self.steps, self.ideal_speedup
         kept = self.accepted / self.drafted if self.drafted else 0.0
         lines = [
             f"{tokens} tokens in {self.steps} steps; {kept:.1%} of {self.drafted} drafts accepted",
-            f"a draft takes {self.draft_share:.1%} of the FLOPs of a token; attention and MLP left out: "
-            f"{sorted(self.units[i] for i in self.chosen if self.units[i][0] is not None)}, "
-            f"{[self.units[i][1] for i in sorted(self.chosen) if self.units[i][1] is not None]}",
+            f"a draft takes {self.draft_share:.1%} of the FLOPs of a token; it leaves out the attention of blocks "
+            f"{self._left_out(0)} and the MLP of {self._left_out(1)}",
             f"counted speed-up where a pass costs the same for one token and for several: {ideal:.2f}"
             + ("" if ideal > 1 else " - SLOWER than plain decoding"),
             "seconds: " + ", ".join(f"{name} {value:.3f}" for name, value in self.seconds.items()),
         ]
+        if self.measured_speedup is not None:
+            fast = self.measured_speedup
+            lines.append(
+                f"measured against the {len(self.plain_s)} steps taken without drafts: {fast:.2f}"
+                + ("" if fast > 1 else " - SLOWER than plain decoding")
+            )
         if self.config.search is not None:
             lines.append(f"search: {self.trials} sets tried, best agrees on {self.best or 0:.1%} of the window")
         return "\n".join(lines)
@@ -209,6 +249,8 @@ def first_set(config: SelfSpeculationConfig, units: Sequence[Unit]) -> frozenset
     Raises:
         ValueError: the config names a part that cannot be left out.
     """
+    if config.exit_after is not None:
+        return frozenset(range(len(units)))
     if config.skip_attn is None or config.skip_mlp is None:
         odd = [i for i, unit in enumerate(units) if next(x for x in unit if x is not None) % 2 == 1]
         rest = [i for i in range(len(units)) if i not in odd]
@@ -266,7 +308,12 @@ def speculate(config: SelfSpeculationConfig, view: PlanView) -> list[Change]:
     """The changes by which a decoder decodes by speculation."""
     if config.search == "bayes" and importlib.util.find_spec("sklearn") is None:
         raise ValueError("search='bayes' needs scikit-learn: pip install 'mmskip[search]', or search='random'.")
-    units, count = view.draft_units(), len(view.blocks)
+    count = len(view.blocks)
+    units: list[Unit] = view.draft_units()
+    if config.exit_after is not None:
+        if config.exit_after >= count:
+            raise ValueError(f"exit_after is {config.exit_after}; this model has {count} blocks, drafts need fewer.")
+        units = [(index, index) for index in range(config.exit_after, count)]
     total = view.head_flops() + sum(view.block_flops(i, "block", CONTEXT) for i in range(count))
     costs = []
     for attn, mlp in units:

@@ -7,6 +7,7 @@ from tiny_decoders import HYBRIDS, VOCAB, sharpen, tiny_decoder
 import mmskip
 from mmskip import LayerPlanConfig, SelfSpeculationConfig
 from mmskip.methods.self_speculation import speculation
+from mmskip.ops.hf_attention import register_attention
 from mmskip.ops.speculative import matching, speculative_sample
 
 FAMILIES = (
@@ -67,6 +68,70 @@ def test_greedy_tokens_are_those_of_generate(name, batch):
     assert 0 < accepted < drafted
 
 
+QUICK_TREES = ("llama", "qwen3_mixed_window", "gemma3_text", "gpt2", "opt", "gpt_oss")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK_TREES else pytest.mark.slow) for n in FAMILIES]
+)
+def test_draft_trees_give_the_tokens_of_generate(name):
+    mask = torch.ones_like(IDS[:4])
+    mask[1, :4] = mask[2, :2] = 0
+    model, config = drafting(name, quiet=2.0, branches=2, branch_above=0.0)
+    for batch in (1, 4) if name == "llama" else (4,):
+        call = {**CALL, "attention_mask": mask[:batch], "do_sample": False}
+        expected = model.generate(IDS[:batch], **call)
+        mmskip.apply_(model, config)
+        assert torch.equal(model.generate(IDS[:batch], **call), expected)
+        mmskip.remove_(model)
+
+
+def test_a_tree_accepts_what_a_chain_misses():
+    accepted = {}
+    for branches in (0, 4):
+        model, config = drafting(quiet=3.0, branches=branches, branch_above=0.0)
+        mmskip.apply_(model, config)
+        model.generate(IDS, do_sample=False, repetition_penalty=1.1, **CALL)
+        accepted[branches] = speculation(model).accepted / speculation(model).steps
+    assert accepted[4] > 1.2 * accepted[0]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_mixed_window", "gpt2"])
+def test_early_exit_drafts(name):
+    model, config = drafting(name, quiet=0.5, exit_after=2)
+    expected = model.generate(IDS, do_sample=False, **CALL)
+    mmskip.apply_(model, config)
+    assert torch.equal(model.generate(IDS, do_sample=False, **CALL), expected)
+    told = speculation(model)
+    assert 0 < told.accepted < told.drafted and 0.2 < told.draft_share < 0.5
+    assert "attention of blocks [2, 3, 4, 5]" in str(told)
+
+
+def test_early_exit_drafts_are_those_of_the_first_blocks():
+    model, config = drafting(quiet=0.5, exit_after=3)
+    with torch.no_grad():  # the rest of the model does nothing, so that every draft is right
+        for block in model.model.layers[3:]:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+    mmskip.apply_(model, config)
+    model.generate(IDS, do_sample=False, **CALL)
+    assert speculation(model).accepted == speculation(model).drafted
+
+
+def test_long_runs_measure_plain_steps_and_say_what_they_find():
+    model, config = drafting(quiet=4.0, draft_tokens=1)
+    call = {**CALL, "max_new_tokens": 60, "do_sample": False}
+    expected = model.generate(IDS[:2], **call)
+    mmskip.apply_(model, config)
+    assert torch.equal(model.generate(IDS[:2], **call), expected)
+    told = speculation(model)
+    assert len(told.plain_s) == 1 and told.passes >= 32 and told.measured_speedup > 0
+    told.plain_s[:] = [told.seconds["verify"] + told.seconds["draft"]] * 3
+    assert "measured" in str(told) and "SLOWER" not in str(told).splitlines()[-1]
+    told.plain_s[:] = [1e-9]
+    assert "SLOWER" in str(told).splitlines()[-1]
+
+
 def test_rows_that_end_early_are_padded_as_generate_pads_them():
     model, config = drafting(quiet=0.5)
     free = model.generate(IDS, do_sample=False, **CALL)
@@ -95,10 +160,11 @@ def test_stop_rule_and_lengths():
     assert 0 < told.drafted <= told.steps  # no token is that sure, so every step ends after one draft
 
 
-def test_sampled_tokens_have_the_distribution_of_the_model():
+@pytest.mark.parametrize("branches", [0, 2])
+def test_sampled_tokens_have_the_distribution_of_the_model(branches):
     """Chi-square test of pairs of sampled tokens against the model's exact probabilities."""
     vocabulary, rows = 7, 2000
-    model, config = drafting(quiet=0.5, draft_tokens=2)
+    model, config = drafting(quiet=0.5, draft_tokens=2, branches=branches)
     head = model.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight[:vocabulary] * 0.15)
     ids = IDS[:1, :5] % vocabulary
@@ -204,3 +270,12 @@ def test_models_that_do_not_fit_are_refused():
         SelfSpeculationConfig(draft_tokens=0)
     with pytest.raises(ValueError, match=r"stop_below is 2.*\[0, 1\]"):
         SelfSpeculationConfig(stop_below=2)
+    with pytest.raises(ValueError, match=r"exit_after is 2; expected.*without skip_attn"):
+        SelfSpeculationConfig(exit_after=2, search="random")
+    with pytest.raises(ValueError, match="this model has 6 blocks"):
+        mmskip.apply_(drafting()[0], SelfSpeculationConfig(exit_after=6))
+    ragged = mmskip.apply_(drafting()[0], SelfSpeculationConfig(branches=1))
+    register_attention()
+    ragged.config._attn_implementation = "mmskip_ragged"
+    with pytest.raises(ValueError, match="branches=0"):
+        ragged.generate(IDS, do_sample=False, **CALL)
