@@ -77,6 +77,17 @@ def read_captions(path: str | Path, split: str | None = None) -> tuple[list[Capt
     return kept, report
 
 
+def read_split(path: str | Path, split: str) -> tuple[list[CaptionedImage], LoadReport]:
+    """One split: of Karpathy's file the images of that split, of COCO's all (its files hold one split each).
+
+    Raises:
+        ValueError: see `read_captions`.
+    """
+    content = _read(Path(path))
+    official = isinstance(content, dict) and "annotations" in content
+    return read_captions(path, None if official else split)
+
+
 def _captioned(image: CaptionedImage, report: LoadReport) -> CaptionedImage | None:
     captions = tuple(text for caption in image.captions if (text := caption.strip()))
     report.add("empty caption", str(image.image_id), len(image.captions) - len(captions))

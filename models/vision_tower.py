@@ -1,4 +1,4 @@
-"""Frozen vision towers from timm and open_clip: frames in, CLS + pooled grid tokens out.
+"""Vision towers from timm and open_clip, frozen or trained: frames in, CLS + pooled grid tokens out.
 
 Shapes: F frames, H and W pixels, G grid side, N = 1 + G * G tokens per frame, C channels.
 """
@@ -17,7 +17,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 
 class VisionTower(nn.Module):
-    """A frozen image encoder that turns each frame into N = 1 + G * G tokens.
+    """An image encoder that turns each frame into N = 1 + G * G tokens; frozen, unless it is to be trained.
 
     The first token is the model's CLS token (its attention pool where it has one, as SigLIP does; the mean of the
     patches where it has neither); the others are the patch grid, average-pooled to G x G, row by row.
@@ -30,6 +30,7 @@ class VisionTower(nn.Module):
         image_size: side of the square input, pixels; None: the model's own.
         tower_kwargs: further arguments of `timm.create_model` or `open_clip.create_model`.
         seed: of random weights.
+        trained: let the weights be trained: they get gradients, and the tower follows `train()`.
 
     Raises:
         ValueError: unknown library or model name (near names are listed), weights that cannot be had, or a grid finer
@@ -48,13 +49,14 @@ class VisionTower(nn.Module):
         image_size: int | None = None,
         tower_kwargs: dict[str, Any] | None = None,
         seed: int = 0,
+        trained: bool = False,
     ) -> None:
         super().__init__()
         library, model_name, tag = check_tower_name(name)
         if grid < 1:
             raise ValueError(f"grid must be at least 1, got {grid}")
         kwargs = tower_kwargs or {}
-        self.grid = grid
+        self.grid, self.trained = grid, trained
         self.features_id = tower_id(name, pretrained, grid, image_size, tower_kwargs, seed)
         load = pretrained or tag is not None
         with torch.random.fork_rng(devices=[]):
@@ -67,7 +69,7 @@ class VisionTower(nn.Module):
         self.image_size: int = size
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        self.requires_grad_(False)
+        self.requires_grad_(trained)
         self.eval()
         with torch.no_grad():
             cls, patches = self._features(torch.zeros(1, 3, size, size))
@@ -84,10 +86,9 @@ class VisionTower(nn.Module):
         return 1 + self.grid**2
 
     def train(self, mode: bool = True) -> "VisionTower":
-        """Stays in evaluation mode: the tower is frozen."""
-        return super().train(False)
+        """A frozen tower stays in evaluation mode."""
+        return super().train(mode and self.trained)
 
-    @torch.no_grad()
     def forward(self, frames: Tensor) -> Tensor:
         """Encode frames.
 
@@ -99,6 +100,10 @@ class VisionTower(nn.Module):
         """
         if frames.ndim != 4 or frames.shape[1] != 3:
             raise ValueError(f"frames must be [F, 3, H, W], got {tuple(frames.shape)}")
+        with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
+            return self._tokens(frames)
+
+    def _tokens(self, frames: Tensor) -> Tensor:
         dtype = next(self.model.parameters()).dtype
         images = frames.to(dtype).div(255) if frames.dtype == torch.uint8 else frames.to(dtype)
         size = (self.image_size, self.image_size)

@@ -1,0 +1,260 @@
+"""The embedded set of captions and entailment pairs: pictures of the generated scenes, made on first use.
+
+Captions name the objects in reading order with their places. A pair asks about the thing at a place, which is named
+directly or by way of up to two other things ("the thing below the thing right of the red ring is blue"): the number of
+steps is the difficulty of a sample. A thing that would be where the wall is cannot be seen, so that the label is
+"neutral". Labels are balanced whatever the words, so neither task can be done without the picture.
+
+The files have the formats of COCO and SNLI-VE:
+
+    manifest.json           the settings, written first
+    <split>/images/<id>.png
+    <split>/pairs.jsonl
+    <split>/captions.json   written last: it marks a finished split
+
+Shapes: S side of a picture in pixels.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from mmskip.datasets.scene import COLOURS, SHAPES, SIDES, SIZES, Cell, SceneConfig, Thing, World, draw_world
+from mmskip.datasets.snli_ve import LABELS
+from mmskip.files import write_json, write_text
+
+SPLITS = ("train", "val", "test")
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
+RELATIONS = {"left of": SIDES["left"], "right of": SIDES["right"], "above": SIDES["top"], "below": SIDES["bottom"]}
+_FORMAT = 1  # raised when the same settings give other files
+
+
+@dataclass(frozen=True)
+class SceneCaptionsConfig:
+    """Settings of the embedded set.
+
+    Attributes:
+        train, val, test: pictures per split, >= 1; each has one caption.
+        pairs: entailment pairs per picture, >= 0.
+        steps: how often a pair has 0, 1, 2, ... steps between the thing that is named and the one asked about, where
+            the picture allows it; 1 to 4 weights.
+        seed: of all random numbers, >= 0.
+        image_size: S, >= 24.
+        colours, shapes: how many of each exist, 2..6 and 2..7.
+        least, most: objects on a picture, 1..8 each.
+    """
+
+    train: int = 6000
+    val: int = 400
+    test: int = 800
+    pairs: int = 6
+    steps: tuple[float, ...] = (0.3, 0.35, 0.35)
+    seed: int = 0
+    image_size: int = 48
+    colours: int = 4
+    shapes: int = 4
+    least: int = 2
+    most: int = 4
+
+    def __post_init__(self) -> None:
+        limits = dict.fromkeys(SPLITS, (1, 10**6)) | {
+            "pairs": (0, 100),
+            "seed": (0, 2**32),
+            "image_size": (24, 960),
+            "colours": (2, len(COLOURS)),
+            "shapes": (2, len(SHAPES)),
+            "least": (1, 8),
+            "most": (self.least, 8),
+        }
+        for name, (low, high) in limits.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"SceneCaptionsConfig.{name} must be in {low}..{high}, got {getattr(self, name)}")
+        if not 1 <= len(self.steps) <= 4 or min(self.steps) < 0 or not sum(self.steps) > 0:
+            raise ValueError(f"SceneCaptionsConfig.steps must be 1 to 4 weights >= 0, not all 0, got {self.steps}")
+        if self.most > self.colours * self.shapes:
+            raise ValueError(f"SceneCaptionsConfig.most={self.most} is more than there are kinds of objects")
+
+    @property
+    def id(self) -> str:
+        """Ten characters that name these settings, for folders."""
+        text = json.dumps({"format": _FORMAT, **asdict(self)}, sort_keys=True)
+        return sha256(text.encode()).hexdigest()[:10]
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A sentence about a picture.
+
+    Attributes:
+        text: the hypothesis.
+        label: one of `mmskip.datasets.snli_ve.LABELS`.
+        steps: from the thing that is named to the one asked about.
+    """
+
+    text: str
+    label: str
+    steps: int
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of the set: its world, what is to be said of it, and statements about it."""
+
+    world: World
+    caption: str
+    statements: tuple[Statement, ...]
+
+
+def picture_of(config: SceneCaptionsConfig, split: str, index: int) -> tuple[Picture, np.random.Generator]:
+    """Picture `index` of a split, and the random numbers of its looks. The same settings give the same."""
+    seeds = np.random.SeedSequence([config.seed, SPLITS.index(split), index]).spawn(2)
+    plan, looks = (np.random.default_rng(seed) for seed in seeds)
+    world = _world(config, plan)
+    statements = tuple(_statement(config, world, plan) for _ in range(config.pairs))
+    return Picture(world, _caption(world), statements), looks
+
+
+def image_id(split: str, index: int) -> int:
+    """COCO's number of a picture, unique over the splits."""
+    return SPLITS.index(split) * 10**6 + index
+
+
+def _world(config: SceneCaptionsConfig, rng: np.random.Generator) -> World:
+    """A wall and objects of different kinds in different cells."""
+    cells = [(int(n) % 3, int(n) // 3) for n in rng.permutation(9)]
+    count = int(rng.integers(config.least, config.most + 1))
+    kinds = rng.permutation(config.colours * config.shapes)[:count]
+    things = []
+    for kind, cell in zip(kinds.tolist(), cells[1:], strict=False):
+        colour, shape = list(COLOURS)[kind % config.colours], SHAPES[kind // config.colours]
+        thing = Thing(colour, shape, list(SIZES)[rng.integers(len(SIZES))], cell)
+        thing.path[0] = cell
+        things.append(thing)
+    scene = SceneConfig(ticks=8, colours=config.colours, shapes=config.shapes, rest=0.9)
+    return World(tuple(things), cells[0], (), scene)
+
+
+def _place(cell: Cell) -> str:
+    column, row = cell
+    return f"{ROWS[row]} {COLUMNS[column]}"
+
+
+def _caption(world: World) -> str:
+    things = sorted(world.things, key=lambda thing: thing.cell[::-1])
+    return " and ".join(f"a {thing.kind} at {_place(thing.cell)}" for thing in things)
+
+
+# --- statements -----------------------------------------------------------------------------------------------------
+
+
+def _chains(world: World, steps: int) -> list[tuple[str, Cell]]:
+    """Descriptions of things by way of `steps` others, with the cell each leads to: that of an object or of the wall.
+    All on the way but the last is an object; the way never goes back."""
+    at = {thing.cell: thing for thing in world.things}
+    if steps == 0:
+        return [(f"the thing at {_place(cell)}", cell) for cell in (*at, world.wall)]
+    found = []
+    for thing in world.things:
+        ways: list[tuple[str, tuple[Cell, ...]]] = [(f"the {thing.kind}", (thing.cell,))]
+        for _ in range(steps):
+            ways = [
+                (f"the thing {name} {text}", (*path, target))
+                for text, path in ways
+                if path[-1] in at
+                for name, (x, y) in RELATIONS.items()
+                if (target := (path[-1][0] + x, path[-1][1] + y)) not in path and target in (*at, world.wall)
+            ]
+        found += [(text, path[-1]) for text, path in ways]
+    return found
+
+
+def _statement(config: SceneCaptionsConfig, world: World, rng: np.random.Generator) -> Statement:
+    """One statement: its label is drawn before its words."""
+    weights = np.array(config.steps)
+    label = LABELS[rng.integers(len(LABELS))]
+    for steps in rng.choice(len(weights), len(weights), replace=True, p=weights / weights.sum()).tolist() + [0]:
+        hidden = label == "neutral"
+        chains = [chain for chain in _chains(world, steps) if (chain[1] == world.wall) == hidden]
+        if chains:
+            break
+    text, cell = chains[rng.integers(len(chains))]
+    by_colour = rng.random() < 0.5
+    known = list(COLOURS)[: config.colours] if by_colour else list(SHAPES[: config.shapes])
+    thing = next((thing for thing in world.things if thing.cell == cell), None)
+    true = None if thing is None else thing.colour if by_colour else thing.shape
+    others = [word for word in known if word != true]
+    word = true if label == "entailment" else others[rng.integers(len(others))]
+    return Statement(f"{text} is {word if by_colour else f'a {word}'}", label, steps)
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def generate_captions(root: str | Path, config: SceneCaptionsConfig | None = None, progress: bool = True) -> Path:
+    """Write the set into a folder; finished splits are kept, so an interrupted run is taken up.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the folder holds a set of other settings.
+    """
+    root, config = Path(root), config or SceneCaptionsConfig()
+    manifest = json.dumps({"format": _FORMAT, **asdict(config)}, indent=1)
+    path = root / "manifest.json"
+    if path.exists() and path.read_text() != manifest:
+        raise ValueError(f"{root} holds a caption set of other settings; give another folder, or delete this one")
+    write_text(manifest, path)
+    for split in SPLITS:
+        folder = root / split
+        if (folder / "captions.json").exists():
+            continue
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        count = getattr(config, split)
+        bar = tqdm(range(count), desc=f"generating {split} pictures", unit="picture", disable=not progress)
+        records = [_write_picture(folder / "images", config, split, index) for index in bar]
+        write_text("".join(json.dumps(pair) + "\n" for _, pairs in records for pair in pairs), folder / "pairs.jsonl")
+        entries = [entry for entry, _ in records]
+        content = {
+            "images": [{"id": entry["image_id"], "file_name": _file(entry["image_id"])} for entry in entries],
+            "annotations": [{"id": entry["image_id"], **entry} for entry in entries],
+        }
+        write_json(content, folder / "captions.json", indent=None)
+    return root
+
+
+def _file(number: int) -> str:
+    return f"{number:07d}.png"
+
+
+def _write_picture(
+    folder: Path, config: SceneCaptionsConfig, split: str, index: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Write a picture; returns its annotation and its pairs."""
+    picture, looks = picture_of(config, split, index)
+    number = image_id(split, index)
+    Image.fromarray(next(draw_world(picture.world, config.image_size, 1, looks))).save(folder / _file(number))
+    pairs = [
+        {
+            "pairID": f"{number}#{place}",
+            "Flickr30K_ID": _file(number),
+            "sentence2": statement.text,
+            "gold_label": statement.label,
+            "steps": statement.steps,
+        }
+        for place, statement in enumerate(picture.statements)
+    ]
+    return {"image_id": number, "caption": picture.caption}, pairs
+
+
+def scene_texts() -> Iterator[str]:
+    """Texts that hold every word of the set."""
+    yield from (*COLOURS, *SHAPES, *ROWS, *COLUMNS, *RELATIONS)
+    yield "a and at is the thing"

@@ -1,0 +1,213 @@
+"""Building a captioner: its text encoder-decoder, its image tower, and what both must know of the tokenizer.
+
+Shapes: L decoder layers, B rows, T tokens, D width.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from mmskip.families.hf_encoder_decoder import EncoderDecoderView, match
+from mmskip.models.language_model import refuse_unknown, torch_dtype
+
+LAYER_LOSSES = ("last", "sum", "uniform", "linear", "sqrt", "inverse")
+
+
+def layer_weights(name: str, layers: int) -> list[float]:
+    """Weights of the losses of the decoder's layers, first layer first.
+
+    | name | weight of layer l of L |
+    |---|---|
+    | `last` | 0 below the last, 1 there |
+    | `sum` | 1 (MuE) |
+    | `uniform` | 1 / L |
+    | `linear` | l, scaled to the sum 1 |
+    | `sqrt` | square root of l, scaled to the sum 1 |
+    | `inverse` | 1 / l, scaled to the sum 1: early layers weigh most |
+
+    Raises:
+        ValueError: another name.
+    """
+    refuse_unknown("layer_loss", [name], LAYER_LOSSES)
+    numbers = range(1, layers + 1)
+    if name == "last":
+        return [float(n == layers) for n in numbers]
+    if name == "sum":
+        return [1.0] * layers
+    kinds = {"uniform": [1.0] * layers, "linear": [float(n) for n in numbers]}
+    kinds |= {"sqrt": [math.sqrt(n) for n in numbers], "inverse": [1 / n for n in numbers]}
+    total = sum(kinds[name])
+    return [weight / total for weight in kinds[name]]
+
+
+def text_config(text: str | Mapping[str, Any]) -> PretrainedConfig:
+    """The configuration of an encoder-decoder: of a name or folder, or from a dict with `model_type`.
+
+    Raises:
+        ValueError: a name that is neither in the local cache nor to be reached, a model that is no encoder-decoder, an
+            unknown `model_type` or an unknown key of the dict.
+    """
+    if isinstance(text, str):
+        try:
+            config = AutoConfig.from_pretrained(text)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"text={text!r} is not a local folder with a Hugging Face model, not in the local cache and not to be "
+                f"downloaded from here ({str(error).splitlines()[0]}). Give a folder, download it first, or give a "
+                "dict with a model_type for a model from scratch."
+            ) from error
+    else:
+        values = dict(text)
+        model_type = values.pop("model_type", None)
+        try:
+            defaults = AutoConfig.for_model(model_type)
+        except ValueError as error:
+            raise ValueError(
+                f"text has model_type={model_type!r}; expected an encoder-decoder that transformers knows, such as "
+                "'bart', 'mbart', 't5' or 'florence2'"
+            ) from error
+        refuse_unknown("text", values, {*defaults.to_dict(), *getattr(defaults, "attribute_map", {})})
+        config = AutoConfig.for_model(model_type, **copy.deepcopy(values))
+    if _auto(config) is None:
+        raise ValueError(
+            f"text has model_type={config.model_type!r}, which is no encoder-decoder with text generation; expected "
+            "one such as 'bart', 'mbart', 't5' or 'florence2'"
+        )
+    return config
+
+
+def _auto(config: PretrainedConfig) -> Any:
+    """The auto class of an encoder-decoder's generating model, or None."""
+    if type(config) in AutoModelForSeq2SeqLM._model_mapping:
+        return AutoModelForSeq2SeqLM
+    images = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if images and config.model_type == "florence2" else None
+
+
+def sees(config: PretrainedConfig) -> bool:
+    """Whether the model has an image tower of its own (Florence-2)."""
+    return _auto(config) is AutoModelForImageTextToText
+
+
+def token_ids(tokenizer: Any, answers: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """What a model must know of its tokenizer, as plain numbers; `answers` are the ids of the three answers."""
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.pad_token_id
+    return {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "start_token_id": start,
+        "answers": [list(map(int, ids)) for ids in answers],
+    }
+
+
+def build_text(
+    text: str | Mapping[str, Any], config: PretrainedConfig, tokens: Mapping[str, Any], dtype: str, attention: str
+) -> PreTrainedModel:
+    """The encoder-decoder: weights by name, or random ones for a dict, with the tokenizer's ids.
+
+    Raises:
+        ValueError: an unknown dtype, or a tokenizer with more ids than a named model has embeddings.
+    """
+    auto = _auto(config)
+    kwargs: dict[str, Any] = {"dtype": torch_dtype(dtype), "attn_implementation": attention}
+    if isinstance(text, str):
+        model: Any = auto.from_pretrained(text, **kwargs)
+        room = model.get_input_embeddings().num_embeddings
+        if room < tokens["vocab_size"]:
+            raise ValueError(
+                f"the tokenizer has {tokens['vocab_size']} ids and {text!r} only {room} embeddings; give the tokenizer "
+                "of the model (data.tokenizer)"
+            )
+        return model
+    config = copy.deepcopy(config)
+    inner: Any = config.get_text_config() if sees(config) else config
+    ids = {
+        "pad_token_id": tokens["pad_token_id"],
+        "eos_token_id": tokens["eos_token_id"],
+        "bos_token_id": tokens["start_token_id"],
+        "decoder_start_token_id": tokens["start_token_id"],
+        "forced_bos_token_id": None,
+        "forced_eos_token_id": None,
+    }
+    inner.vocab_size = tokens["vocab_size"]
+    for owner in {id(inner): inner, id(config): config}.values():
+        for name, value in ids.items():
+            setattr(owner, name, value)
+    if sees(config):
+        config.image_token_id = tokens["pad_token_id"]  # pictures do not come by way of the prompt
+    model = auto.from_config(config, **kwargs)
+    for name, value in ids.items():
+        setattr(model.generation_config, name, value)
+    return model
+
+
+def view_of(model: nn.Module) -> EncoderDecoderView:
+    """The layers, norm and head of an encoder-decoder.
+
+    Raises:
+        ValueError: its structure is not known.
+    """
+    view, reason = match(model)
+    if view is None:
+        raise ValueError(f"text is no encoder-decoder whose layers are found: {reason}")
+    return view
+
+
+@contextmanager
+def captured(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """The states [B, T, D] behind each block, in the order in which they run inside the context."""
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, arguments: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [block.register_forward_hook(keep) for block in blocks]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def left_behind(blocks: Sequence[nn.Module], layers_B: Tensor) -> Iterator[None]:
+    """Every row keeps, inside the context, the state behind its layer: what an exit there would hand on. All blocks
+    run.
+
+    Args:
+        blocks: of an encoder, in order.
+        layers_B: LongTensor [B], layers that count for each row, 1 to the number of blocks.
+    """
+    handles = []
+    last: list[Tensor] = []
+
+    def hook(number: int) -> Any:
+        def run(module: nn.Module, arguments: Any, output: Any) -> Any:
+            after = output[0] if isinstance(output, tuple) else output
+            if last:
+                after = torch.where((layers_B >= number)[:, None, None], after, last[0])
+            last[:] = [after]
+            return (after, *output[1:]) if isinstance(output, tuple) else after
+
+        return run
+
+    for number, block in enumerate(blocks, 1):
+        handles.append(block.register_forward_hook(hook(number)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
