@@ -1,7 +1,7 @@
 """The embedded set of captions and entailment pairs: pictures of the generated scenes, made on first use.
 
 Captions name the objects in reading order with their places. A pair asks about the thing at a place, which is named
-directly or by way of up to two other things ("the thing below the thing right of the red ring is blue"): the number of
+directly or by way of one or two other things ("a blue thing is below the thing right of the red ring"): the number of
 steps is the difficulty of a sample. A thing that would be where the wall is cannot be seen, so that the label is
 "neutral". Labels are balanced whatever the words, so neither task can be done without the picture.
 
@@ -155,17 +155,17 @@ def _caption(world: World) -> str:
 
 
 def _chains(world: World, steps: int) -> list[tuple[str, Cell]]:
-    """Descriptions of things by way of `steps` others, with the cell each leads to: that of an object or of the wall.
+    """Descriptions of places by way of `steps` things, with the cell each leads to: that of an object or of the wall.
     All on the way but the last is an object; the way never goes back."""
     at = {thing.cell: thing for thing in world.things}
     if steps == 0:
-        return [(f"the thing at {_place(cell)}", cell) for cell in (*at, world.wall)]
+        return [(f"at {_place(cell)}", cell) for cell in (*at, world.wall)]
     found = []
     for thing in world.things:
         ways: list[tuple[str, tuple[Cell, ...]]] = [(f"the {thing.kind}", (thing.cell,))]
-        for _ in range(steps):
+        for step in range(steps):
             ways = [
-                (f"the thing {name} {text}", (*path, target))
+                (f"{name} {'the thing ' if step else ''}{text}", (*path, target))
                 for text, path in ways
                 if path[-1] in at
                 for name, (x, y) in RELATIONS.items()
@@ -191,7 +191,7 @@ def _statement(config: SceneCaptionsConfig, world: World, rng: np.random.Generat
     true = None if thing is None else thing.colour if by_colour else thing.shape
     others = [word for word in known if word != true]
     word = true if label == "entailment" else others[rng.integers(len(others))]
-    return Statement(f"{text} is {word if by_colour else f'a {word}'}", label, steps)
+    return Statement(f"a {f'{word} thing' if by_colour else word} is {text}", label, steps)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,113 @@
+"""The embedded captions and pairs: true of their pictures, balanced, deterministic, whole on disk."""
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from mmskip.datasets.coco import read_captions
+from mmskip.datasets.images import to_input
+from mmskip.datasets.scene_captions import (
+    COLUMNS,
+    RELATIONS,
+    ROWS,
+    SceneCaptionsConfig,
+    generate_captions,
+    image_id,
+    picture_of,
+)
+from mmskip.datasets.snli_ve import LABELS, read_pairs
+
+CONFIG = SceneCaptionsConfig(train=3, val=2, test=2, least=3, most=5)
+
+
+def cell_of(place: str) -> tuple[int, int]:
+    row, column = place.split()
+    return COLUMNS.index(column), ROWS.index(row)
+
+
+def judged(text: str, caption: str, wall: tuple[int, int]) -> str:
+    """The label of a statement, from the words alone: parsed from the inside out."""
+    things = {cell_of(" ".join(m[2:])): m[:2] for m in re.findall(r"a (\w+) (\w+) at (\w+) (\w+)", caption)}
+    word, place = re.fullmatch(r"a (\w+)(?: thing)? is (.*)", text).groups()
+    if place.startswith("at "):
+        cell = cell_of(place[3:])
+    else:
+        *steps, colour, shape = re.sub(r" the (thing )?", " | ", place).split(" | ")[:-1] + place.split()[-2:]
+        cell = next(cell for cell, kind in things.items() if kind == (colour, shape))
+        for name in reversed(steps):
+            x, y = RELATIONS[name]
+            cell = (cell[0] + x, cell[1] + y)
+    if cell == wall:
+        return "neutral"
+    return "entailment" if word in things[cell] else "contradiction"
+
+
+def test_captions_and_labels_are_true_of_the_world():
+    labels, steps = Counter(), Counter()
+    for index in range(120):
+        picture, _ = picture_of(CONFIG, "train", index)
+        assert picture.caption.count(" and ") == len(picture.world.things) - 1
+        for thing in picture.world.things:
+            assert f"a {thing.kind} at {ROWS[thing.cell[1]]} {COLUMNS[thing.cell[0]]}" in picture.caption
+        for statement in picture.statements:
+            assert judged(statement.text, picture.caption, picture.world.wall) == statement.label, statement
+            assert statement.text.count("the thing") == max(statement.steps - 1, 0)
+            labels[statement.label] += 1
+            steps[statement.steps] += 1
+    assert max(labels.values()) < 1.3 * min(labels.values())
+    assert min(steps[number] for number in range(3)) > 0.15 * sum(steps.values())
+
+
+def test_the_set_is_whole_deterministic_and_taken_up(tmp_path):
+    one, two = (generate_captions(tmp_path / name, CONFIG, progress=False) for name in ("one", "two"))
+    files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(two) for path in two.rglob("*") if path.is_file())
+    assert all((one / file).read_bytes() == (two / file).read_bytes() for file in files)
+    images, report = read_captions(one / "val" / "captions.json")
+    assert [image.image_id for image in images] == [image_id("val", 0), image_id("val", 1)]
+    assert not report.counts
+    pairs, _ = read_pairs(one / "train" / "pairs.jsonl")
+    assert len(pairs) == 3 * CONFIG.pairs
+    assert {pair.label for pair in pairs} <= set(LABELS)
+    (two / "test" / "captions.json").unlink()
+    before = (two / "train" / "pairs.jsonl").stat().st_mtime_ns
+    generate_captions(two, CONFIG, progress=False)
+    assert (two / "test" / "captions.json").read_bytes() == (one / "test" / "captions.json").read_bytes()
+    assert (two / "train" / "pairs.jsonl").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="other settings"):
+        generate_captions(one, SceneCaptionsConfig(train=4), progress=False)
+
+
+def test_splits_share_no_picture():
+    shown = [picture_of(CONFIG, split, index)[0] for split in ("train", "val") for index in range(3)]
+    assert len({picture.caption for picture in shown}) == len(shown)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"train": 0}, "SceneCaptionsConfig.train"),
+        ({"steps": ()}, "SceneCaptionsConfig.steps"),
+        ({"steps": (0.0, 0.0)}, "not all 0"),
+        ({"least": 5, "most": 4}, "SceneCaptionsConfig.most"),
+        ({"colours": 2, "shapes": 2, "most": 6}, "more than there are kinds"),
+    ],
+)
+def test_bad_settings_name_the_field(changed, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        SceneCaptionsConfig(**changed)
+
+
+def test_objects_show_in_the_picture(tmp_path):
+    root = generate_captions(tmp_path, CONFIG, progress=False)
+    picture, _ = picture_of(CONFIG, "val", 0)
+    from mmskip.datasets.coco import read_image
+
+    image = to_input(read_image(root / "val" / "images" / f"{image_id('val', 0):07d}.png"), None, 48).numpy()
+    cells = image.reshape(3, 3, 16, 3, 16)
+    spread = {(x, y): float(np.std(cells[:, y, :, x], axis=(1, 2)).max()) for x in range(3) for y in range(3)}
+    empty = [spread[cell] for cell in spread if cell not in {t.cell for t in picture.world.things}]
+    empty.remove(spread[picture.world.wall])
+    assert min(spread[thing.cell] for thing in picture.world.things) > max(empty)
