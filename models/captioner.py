@@ -20,6 +20,7 @@ from mmskip.families.hf_encoder_decoder import EncoderDecoderView
 from mmskip.models.captioner_build import (
     build_text,
     captured,
+    decoder_of,
     layer_weights,
     left_behind,
     sees,
@@ -261,7 +262,7 @@ class Captioner(StepLossModule):
         at = labels != IGNORE
         view = self.view
         with captured(view.decoder) as found:
-            self.llm.get_decoder()(
+            decoder_of(self.llm)(
                 input_ids=self._shifted(labels),
                 encoder_hidden_states=states,
                 encoder_attention_mask=mask,

@@ -166,6 +166,14 @@ def view_of(model: nn.Module) -> EncoderDecoderView:
     return view
 
 
+def decoder_of(model: Any) -> Any:
+    """The stack of decoder layers, without an output projection; some models name the encoder-decoder in them first."""
+    part = model.get_decoder()
+    while hasattr(part, "encoder"):
+        part = part.get_decoder()
+    return part
+
+
 @contextmanager
 def captured(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """The states [B, T, D] behind each block, in the order in which they run inside the context."""
