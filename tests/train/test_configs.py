@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import yaml
+from captioning import SMALL as CAPTIONS
+from captioning import TEXTS, florence2
 from chat_data import SMALL, TINY_VLM
 from drawing import UNET_OPTIONS
 from narration_data import LLAMA
 from trained_runs import coin_set
 
 from mmskip.datasets.generated import GeneratedConfig, generate
+from mmskip.datasets.scene_captions import generate_captions
 from mmskip.train.cli import CONFIGS, main
 from mmskip.train.runs import RunCLI
 
@@ -43,6 +46,8 @@ def tiny(recipe: str, root: Path) -> list[str]:
             "--trainer.accelerator=cpu",
             "--trainer.enable_progress_bar=false",
         ]
+    if config["model"]["class_path"].endswith("Captioner"):
+        return captioner_options(config["data"]["init_args"], root)
     if config["model"]["class_path"].endswith("Classifier"):
         counts = ["--data.train_count=12", "--data.val_count=12", "--data.batch_size=4"]
         return [
@@ -83,6 +88,37 @@ def tiny(recipe: str, root: Path) -> list[str]:
     return [*overrides, "--data.generated.train=3", "--data.generated.val=2", "--data.generated.test=1"]
 
 
+def captioner_options(data: dict[str, Any], root: Path) -> list[str]:
+    """Overrides of a captioner's recipe: a tiny model, and the embedded set in place of files to download."""
+    options = [
+        "--trainer.fast_dev_run=2",
+        "--trainer.accelerator=cpu",
+        "--trainer.precision=32-true",
+        "--trainer.enable_progress_bar=false",
+        "--model.max_new_tokens=4",
+        f"--data.root={root}",
+        "--data.batch_size=2",
+        "--data.num_workers=0",
+    ]
+    if "generated" in data:
+        small = {name: value for name, value in asdict(CAPTIONS).items() if name in ("train", "val", "test", "pairs")}
+        text = TEXTS["mbart"] | {"d_model": 64}
+        return [*options, f"--model.text={json.dumps(text)}", *(f"--data.generated.{k}={v}" for k, v in small.items())]
+    folder = generate_captions(root / "captions", CAPTIONS, progress=False)
+    named, name = ("captions", "captions.json") if "captions" in data else ("pairs", "pairs.jsonl")
+    splits = ("train", "val", "test")
+    files = {split: str(folder / split / name) for split in splits}
+    images = {split: str(folder / split / "images") for split in splits}
+    return [
+        *options,
+        f"--model.text={json.dumps(florence2())}",
+        f"--data.{named}={json.dumps(files)}",
+        f"--data.{named[:-1]}_images={json.dumps(images)}",
+        "--data.tokenizer=null",
+        "--data.image_size=48",
+    ]
+
+
 def test_there_are_recipes():
     assert {
         "videollm_mod.yaml",
@@ -91,6 +127,7 @@ def test_there_are_recipes():
         "videollm_mod_1gpu.yaml",
         "videollm_coin.yaml",
     } <= set(RECIPES)
+    assert {"mue.yaml", "mue_coco.yaml", "mue_snli_ve.yaml"} <= set(RECIPES)
     assert {"vlm_dense.yaml", "vlm_mod_lora.yaml", "vlm_router_only.yaml"} <= set(RECIPES)
 
 
