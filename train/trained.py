@@ -3,18 +3,21 @@
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 
+from mmskip.models.captioner import Captioner
 from mmskip.models.narrator import TokenIds
 from mmskip.models.video_llm import VideoLLM
 from mmskip.train.checkpoints import last_checkpoint
 
 TOKENIZER = "tokenizer"
+Model = TypeVar("Model", VideoLLM, Captioner)
+_KINDS: dict[type, str] = {VideoLLM: "video LLM", Captioner: "captioner"}
 
 
 @dataclass(frozen=True)
@@ -75,28 +78,36 @@ def load_model(run: TrainedRun, device: str | torch.device = "cpu", dtype: str |
     Raises:
         ValueError: an unreadable checkpoint, or one of another model.
     """
+    return _load(run, VideoLLM, {} if dtype is None else {"llm_dtype": dtype}).to(device).eval()
+
+
+def load_captioner(run: TrainedRun, device: str | torch.device = "cpu") -> Captioner:
+    """As `load_model`, for a captioner."""
+    return _load(run, Captioner, {}).to(device).eval()
+
+
+def _load(run: TrainedRun, kind: type[Model], changed: dict[str, Any]) -> Model:
     try:
         checkpoint = torch.load(run.checkpoint, map_location="cpu", weights_only=True)
         state, settings = checkpoint["state_dict"], checkpoint["hyper_parameters"]
     except Exception as error:  # torch raises many kinds for a file that is no checkpoint
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{run.checkpoint}: not a checkpoint of a training run ({reason})") from error
-    known = set(inspect.signature(VideoLLM.__init__).parameters) - {"self"}
+    known = set(inspect.signature(kind.__init__).parameters) - {"self"}
     named = (run.config.get("model") or {}).get("class_path", "")
-    if not known <= set(settings) or (named and named.rpartition(".")[2] != VideoLLM.__name__):
+    if not known <= set(settings) or (named and named.rpartition(".")[2] != kind.__name__):
         raise ValueError(
-            f"{run.checkpoint} holds no video LLM but {named or 'a model with ' + ', '.join(sorted(settings))}; "
-            "give the checkpoint of a run with model mmskip.models.video_llm.VideoLLM"
+            f"{run.checkpoint} holds no {_KINDS[kind]} but {named or 'a model with ' + ', '.join(sorted(settings))}; "
+            f"give the checkpoint of a run with model {kind.__module__}.{kind.__name__}"
         )
-    given = {name: settings[name] for name in known}
-    model = VideoLLM(**given | ({} if dtype is None else {"llm_dtype": dtype}))
+    model = kind(**{name: settings[name] for name in known} | changed)
     model.on_load_checkpoint(checkpoint)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         lines = " ".join(str(error).split())
         raise ValueError(f"{run.checkpoint}: its weights do not fit its settings ({lines[:300]})") from error
-    return model.to(device).eval()
+    return model
 
 
 def load_data(run: TrainedRun, class_path: str | None = None, **overrides: Any) -> Any:

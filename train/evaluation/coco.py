@@ -1,4 +1,4 @@
-"""`python evaluate.py coco`: the scores of a COCO result file."""
+"""`python evaluate.py coco`: the scores of a COCO result file, or of the captions of a checkpoint."""
 
 import argparse
 from pathlib import Path
@@ -6,30 +6,45 @@ from typing import Any
 
 from mmskip.datasets.coco import pair_up, read_captions, read_results
 from mmskip.files import write_json
+from mmskip.train.evaluation import captioning
+from mmskip.train.evaluation.captioners import add_run_arguments
 from mmskip.train.metrics.captions import JAVA_NAMES, DocumentFrequency, check_java, java_score, score_captions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The settings of `evaluate.py coco`."""
-    parser.add_argument("--results", required=True, help='the captions: [{"image_id": 1, "caption": "a dog"}, ...]')
-    parser.add_argument("--annotations", required=True, help="COCO's caption annotations, or dataset_coco.json")
-    parser.add_argument("--split", help="of dataset_coco.json: train, val or test")
+    parser.add_argument("--results", help='captions to score: [{"image_id": 1, "caption": "a dog"}, ...]')
+    add_run_arguments(parser)
+    parser.add_argument("--annotations", help="COCO's caption annotations, or dataset_coco.json")
+    parser.add_argument("--beams", type=int, help="when captioning (default: as trained)")
     parser.add_argument("--subset", action="store_true", help="score the captioned images alone if some have no result")
     parser.add_argument("--idf", help="annotations whose captions weigh CIDEr's words (default: those scored against)")
     parser.add_argument("--java", nargs="+", choices=JAVA_NAMES, default=[], help="scores that run in Java, as well")
-    parser.add_argument("--out", help="file for the scores (default: the results' name with .scores.json)")
 
 
 def run(options: argparse.Namespace) -> int:
     """Score, print, write; the exit status."""
     for name in options.java:
         check_java(name)
+    if (options.results is None) == (options.checkpoint is None):
+        raise ValueError("give either --results, a file of captions, or --checkpoint, a model that makes them")
+    if options.results is None:
+        return captioning.run(options, _frequency(options.idf))
+    if options.annotations is None:
+        raise ValueError("--results needs --annotations, the captions to score against")
+    return _score_file(options)
+
+
+def _frequency(path: str | None) -> DocumentFrequency | None:
+    if path is None:
+        return None
+    return DocumentFrequency.of({image.image_id: image.captions for image in read_captions(path)[0]})
+
+
+def _score_file(options: argparse.Namespace) -> int:
     images, report = read_captions(options.annotations, options.split)
     captions, references = pair_up(read_results(options.results), images, options.subset)
-    frequency = None
-    if options.idf:
-        frequency = DocumentFrequency.of({image.image_id: image.captions for image in read_captions(options.idf)[0]})
-    scores = score_captions(captions, references, frequency)
+    scores = score_captions(captions, references, _frequency(options.idf))
     totals, each = dict(scores.totals), scores.images
     for name in options.java:
         totals[name], parts = java_score(name, captions, references)

@@ -14,7 +14,8 @@ from mmskip.train.cli import told as own_message
 COMMANDS = {
     "ego4d": ("mmskip.train.evaluation.ego4d", "streaming narration: LM-PPL, LM-Correctness, TimeDiff, Fluency"),
     "coin": ("mmskip.train.evaluation.coin", "COIN: step, task, next, procedure and procedure+ accuracy"),
-    "coco": ("mmskip.train.evaluation.coco", "BLEU, ROUGE-L and CIDEr of a COCO result file (METEOR, SPICE with Java)"),
+    "coco": ("mmskip.train.evaluation.coco", "captions of a checkpoint or a result file: BLEU, ROUGE-L, CIDEr; exits"),
+    "snli_ve": ("mmskip.train.evaluation.snli_ve", "visual entailment: accuracy of a checkpoint, and of its exits"),
     "lm": ("mmskip.train.evaluation.lm", "a language model and a method: perplexity, greedy agreement, times"),
     "depth": ("mmskip.train.evaluation.depth", "what the layers of a language model do: effects, lens, erasure, maps"),
     "fid": ("mmskip.train.evaluation.fid", "generated images: Frechet distance, KID, precision and recall"),
