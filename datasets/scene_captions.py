@@ -179,7 +179,7 @@ def _statement(config: SceneCaptionsConfig, world: World, rng: np.random.Generat
     """One statement: its label is drawn before its words."""
     weights = np.array(config.steps)
     label = LABELS[rng.integers(len(LABELS))]
-    for steps in rng.choice(len(weights), len(weights), replace=True, p=weights / weights.sum()).tolist() + [0]:
+    for steps in [*rng.choice(len(weights), len(weights), p=weights / weights.sum()).tolist(), 0]:
         hidden = label == "neutral"
         chains = [chain for chain in _chains(world, steps) if (chain[1] == world.wall) == hidden]
         if chains:

@@ -4,8 +4,6 @@ Shapes: I images, R rows (texts), N image tokens, T prompt tokens, S states of a
 labelled positions, V vocabulary, A answers.
 """
 
-import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,8 +16,11 @@ from mmskip.datasets.captions import Texts
 from mmskip.datasets.chat_labels import IGNORE
 from mmskip.families.hf_encoder_decoder import EncoderDecoderView
 from mmskip.models.captioner_build import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     build_text,
     captured,
+    check_settings,
     decoder_of,
     layer_weights,
     left_behind,
@@ -28,11 +29,10 @@ from mmskip.models.captioner_build import (
     token_ids,
     view_of,
 )
-from mmskip.models.language_model import torch_dtype
 from mmskip.models.step_loss import StepLossModule
 from mmskip.models.vision_tower import VisionTower, check_tower_name
 from mmskip.train.metrics.captions import score_captions
-from mmskip.train.schedules import SCHEDULES, warmup_schedule
+from mmskip.train.schedules import warmup_schedule
 
 
 class Captioner(StepLossModule):
@@ -145,7 +145,7 @@ class Captioner(StepLossModule):
                 "tokens": tokens,
             }
         )
-        _check(self.hparams)
+        check_settings(self.hparams)
         self._config = text_config(text)
         if (tower is None) != sees(self._config):
             raise ValueError(
@@ -487,37 +487,6 @@ class Captioner(StepLossModule):
             chosen = self.judge(*self.encode(embedded, texts)).argmax(-1).tolist()
             found["answers"] = dict(zip(texts.uids, chosen, strict=True))
         return found
-
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def _check(hparams: Mapping[str, Any]) -> None:
-    limits = {
-        "grid": (1, math.inf),
-        "random_exits": (0, 1),
-        "caption_weight": (1e-12, math.inf),
-        "label_smoothing": (0, 0.999),
-        "residual_init": (0, math.inf),
-        "lr": (1e-12, math.inf),
-        "tower_lr": (1e-12, math.inf),
-        "weight_decay": (0, math.inf),
-        "warmup": (0, 0.999),
-        "num_beams": (1, math.inf),
-        "max_new_tokens": (1, math.inf),
-        "no_repeat_ngram": (0, math.inf),
-        "val_captions": (0, math.inf),
-    }
-    for name, (low, high) in limits.items():
-        value = hparams[name]
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"{name} is {value}; expected a number from {low} to {high}")
-    if hparams["schedule"] not in SCHEDULES:
-        raise ValueError(f"schedule is {hparams['schedule']!r}; expected one of {', '.join(SCHEDULES)}")
-    layer_weights(hparams["layer_loss"], 1)
-    torch_dtype(hparams["dtype"])
-    if isinstance(hparams["text"], str) and hparams["residual_init"] != 1:
-        raise ValueError(f"residual_init={hparams['residual_init']} would spoil pretrained weights; leave it at 1")
 
 
 def _gathered(captions: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,9 @@ from transformers import (
 
 from mmskip.families.hf_encoder_decoder import EncoderDecoderView, match
 from mmskip.models.language_model import refuse_unknown, torch_dtype
+from mmskip.train.schedules import SCHEDULES
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LAYER_LOSSES = ("last", "sum", "uniform", "linear", "sqrt", "inverse")
 
 
@@ -50,6 +52,39 @@ def layer_weights(name: str, layers: int) -> list[float]:
     kinds |= {"sqrt": [math.sqrt(n) for n in numbers], "inverse": [1 / n for n in numbers]}
     total = sum(kinds[name])
     return [weight / total for weight in kinds[name]]
+
+
+def check_settings(hparams: Mapping[str, Any]) -> None:
+    """Check the numbers and names among a captioner's settings.
+
+    Raises:
+        ValueError: one is out of range, or unknown.
+    """
+    limits = {
+        "grid": (1, math.inf),
+        "random_exits": (0, 1),
+        "caption_weight": (1e-12, math.inf),
+        "label_smoothing": (0, 0.999),
+        "residual_init": (0, math.inf),
+        "lr": (1e-12, math.inf),
+        "tower_lr": (1e-12, math.inf),
+        "weight_decay": (0, math.inf),
+        "warmup": (0, 0.999),
+        "num_beams": (1, math.inf),
+        "max_new_tokens": (1, math.inf),
+        "no_repeat_ngram": (0, math.inf),
+        "val_captions": (0, math.inf),
+    }
+    for name, (low, high) in limits.items():
+        value = hparams[name]
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{name} is {value}; expected a number from {low} to {high}")
+    if hparams["schedule"] not in SCHEDULES:
+        raise ValueError(f"schedule is {hparams['schedule']!r}; expected one of {', '.join(SCHEDULES)}")
+    layer_weights(hparams["layer_loss"], 1)
+    torch_dtype(hparams["dtype"])
+    if isinstance(hparams["text"], str) and hparams["residual_init"] != 1:
+        raise ValueError(f"residual_init={hparams['residual_init']} would spoil pretrained weights; leave it at 1")
 
 
 def text_config(text: str | Mapping[str, Any]) -> PretrainedConfig:

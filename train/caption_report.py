@@ -164,5 +164,3 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 def _captioner(module: LightningModule) -> Captioner:
     assert isinstance(module, Captioner)
     return module
-
-

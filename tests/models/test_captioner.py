@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from captioning import SMALL, TOWER, TEXTS, captioner, data
+from captioning import SMALL, TEXTS, TOWER, captioner, data
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -118,7 +118,10 @@ def test_the_judgement_is_the_likelihood_of_the_answers(given, batch):
     for place, ids in enumerate(model.hparams["tokens"]["answers"]):
         labels = torch.tensor(ids).expand(len(states), -1)
         logits = model.llm(
-            encoder_outputs=BaseModelOutput(states), attention_mask=mask, decoder_input_ids=model._shifted(labels), use_cache=False
+            encoder_outputs=BaseModelOutput(states),
+            attention_mask=mask,
+            decoder_input_ids=model._shifted(labels),
+            use_cache=False,
         ).logits[:, 0]
         others = [other[0] for other in model.hparams["tokens"]["answers"]]
         assert torch.allclose(logits[:, others].log_softmax(-1)[:, place], judged[:, place], atol=1e-5)

@@ -1,7 +1,7 @@
 """What the evaluations of a captioner share: arguments, the run's model and data, and the loop over images."""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -150,7 +150,9 @@ class CaptionTask:
                 bar.update(len(numbers))
         return ledger.close()
 
-    def costs(self, variants: Sequence[Variant], call: Callable[[Captioner, Batch], Any]) -> dict[str, dict[str, float]]:
+    def costs(
+        self, variants: Sequence[Variant], call: Callable[[Captioner, Batch], Any]
+    ) -> dict[str, dict[str, float]]:
         """What each setting costs, on the first images one by one."""
         count = min(self.options.timed, len(self.dataset))
         batches = [self.batch(self.dataset, [number]) for number in range(count)]

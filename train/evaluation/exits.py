@@ -71,9 +71,7 @@ def plan(options: argparse.Namespace) -> list[Variant]:
         ValueError: a threshold out of range, or numbers below what measuring needs.
     """
     if options.timed < 0 or options.pairs_timed < 2:
-        raise ValueError(
-            f"--timed is {options.timed} and --pairs-timed {options.pairs_timed}; expected >= 0 and >= 2"
-        )
+        raise ValueError(f"--timed is {options.timed} and --pairs-timed {options.pairs_timed}; expected >= 0 and >= 2")
     found = [Variant(FULL)]
     for encoder, decoder in product(options.encoder or [None], options.decoder or [None]):
         if encoder is None and decoder is None:
