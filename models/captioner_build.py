@@ -226,22 +226,23 @@ def captured(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def left_behind(blocks: Sequence[nn.Module], layers_B: Tensor) -> Iterator[None]:
-    """Every row keeps, inside the context, the state behind its layer: what an exit there would hand on. All blocks
-    run.
+def left_behind(blocks: Sequence[nn.Module], layers: Tensor) -> Iterator[None]:
+    """Every row, or token, keeps inside the context the state behind its layer: what an exit there would hand on. All
+    blocks run.
 
     Args:
-        blocks: of an encoder, in order.
-        layers_B: LongTensor [B], layers that count for each row, 1 to the number of blocks.
+        blocks: in order.
+        layers: LongTensor [B] (or [B, T]), layers that count for each row (or token), 1 to the number of blocks.
     """
     handles = []
     last: list[Tensor] = []
+    depth = layers.view(*layers.shape, *(1,) * (3 - layers.dim()))
 
     def hook(number: int) -> Any:
         def run(module: nn.Module, arguments: Any, output: Any) -> Any:
             after = output[0] if isinstance(output, tuple) else output
             if last:
-                after = torch.where((layers_B >= number)[:, None, None], after, last[0])
+                after = torch.where(depth >= number, after, last[0])
             last[:] = [after]
             return (after, *output[1:]) if isinstance(output, tuple) else after
 

@@ -129,14 +129,16 @@ class Recorder:
 def recording(model: Captioner) -> Iterator[Recorder]:
     """Record the layers that run, with and without exits."""
     record, view = Recorder(), model.view
-    claimed = {type(config) for config in mmskip.applied(model.llm)}
+    config = next((c for c in mmskip.applied(model.llm) if isinstance(c, EarlyExitConfig)), None)
 
     def keep(name: str, depth: int) -> Any:
+        leaves = getattr(config, name, None) is not None
+
         def hook(block: Any, arguments: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             shape = hidden.shape[:1] if name == "encoder" else hidden.shape[:2]
-            layers = exit_layers(model.llm).get(name) if EarlyExitConfig in claimed else None
-            getattr(record, name).append(torch.full(shape, depth) if layers is None else layers.cpu().clone())
+            layers = exit_layers(model.llm)[name].cpu().clone() if leaves else torch.full(shape, depth)
+            getattr(record, name).append(layers)
 
         return hook
 
