@@ -12,7 +12,7 @@ batch:
 Shapes: I images, R rows (texts), T prompt tokens, L answer tokens, S side of an image in pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,13 +79,17 @@ class Texts:
 
     def to(self, device: Any) -> "Texts":
         """The same on another device."""
-        moved = (x.to(device) for x in (self.image, self.prompt, self.prompt_mask, self.labels))
-        return Texts(*moved, self.uids, self.label)
+        return self._changed(lambda tensor: tensor.to(device), self.uids, self.label)
+
+    def _changed(self, change: Callable[[Tensor], Tensor], uids: list[str], label: list[int]) -> "Texts":
+        return Texts(
+            change(self.image), change(self.prompt), change(self.prompt_mask), change(self.labels), uids, label
+        )
 
     def rows(self, numbers: Sequence[int]) -> "Texts":
         """Some of the rows."""
-        picked = (x[list(numbers)] for x in (self.image, self.prompt, self.prompt_mask, self.labels))
-        return Texts(*picked, [self.uids[n] for n in numbers], [self.label[n] for n in numbers if self.label])
+        uids, label = [self.uids[n] for n in numbers], [self.label[n] for n in numbers if self.label]
+        return self._changed(lambda tensor: tensor[list(numbers)], uids, label)
 
     def first_of_each(self) -> "Texts":
         """The first row of every image."""
@@ -185,7 +189,7 @@ class CaptionCollate:
         image, prompts, answers, uids, label = zip(*rows, strict=True)
         cut: dict[str, Any] = {"max_length": self.max_tokens, "truncation": True}
         asked = [self.tokenizer(prompt, **cut)["input_ids"] for prompt in prompts]
-        pad: int = self.tokenizer.pad_token_id  # type: ignore[assignment]
+        pad: Any = self.tokenizer.pad_token_id
         return Texts(
             torch.tensor(image),
             _padded(asked, pad),

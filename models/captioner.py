@@ -216,7 +216,7 @@ class Captioner(StepLossModule):
     def image_embeddings(self, images: Tensor) -> Tensor:
         """What the encoder gets of images [I, 3, H, W] in 0..1: [I, N, D]."""
         if self.tower is None:
-            vision = self._config.vision_config  # type: ignore[attr-defined]
+            vision = self._config.vision_config
             size = getattr(vision, "image_size", None) or images.shape[-1]
             images = F.interpolate(images, (size, size), mode="bilinear") if images.shape[-1] != size else images
             mean, std = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mmskip
 from mmskip import EarlyExitConfig
 from mmskip.exits import CRITERIA, STATE_CRITERIA
-from mmskip.families.hf_encoder_decoder import POLICIES
+from mmskip.families.hf_exits import POLICIES
 from mmskip.methods.early_exit import exit_layers
 from mmskip.models.captioner import Captioner
 from mmskip.timing import interleaved_ratio
