@@ -82,7 +82,7 @@ def unfit(model: nn.Module, root: nn.Module, blocks: Sequence[nn.Module], causal
     """The reason why the decoder `root` cannot be served, or nothing."""
     config: Any = root.config
     name = type(root).__name__
-    if getattr(config, "is_encoder_decoder", False):
+    if any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) for m in model.modules()):
         return f"{name} is part of an encoder-decoder model"
     if any(getattr(getattr(m, "config", None), "vision_config", None) is not None for m in model.modules()):
         return f"{name} stands in a vision-language model, whose frames only its own family can tell"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmskip.exits import TiedHead
 from mmskip.families.hf_blocks import CACHE_NAME, arguments_of
+from mmskip.families.hf_exit_speculate import speculation_changes
 from mmskip.families.hf_exits import BlockState, DecoderExit, EncoderExit, ExitRule, Run
 from mmskip.swap import Change
 
@@ -72,6 +73,11 @@ class EncoderDecoderView:
             Change(f"exit.{module}.{index + 1}", block, mixin, BlockState(index, rule, run))
             for index, block in enumerate(blocks)
         ]
+
+    def speculation_changes(self, speculator: Any, exit_after: int) -> list[Change]:
+        """The changes by which `generate` decodes by speculation, with drafts that leave the decoder behind layer
+        `exit_after`."""
+        return speculation_changes(self, speculator, exit_after)
 
 
 def match(model: nn.Module) -> tuple[EncoderDecoderView | None, str]:

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
 from mmskip.families import STATE, Speculator
 from mmskip.families.hf_blocks import CACHE_NAME, given_cache
@@ -56,11 +56,13 @@ class DraftSite:
 
 @dataclass(frozen=True)
 class GeneratorState:
-    """What a module with `generate` needs for decoding by speculation; `windows` as of the family view."""
+    """What a module with `generate` needs for decoding by speculation; `windows` as of the family view; `decoding`: a
+    kind of `Decoding`, None: that itself."""
 
     draft: DraftState
     speculator: Speculator
     windows: tuple[int | None, ...] = (None,)
+    decoding: Any = None
 
 
 class DraftBlock(nn.Module):
@@ -93,7 +95,8 @@ class SpeculativeGenerator(nn.Module):
         state: GeneratorState = state_of(self, SpeculativeGenerator)
         generate: Any = super().generate  # type: ignore[misc]
         call = arguments_of(generate, args, kwargs)
-        for name in ("streamer", "assistant_model", "custom_generate", "inputs_embeds", "negative_prompt_ids"):
+        decoding: type[Decoding] = state.decoding or Decoding
+        for name in ("streamer", "assistant_model", "custom_generate", "negative_prompt_ids", decoding.embeddings):
             if call.get(name) is not None:
                 raise ValueError(f"{name} is given, which self-speculation does not serve; leave it out.")
 
@@ -105,21 +108,21 @@ class SpeculativeGenerator(nn.Module):
             generation_config: Any,
             **model_kwargs: Any,
         ) -> Any:
-            _check_call(generation_config, model_kwargs)
+            _check_call(generation_config, given_cache(model_kwargs))
             backend = model.config._attn_implementation
             if state.speculator.branches and backend not in TREE_BACKENDS:
                 raise ValueError(
                     f"branches is {state.speculator.branches} with attn_implementation={backend!r}; draft trees need a "
                     f"mask of their own, which {' and '.join(TREE_BACKENDS)} take. Choose one of these, or branches=0."
                 )
-            mask = model_kwargs.get("attention_mask")
-            run = Decoding(model, state, input_ids, mask, logits_processor, stopping_criteria, generation_config)
+            processors, criteria = logits_processor, stopping_criteria
+            run = decoding(model, state, input_ids, model_kwargs, processors, criteria, generation_config)
             return run.result(run.tokens_of())
 
         return generate(*args, **kwargs, custom_generate=decode)
 
 
-def _check_call(config: Any, model_kwargs: dict[str, Any]) -> None:
+def _check_call(config: Any, cache: Any) -> None:
     """Raise ValueError for settings of `generate` that this decoding does not serve."""
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         if getattr(config, name, None):
@@ -129,8 +132,10 @@ def _check_call(config: Any, model_kwargs: dict[str, Any]) -> None:
             "self-speculation decodes greedily or by sampling with a cache; num_beams must be 1, use_cache True, and "
             "prompt_lookup_num_tokens unset."
         )
-    cache = given_cache(model_kwargs)
-    if cache is not None and (type(cache) is not DynamicCache or cache.offloading or cache.get_seq_length() > 0):
+    parts = (
+        (cache.self_attention_cache, cache.cross_attention_cache) if type(cache) is EncoderDecoderCache else (cache,)
+    )
+    if cache is not None and any(type(p) is not DynamicCache or p.offloading or p.get_seq_length() > 0 for p in parts):
         raise ValueError(
             f"past_key_values is a {type(cache).__name__} with {int(cache.get_seq_length())} tokens; self-speculation "
             "rolls back an empty DynamicCache of its own. In generate, leave past_key_values and cache_implementation "
@@ -155,6 +160,9 @@ class Decoding:
     """One call of `generate`.
 
     Attributes:
+        given: what `generate` hands to the model beside the prompt.
+        embeddings, mask_name: arguments of the prompt's embeddings, which are not served, and of its mask.
+        lockstep: whether rows accept equally many drafts.
         tokens_BN: prompt and generated tokens of each row.
         counts: generated tokens of each row.
         mask_BS: which slots of the cache hold a token of the row.
@@ -163,10 +171,13 @@ class Decoding:
     model: Any
     state: GeneratorState
     prompt_BT: Tensor
-    attention_mask: Tensor | None
+    given: dict[str, Any]
     processors: Any
     criteria: Any
     config: Any
+    embeddings: ClassVar[str] = "inputs_embeds"
+    mask_name: ClassVar[str] = "attention_mask"
+    lockstep: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         batch, length = self.prompt_BT.shape
@@ -174,9 +185,13 @@ class Decoding:
         self.sampling = bool(self.config.do_sample)
         self.tokens_BN = nn.functional.pad(self.prompt_BT, (0, self.config.max_length - length))
         self.counts, self.done = [0] * batch, [False] * batch
-        mask = torch.ones_like(self.prompt_BT) if self.attention_mask is None else self.attention_mask
+        mask = self.given.get(self.mask_name)
+        mask = torch.ones_like(self.prompt_BT) if mask is None else mask
         self.mask_BS = mask.to(self.prompt_BT.device).long()
-        self.cache: Any = DynamicCache()
+        self.cache: Any = self._new_cache()
+
+    def _new_cache(self) -> Any:
+        return DynamicCache()
 
     @torch.no_grad()
     def tokens_of(self) -> Tensor:
@@ -290,10 +305,14 @@ class Decoding:
                 if not any(open_rows):
                     break
                 ids = ids.new_tensor(tokens)[:, None]
+        self._cut(slots)
+        return trees, distributions
+
+    def _cut(self, slots: int) -> None:
+        """Forget what the cache holds behind `slots`."""
         for layer in self.cache.layers:
             if layer.is_initialized and layer.keys.shape[-2] > slots:
                 layer.keys, layer.values = layer.keys[..., :slots, :], layer.values[..., :slots, :]
-        return trees, distributions
 
     def _alternatives(self, tokens: Sequence[int], probs_BV: Tensor) -> list[list[int]]:
         """Tokens beside each row's draft that are likely enough."""
@@ -324,16 +343,20 @@ class Decoding:
         else:
             logits = self._forward(ids, self.mask_BS)[:, -(longest + 1) :]
         own = logits.argmax(-1).tolist() if not (self.sampling or self.processors) else None
-        places: list[list[int]] = []
+        found: list[tuple[list[int], list[int]]] = []
         for row, tree in enumerate(trees):
             if self.done[row]:
-                places.append([])
+                found.append(([], []))
             elif self.sampling and not self.speculator.branches:
-                places.append(self._sample_chain(row, tree.tokens, distributions, logits))
+                found.append(self._sample_chain(row, tree.tokens, distributions, logits))
             else:
-                tokens, kept = walk(tree, partial(self._own, row, logits, own))
-                places.append(kept)
-                self._emit(row, tokens)
+                found.append(walk(tree, partial(self._own, row, logits, own)))
+        if self.lockstep:
+            fewest = min(len(kept) for _, kept in found if kept)
+            found = [(tokens[:fewest], kept[:fewest]) for tokens, kept in found]
+        for row, (tokens, _) in enumerate(found):
+            self._emit(row, tokens)
+        places = [kept for _, kept in found]
         live = [len(kept) - 1 for kept in places if kept]
         self.speculator.count(sum(tree.length for tree in trees), sum(live), len(live))
         most = list(range(max(live) + 1))
@@ -346,14 +369,15 @@ class Decoding:
         logits_1V = self._process_row(row, ahead, logits[row : row + 1, place])
         return int(torch.multinomial(logits_1V.softmax(-1), 1)) if self.sampling else int(logits_1V.argmax())
 
-    def _sample_chain(self, row: int, drafts: list[int], distributions: list[Tensor], logits: Tensor) -> list[int]:
-        """Speculative sampling along a chain; the places kept."""
+    def _sample_chain(
+        self, row: int, drafts: list[int], distributions: list[Tensor], logits: Tensor
+    ) -> tuple[list[int], list[int]]:
+        """Speculative sampling along a chain; the tokens, and the places kept."""
         targets = [
             self._process_row(row, drafts[:i], logits[row : row + 1, i])[0].softmax(-1) for i in range(len(drafts) + 1)
         ]
         tokens = speculative_sample(drafts, [q[row] for q in distributions], targets)
-        self._emit(row, tokens)
-        return list(range(len(tokens)))
+        return tokens, list(range(len(tokens)))
 
     def _keep(self, places: list[list[int]], before: int) -> None:
         """Keep, of the slots after a pass, those of each row's places, right-aligned; drop slots empty in all rows."""

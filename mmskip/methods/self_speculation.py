@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,7 +35,8 @@ class SelfSpeculationConfig(MethodConfig):
         skip_attn, skip_mlp: indices of blocks whose attention and whose MLP drafts leave out. None for both: the odd
             blocks first, up to `skip_share`. The first and the last block always run.
         exit_after: drafts leave the model after so many blocks, >= 1, and use its norm and head there (early-exit
-            drafts); None: they leave out the sets above. No search then.
+            drafts); None: they leave out the sets above. No search then. Drafts of an encoder-decoder always leave its
+            decoder early, by default behind half of its layers; rows of a batch accept equally many drafts.
         draft_tokens: drafts per step at most, >= 1.
         stop_below: a row drafts no further after a token of less probability than this, in [0, 1].
         branches: draft trees: tokens beside each draft at most, >= 0, which are verified in the same pass. 0: a chain.
@@ -326,6 +327,28 @@ def speculate(config: SelfSpeculationConfig, view: PlanView) -> list[Change]:
     return view.speculation_changes(Speculation(config, units, costs))
 
 
+@register(SelfSpeculationConfig, "hf_encoder_decoder")
+def speculate_early(config: SelfSpeculationConfig, view: Any) -> list[Change]:
+    """The changes by which an encoder-decoder decodes by speculation: drafts leave its decoder early."""
+    count = len(view.decoder)
+    for name in ("skip_attn", "search", "branches"):
+        if getattr(config, name):
+            raise ValueError(
+                f"{name} is {getattr(config, name)!r}; drafts of an encoder-decoder leave it early: choose exit_after, "
+                "and leave skip_attn, skip_mlp, search and branches out."
+            )
+    if config.exit_after is None:
+        config = replace(config, skip_attn=None, skip_mlp=None, exit_after=max(1, count // 2))
+    assert config.exit_after is not None
+    if config.exit_after >= count:
+        raise ValueError(f"exit_after is {config.exit_after}; this decoder has {count} layers, drafts need fewer.")
+    sizes = [sum(p.numel() for p in block.parameters() if p.dim() > 1) for block in view.decoder]
+    total = sum(sizes) + view.generator.get_output_embeddings().weight.numel() if view.generator is not None else 1
+    units: list[Unit] = [(index, index) for index in range(config.exit_after, count)]
+    speculator = Speculation(config, units, [sizes[index] / total for index in range(config.exit_after, count)])
+    return view.speculation_changes(speculator, config.exit_after)
+
+
 def speculation(model: nn.Module) -> Speculation:
     """What decoding by speculation measured on `model` so far; `print` it.
 
@@ -343,9 +366,9 @@ def generate(model: Any, inputs: Tensor, config: SelfSpeculationConfig | None = 
     """`model.generate(inputs, ...)` by self-speculation, with the same results.
 
     Args:
-        model: a transformers decoder. Where it carries a SelfSpeculationConfig, that is used; else `config` is applied
-            for this call.
-        inputs: ids [B, T].
+        model: a transformers decoder or encoder-decoder. Where it carries a SelfSpeculationConfig, that is used; else
+            `config` is applied for this call.
+        inputs: ids [B, T], or what an encoder reads (pixel values).
         config: None: the default.
 
     Raises:
