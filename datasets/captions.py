@@ -7,11 +7,12 @@ batch:
 |---|---|
 | `images` | float [I, 3, S, S] in 0..1 |
 | `image_ids` | names of the images |
-| `caption`, `entailment` | a `Texts` each, or None where the batch has no such text |
+| `caption`, `entailment`, `question` | a `Texts` each, or None where the batch has no such text |
 
 Shapes: I images, R rows (texts), T prompt tokens, L answer tokens, S side of an image in pixels.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,12 +51,14 @@ class PictureEntry:
         path: its file.
         captions: may be empty.
         pairs: may be empty.
+        questions: with answers; the embedded training set has some.
     """
 
     uid: str
     path: Path
     captions: tuple[str, ...] = ()
     pairs: tuple[EntailmentPair, ...] = ()
+    questions: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass
@@ -170,11 +173,13 @@ class CaptionCollate:
             for n, entry in told
             for pair in entry.pairs
         ]
+        asked = [(n, question, answer, entry.uid, -1) for n, entry in told for question, answer in entry.questions]
         return {
             "images": torch.stack([image for _, image in items]),
             "image_ids": [entry.uid for entry, _ in items],
             "caption": self._texts(captions),
             "entailment": self._texts(pairs),
+            "question": self._texts(asked),
         }
 
     def _question(self, pair: EntailmentPair) -> str:
@@ -330,7 +335,11 @@ class CaptionData(LightningDataModule):
                 for entry in self._read(task, split, report):
                     known = found.get(entry.path, PictureEntry(entry.uid, entry.path))
                     found[entry.path] = PictureEntry(
-                        known.uid, known.path, known.captions + entry.captions, known.pairs + entry.pairs
+                        known.uid,
+                        known.path,
+                        known.captions + entry.captions,
+                        known.pairs + entry.pairs,
+                        known.questions + entry.questions,
                     )
             rank_zero_info(f"{split}: {len(found)} images; {report}")
             self._entries[split], self.reports[split] = list(found.values()), report
@@ -353,13 +362,17 @@ class CaptionData(LightningDataModule):
             return [PictureEntry(str(p.image_id), p.path, p.captions) for p in pictures if p.path is not None]
         if not self.generated.pairs and self.embedded:
             return []
+        questions = _questions(self.folder / "train" / "questions.jsonl") if self.embedded and split == "train" else {}
         pairs, left_out = read_pairs(file)
         grouped: dict[Path, list[EntailmentPair]] = {}
         for pair in find_pair_images(pairs, images, left_out, check):
             assert pair.path is not None
             grouped.setdefault(pair.path, []).append(pair)
         _merge(report, left_out)
-        return [PictureEntry(path.name, path, (), tuple(group)) for path, group in grouped.items()]
+        return [
+            PictureEntry(path.name, path, (), tuple(group), tuple(questions.get(path.name, ())))
+            for path, group in grouped.items()
+        ]
 
     def dataset(self, split: str) -> PictureDataset:
         """The images of a split."""
@@ -427,6 +440,15 @@ def _merge(report: LoadReport, other: LoadReport) -> None:
         for example in other.examples[reason]:
             report.add(reason, example, count)
             count = 0
+
+
+def _questions(path: Path) -> dict[str, list[tuple[str, str]]]:
+    """Questions with answers by the name of the picture."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        found.setdefault(row["image"], []).append((row["question"], row["answer"]))
+    return found
 
 
 def _load(name: str) -> Any:

@@ -3,13 +3,15 @@
 Captions name the objects in reading order with their places. A pair asks about the thing at a place, which is named
 directly or by way of one or two other things ("a blue thing is below the thing right of the red ring"): the number of
 steps is the difficulty of a sample. A thing that would be where the wall is cannot be seen, so that the label is
-"neutral". Labels are balanced whatever the words, so neither task can be done without the picture.
+"neutral". Labels are balanced whatever the words, so neither task can be done without the picture. Training pictures
+have questions as well ("what is below the red ring?"), from which a small model learns sooner where to look.
 
 The files have the formats of COCO and SNLI-VE:
 
     manifest.json           the settings, written first
     <split>/images/<id>.png
     <split>/pairs.jsonl
+    train/questions.jsonl   image, question, answer
     <split>/captions.json   written last: it marks a finished split
 
 Shapes: S side of a picture in pixels.
@@ -43,8 +45,9 @@ class SceneCaptionsConfig:
     Attributes:
         train, val, test: pictures per split, >= 1; each has one caption.
         pairs: entailment pairs per picture, >= 0.
-        steps: how often a pair has 0, 1, 2, ... steps between the thing that is named and the one asked about, where
-            the picture allows it; 1 to 4 weights.
+        questions: questions per training picture, >= 0.
+        steps: how often a pair or a question has 0, 1, 2, ... steps between the thing that is named and the one asked
+            about, where the picture allows it; 1 to 4 weights.
         seed: of all random numbers, >= 0.
         image_size: S, >= 24.
         colours, shapes: how many of each exist, 2..6 and 2..7.
@@ -54,7 +57,8 @@ class SceneCaptionsConfig:
     train: int = 6000
     val: int = 400
     test: int = 800
-    pairs: int = 6
+    pairs: int = 4
+    questions: int = 4
     steps: tuple[float, ...] = (0.3, 0.35, 0.35)
     seed: int = 0
     image_size: int = 48
@@ -66,6 +70,7 @@ class SceneCaptionsConfig:
     def __post_init__(self) -> None:
         limits = dict.fromkeys(SPLITS, (1, 10**6)) | {
             "pairs": (0, 100),
+            "questions": (0, 100),
             "seed": (0, 2**32),
             "image_size": (24, 960),
             "colours": (2, len(COLOURS)),
@@ -105,11 +110,12 @@ class Statement:
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of the set: its world, what is to be said of it, and statements about it."""
+    """One picture of the set: its world, what is to be said of it, statements about it, and questions with answers."""
 
     world: World
     caption: str
     statements: tuple[Statement, ...]
+    questions: tuple[tuple[str, str], ...]
 
 
 def picture_of(config: SceneCaptionsConfig, split: str, index: int) -> tuple[Picture, np.random.Generator]:
@@ -118,7 +124,8 @@ def picture_of(config: SceneCaptionsConfig, split: str, index: int) -> tuple[Pic
     plan, looks = (np.random.default_rng(seed) for seed in seeds)
     world = _world(config, plan)
     statements = tuple(_statement(config, world, plan) for _ in range(config.pairs))
-    return Picture(world, _caption(world), statements), looks
+    questions = tuple(_question(config, world, plan) for _ in range(config.questions if split == "train" else 0))
+    return Picture(world, _caption(world), statements, questions), looks
 
 
 def image_id(split: str, index: int) -> int:
@@ -175,16 +182,21 @@ def _chains(world: World, steps: int) -> list[tuple[str, Cell]]:
     return found
 
 
-def _statement(config: SceneCaptionsConfig, world: World, rng: np.random.Generator) -> Statement:
-    """One statement: its label is drawn before its words."""
+def _draw(config: SceneCaptionsConfig, world: World, hidden: bool, rng: np.random.Generator) -> tuple[str, Cell, int]:
+    """A description, where it leads, and its steps; it leads behind the wall or not."""
     weights = np.array(config.steps)
-    label = LABELS[rng.integers(len(LABELS))]
     for steps in [*rng.choice(len(weights), len(weights), p=weights / weights.sum()).tolist(), 0]:
-        hidden = label == "neutral"
         chains = [chain for chain in _chains(world, steps) if (chain[1] == world.wall) == hidden]
         if chains:
             break
     text, cell = chains[rng.integers(len(chains))]
+    return text, cell, steps
+
+
+def _statement(config: SceneCaptionsConfig, world: World, rng: np.random.Generator) -> Statement:
+    """One statement: its label is drawn before its words."""
+    label = LABELS[rng.integers(len(LABELS))]
+    text, cell, steps = _draw(config, world, label == "neutral", rng)
     by_colour = rng.random() < 0.5
     known = list(COLOURS)[: config.colours] if by_colour else list(SHAPES[: config.shapes])
     thing = next((thing for thing in world.things if thing.cell == cell), None)
@@ -192,6 +204,13 @@ def _statement(config: SceneCaptionsConfig, world: World, rng: np.random.Generat
     others = [word for word in known if word != true]
     word = true if label == "entailment" else others[rng.integers(len(others))]
     return Statement(f"a {f'{word} thing' if by_colour else word} is {text}", label, steps)
+
+
+def _question(config: SceneCaptionsConfig, world: World, rng: np.random.Generator) -> tuple[str, str]:
+    """One question and its answer; a fifth of them are about the wall."""
+    text, cell, _ = _draw(config, world, rng.random() < 0.2, rng)
+    thing = next((thing for thing in world.things if thing.cell == cell), None)
+    return f"what is {text}?", "a wall" if thing is None else f"a {thing.kind}"
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -220,8 +239,10 @@ def generate_captions(root: str | Path, config: SceneCaptionsConfig | None = Non
         count = getattr(config, split)
         bar = tqdm(range(count), desc=f"generating {split} pictures", unit="picture", disable=not progress)
         records = [_write_picture(folder / "images", config, split, index) for index in bar]
-        write_text("".join(json.dumps(pair) + "\n" for _, pairs in records for pair in pairs), folder / "pairs.jsonl")
-        entries = [entry for entry, _ in records]
+        _write_lines([pair for _, pairs, _ in records for pair in pairs], folder / "pairs.jsonl")
+        if split == "train":
+            _write_lines([asked for _, _, questions in records for asked in questions], folder / "questions.jsonl")
+        entries = [entry for entry, _, _ in records]
         content = {
             "images": [{"id": entry["image_id"], "file_name": _file(entry["image_id"])} for entry in entries],
             "annotations": [{"id": entry["image_id"], **entry} for entry in entries],
@@ -230,14 +251,18 @@ def generate_captions(root: str | Path, config: SceneCaptionsConfig | None = Non
     return root
 
 
+def _write_lines(records: list[dict[str, Any]], path: Path) -> None:
+    write_text("".join(json.dumps(record) + "\n" for record in records), path)
+
+
 def _file(number: int) -> str:
     return f"{number:07d}.png"
 
 
 def _write_picture(
     folder: Path, config: SceneCaptionsConfig, split: str, index: int
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Write a picture; returns its annotation and its pairs."""
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Write a picture; returns its annotation, its pairs and its questions."""
     picture, looks = picture_of(config, split, index)
     number = image_id(split, index)
     Image.fromarray(next(draw_world(picture.world, config.image_size, 1, looks))).save(folder / _file(number))
@@ -251,10 +276,11 @@ def _write_picture(
         }
         for place, statement in enumerate(picture.statements)
     ]
-    return {"image_id": number, "caption": picture.caption}, pairs
+    questions = [{"image": _file(number), "question": asked, "answer": told} for asked, told in picture.questions]
+    return {"image_id": number, "caption": picture.caption}, pairs, questions
 
 
 def scene_texts() -> Iterator[str]:
     """Texts that hold every word of the set."""
     yield from (*COLOURS, *SHAPES, *ROWS, *COLUMNS, *RELATIONS)
-    yield "a and at is the thing"
+    yield "a and at is the thing what wall ?"

@@ -34,6 +34,8 @@ from mmskip.models.vision_tower import VisionTower, check_tower_name
 from mmskip.train.metrics.captions import score_captions
 from mmskip.train.schedules import warmup_schedule
 
+TRAINED = ("caption", "entailment", "question")
+
 
 class Captioner(StepLossModule):
     """An image tower and a text encoder-decoder of transformers, or a stock Florence-2, for captions and entailment.
@@ -42,7 +44,7 @@ class Captioner(StepLossModule):
     decoder's cross-attention; every decoder layer learns to answer through the model's own head, so that it may be left
     early. Exits are no setting of the model: apply an `EarlyExitConfig` to `llm` when evaluating. Batches are those of
     `mmskip.datasets.captions.CaptionData`. The loss of an optimizer step is the summed loss of all its labels over
-    their number (pairs and captions weighted), over micro-batches and ranks.
+    their number (captions weighted), over micro-batches and ranks.
 
     Args:
         text: name or folder of an encoder-decoder, or a dict with `model_type` and settings for one from scratch (its
@@ -57,7 +59,7 @@ class Captioner(StepLossModule):
         layer_loss: weights of the losses of the decoder's layers, see `mmskip.models.captioner_build.layer_weights`.
         random_exits: share of the training rows whose image, and of those whose prompt, leaves the encoder behind a
             random layer, in [0, 1]; 0: as in the paper.
-        caption_weight: factor on the loss of captions (entailment has 1), > 0.
+        caption_weight: factor on the loss of captions (all else has 1), > 0.
         label_smoothing: in [0, 1).
         residual_init: factor, >= 0, on the initial weights of a model from scratch that write into its residual
             stream; 0: every block starts as the identity.
@@ -289,12 +291,12 @@ class Captioner(StepLossModule):
     # --- training -----------------------------------------------------------------------------------------------
 
     def loss_sums(self, batch: dict[str, Any]) -> Tensor:
-        """Sums [6]: loss (differentiable) and its labels, both weighted; cross-entropy of the last layer and labels of
-        captions, then of entailment."""
+        """Sums [8]: loss (differentiable) and its labels, both weighted; cross-entropy of the last layer and labels of
+        captions, of entailment, and of questions."""
         embedded = self.image_embeddings(batch["images"])
         zero = embedded.new_zeros((), dtype=torch.float32)
         total, count, told = zero, zero, []
-        for task in ("caption", "entailment"):
+        for task in TRAINED:
             weight = self.hparams["caption_weight"] if task == "caption" else 1.0
             if batch[task] is None:
                 told += [zero, zero]
@@ -302,8 +304,8 @@ class Captioner(StepLossModule):
             loss, last, labels = self._losses(embedded, batch[task])
             total, count = total + weight * loss, count + weight * labels
             told += [last.detach(), zero + labels]
-        if not batch["caption"] and not batch["entailment"]:
-            total = total + 0.0 * embedded.sum()
+        if not any(batch[task] for task in TRAINED):
+            total = total + 0.0 * embedded.sum()  # every rank of DDP needs gradients
         return torch.stack([total, count, *told])
 
     def _losses(self, embedded: Tensor, texts: Texts) -> tuple[Tensor, Tensor, int]:
@@ -321,12 +323,12 @@ class Captioner(StepLossModule):
 
     def step_losses(self, sums: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted number of labels, the loss per label, and the last layer's by task."""
-        loss, count, caption, captions, pair, pairs = sums.unbind()
+        loss, count = sums[:2]
         count = count.clamp(min=1e-6)
         found = {"loss": loss / count}
-        for name, value, labels in (("caption_loss", caption, captions), ("entailment_loss", pair, pairs)):
+        for task, (value, labels) in zip(TRAINED, sums[2:].view(-1, 2).unbind(), strict=True):
             if labels > 0:
-                found[name] = value / labels
+                found[f"{task}_loss"] = value / labels
         return count, found
 
     def configure_optimizers(self) -> Any:

@@ -56,6 +56,12 @@ def test_captions_and_labels_are_true_of_the_world():
             assert statement.text.count("the thing") == max(statement.steps - 1, 0)
             labels[statement.label] += 1
             steps[statement.steps] += 1
+        for asked, told in picture.questions:
+            text = asked.removeprefix("what is ").removesuffix("?")
+            said = {word: judged(f"a {word} is {text}", picture.caption, picture.world.wall) for word in told.split()}
+            assert set(said.values()) == ({"neutral"} if told == "a wall" else {"entailment", "contradiction"})
+            assert all(said[word] == "entailment" for word in told.split()[1:]) or told == "a wall"
+        assert not picture_of(CONFIG, "val", index)[0].questions
     assert max(labels.values()) < 1.3 * min(labels.values())
     assert min(steps[number] for number in range(3)) > 0.15 * sum(steps.values())
 
