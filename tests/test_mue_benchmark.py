@@ -1,4 +1,4 @@
-"""benchmarks/mue.py end to end on a model of two steps: it trains, chooses, scores, times, draws and prints its line."""
+"""benchmarks/mue.py end to end on a model of two steps: it trains, chooses, scores, times, draws, prints its line."""
 
 import json
 import sys
