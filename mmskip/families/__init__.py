@@ -166,8 +166,16 @@ class MlpRule(Protocol):
         """BoolTensor [B, T] from the states before and after the MLP of a block."""
 
 
+class VoidRule(Protocol):
+    """Which blocks are voids for which tokens."""
+
+    def voids(self, x_BTD: Tensor, y_BTD: Tensor, memory: Any) -> tuple[Tensor, Any]:
+        """BoolTensor [B, T] from the states before and after a block, and what is remembered of the blocks so far
+        (None before the first)."""
+
+
 class PolicyView(View, Protocol):
-    """A model whose MLPs can be left out token by token."""
+    """A model whose MLPs can be left out, or whose blocks can be taken back, token by token."""
 
     blocks: tuple[nn.Module, ...]
 
@@ -177,6 +185,9 @@ class PolicyView(View, Protocol):
         Raises:
             ValueError: a block has no module for its MLP alone.
         """
+
+    def void_changes(self, rule: VoidRule) -> list[Change]:
+        """The changes by which what a block did is taken back for the tokens that `rule` calls voids."""
 
     def mlp_cosines(self, model: nn.Module, data: Any, chosen: range, warmup: int) -> Tensor:
         """Cosines [blocks, tokens] between the states before and after the MLP of some blocks."""

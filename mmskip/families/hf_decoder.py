@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmskip.families import STATE, DepthPlan, HeldBits, MlpRule, Speculator, TokenPolicy
+from mmskip.families import STATE, DepthPlan, HeldBits, MlpRule, Speculator, TokenPolicy, VoidRule
 from mmskip.families.hf_bits import bits_changes, held
 from mmskip.families.hf_blocks import attention_of, is_stack, kinds, unfit, windows, without_attention
 from mmskip.families.hf_plan import output_projection, parts_of, plan_changes
-from mmskip.families.hf_policy import policy_changes
+from mmskip.families.hf_policy import policy_changes, void_changes
 from mmskip.families.hf_probe import Watch, own_attention, own_config, probe_changes, watch_changes
 from mmskip.families.hf_prompt import LayoutGenerator
 from mmskip.families.hf_residuals import mlp_cosines
@@ -221,6 +221,10 @@ class DecoderView:
             ValueError: a block has no module for its MLP alone.
         """
         return policy_changes(self, rule, chosen)
+
+    def void_changes(self, rule: VoidRule) -> list[Change]:
+        """The changes by which what a block did is taken back for the tokens that `rule` calls voids."""
+        return void_changes(self, rule)
 
     def mlp_cosines(self, model: nn.Module, data: Any, chosen: range, warmup: int) -> Tensor:
         """Cosines [blocks, tokens] between the states before and after the MLP of some blocks."""

@@ -1,5 +1,5 @@
-"""Leaving out the MLP of a block for the tokens that a rule says are done; attention always runs, so that the cache
-holds every token.
+"""Leaving out the MLP of a block for the tokens that a rule says are done, or taking back what a block did to tokens
+that it is a void for; attention always runs, so that the cache holds every token.
 
 Shape suffixes: B batch, T tokens of a call, D width, N tokens whose MLP runs.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmskip.families import STATE, MlpRule
+from mmskip.families import STATE, MlpRule, VoidRule
 from mmskip.families.hf_blocks import given_cache
 from mmskip.families.hf_plan import parts_of
 from mmskip.swap import Change, bind, state_of
@@ -145,3 +145,45 @@ def policy_changes(view: Any, rule: MlpRule, chosen: range) -> list[Change]:
         changes.append(Change(view.site(index), block, PolicyBlock, state))
         changes.append(Change(f"{view.site(index)}.mlp", mlp, PolicyMlp, state))
     return [*changes, Change("decoder", view.root, PolicyRoot, rule)]
+
+
+class VoidCall:
+    """What travels through the blocks of one forward: what the rule remembers of each token."""
+
+    __slots__ = ("memory",)
+
+    def __init__(self) -> None:
+        self.memory: Any = None
+
+
+class VoidRoot(nn.Module):
+    """Mixin of the module that calls the blocks."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs, **{POLICY_KEY: VoidCall()})
+
+
+class VoidBlock(nn.Module):
+    """Mixin of a block: it runs, and what it did to tokens it is a void for is taken back."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        rule, index = state_of(self, VoidBlock)
+        bound = bind(self, args, kwargs)
+        call: VoidCall | None = bound.pop(POLICY_KEY, None)
+        if call is None:
+            raise RuntimeError(
+                f"block {index} was called outside the model that mmskip was applied to, or a module in between drops "
+                "unknown keywords."
+            )
+        x_BTD = bound.pop("hidden_states")
+        output = super().forward(x_BTD, **bound)
+        y_BTD = output[0] if isinstance(output, tuple) else output
+        void_BT, call.memory = rule.voids(x_BTD, y_BTD, call.memory)
+        y_BTD = torch.where(void_BT[..., None], x_BTD, y_BTD)
+        return (y_BTD, *output[1:]) if isinstance(output, tuple) else y_BTD
+
+
+def void_changes(view: Any, rule: VoidRule) -> list[Change]:
+    """The changes by which the update of a block is taken back for the tokens that `rule` calls voids."""
+    changes = [Change(view.site(index), block, VoidBlock, (rule, index)) for index, block in enumerate(view.blocks)]
+    return [*changes, Change("decoder", view.root, VoidRoot, rule)]

@@ -5,6 +5,10 @@ residual rises through the middle of the stack; once it reaches a threshold, the
 are left out for that token. Attention always runs, so keys and values are complete. The first and last blocks ("cold")
 and the first tokens of a sequence (warm-up) always run. The paper gives no thresholds: they are calibrated.
 
+LAC (arXiv 2505.14467): a block is a void for a token whose norm it lets grow by less than alpha times the range of the
+growths at the blocks before; what it did to that token is taken back. The block has run by then, so this saves nothing:
+it shows what the voids are worth. What saves time is the static set, `LayerPlanConfig.lac`.
+
 Shape suffixes: B batch, T tokens, D width.
 """
 
@@ -19,24 +23,25 @@ from torch.nn.functional import cosine_similarity
 from mmskip import families
 from mmskip.config import MethodConfig, check_choice, check_count
 from mmskip.families import PolicyView
-from mmskip.importance import fingerprint
+from mmskip.importance import LAC_ALPHA, fingerprint, lac_voids
 from mmskip.registry import applied, register
 from mmskip.swap import Change
 
-POLICIES = ("ffn_skip",)
+POLICIES = ("ffn_skip", "lac")
 
 
 @dataclass(frozen=True)
 class SkipPolicyConfig(MethodConfig):
-    """Feed-forwards left out per token. Made by `SkipPolicyConfig.calibrated(model, data)`.
+    """What is left out per token. `"ffn_skip"` is made by `SkipPolicyConfig.calibrated(model, data)`.
 
     Args:
-        policy: `"ffn_skip"`.
+        policy: `"ffn_skip"`, or `"lac"` (per token and sample; saves nothing), for which `alpha` alone counts.
         threshold: cosine from which a token is saturated, in (-1, 1].
         cold_first: blocks at the start whose feed-forward always runs, and whose cosine is not asked, >= 0.
         cold_last: blocks at the end whose feed-forward always runs, >= 0.
         warmup: tokens at the start of each sequence whose feed-forwards always run, >= 0; padding does not count.
         made_for: the architecture it was calibrated on.
+        alpha: share of the range of growths below which a block is a void, >= 0; 0.8 as published.
     """
 
     policy: str = "ffn_skip"
@@ -45,6 +50,7 @@ class SkipPolicyConfig(MethodConfig):
     cold_last: int = 1
     warmup: int = 0
     made_for: str = ""
+    alpha: float = LAC_ALPHA
 
     def __post_init__(self) -> None:
         check_choice("policy", self.policy, POLICIES)
@@ -53,6 +59,8 @@ class SkipPolicyConfig(MethodConfig):
             raise ValueError(f"threshold is {value!r}; expected a cosine in (-1, 1].")
         for name in ("cold_first", "cold_last", "warmup"):
             check_count(name, getattr(self, name))
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not self.alpha >= 0:
+            raise ValueError(f"alpha is {self.alpha!r}; expected a number >= 0.")
 
     @classmethod
     def calibrated(
@@ -138,9 +146,22 @@ class SaturationRule:
         return cosine_similarity(before_BTD.float(), after_BTD.float(), dim=-1) >= self.threshold
 
 
+@dataclass(frozen=True)
+class LacRule:
+    """Says for which tokens a block is a void; remembers the range of each token's growths."""
+
+    alpha: float
+
+    def voids(self, x_BTD: Tensor, y_BTD: Tensor, memory: Any) -> tuple[Tensor, Any]:
+        """BoolTensor [B, T] from the states before and after a block, and the range for the next one."""
+        return lac_voids(y_BTD.float().norm(dim=-1) - x_BTD.float().norm(dim=-1), memory, self.alpha)
+
+
 @register(SkipPolicyConfig, "hf_decoder")
-def skip_feed_forwards(config: SkipPolicyConfig, view: PolicyView) -> list[Change]:
-    """The changes by which a decoder leaves out feed-forwards of saturated tokens."""
+def skip_by_token(config: SkipPolicyConfig, view: PolicyView) -> list[Change]:
+    """The changes by which a decoder leaves out what a policy says, token by token."""
+    if config.policy == "lac":
+        return view.void_changes(LacRule(config.alpha))
     if config.made_for != fingerprint(view):
         raise ValueError(
             f"the policy was calibrated on {config.made_for or 'no model'}; this one is {fingerprint(view)}. Use "
