@@ -66,3 +66,44 @@ def test_the_command_on_a_trained_model(tmp_path, capsys):
     assert 0 <= found["agreement"]["tokens_before_difference"] <= 1 and found["changed"]["seconds"]["token_s"] > 0
     assert "perplexity 4.17" in capsys.readouterr().out
     assert main(["lm", "--model", str(MODEL), "--text", str(tmp_path / "none.txt")]) == 2
+
+
+TASK = """\
+task: who_is_it
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: choices
+doc_to_target: label
+metric_list: [{{metric: acc}}]
+"""
+
+
+@NEEDS_DATA
+def test_tasks_of_the_harness_and_baselines(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("lm_eval", reason="extra `lm-eval`")
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    rows = [
+        {"text": "Once upon a time, there was a little", "choices": [" girl", " seven"], "label": 0},
+        {"text": "She loved to play", "choices": [" of", " outside"], "label": 1},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "who.yaml").write_text(TASK.format(file=tmp_path / "rows.jsonl"))
+    mmskip.save(mmskip.apply_(AutoModelForCausalLM.from_pretrained(MODEL), LayerPlanConfig(drop=(0,))), tmp_path / "p")
+    call = ["lm", "--model", str(MODEL), "--text", str(TEXT), "--limit", "600", "--continuations", "0"]
+    call += ["--new-tokens", "4", "--adapter", str(tmp_path / "p"), "--out", str(tmp_path / "lm.json")]
+    call += ["--task-path", str(tmp_path / "tasks")]
+    assert main([*call, "--tasks", "who_is_it", "--prompt-lookup", "3", "--assistant-early-exit", "3"]) == 0
+    found = json.loads((tmp_path / "lm.json").read_text())
+    assert found["dense"]["tasks"]["who_is_it"]["acc"] == 1.0
+    assert set(found["changed"]["tasks"]["who_is_it"]) == set(found["dense"]["tasks"]["who_is_it"])
+    for told in found["baselines"].values():
+        assert told["equal"] and told["seconds"]["token_s"] > 0
+    assert "who_is_it: acc 1.0000" in capsys.readouterr().out
+    assert main([*call, "--tasks", "no_such_task"]) == 2
+    assert "no_such_task" in capsys.readouterr().err

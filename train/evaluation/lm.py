@@ -1,5 +1,6 @@
-"""`evaluate.py lm`: a language model with and without a method: perplexity on text files, greedy agreement, and the
-times of prompt and decoding apart.
+"""`evaluate.py lm`: a language model with and without a method: perplexity on text files, greedy agreement, the times
+of prompt and decoding apart, and scores on tasks of lm-evaluation-harness; times of transformers' own ways of decoding
+sooner.
 
 Shape suffixes: B windows, T tokens.
 """
@@ -8,7 +9,7 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--continuations", type=int, default=8, help="prompts continued greedily; 0: none")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens of each continuation")
+    parser.add_argument("--prompt-lookup", type=int, metavar="N", help="time prompt lookup of N tokens, a baseline")
+    parser.add_argument(
+        "--assistant-early-exit", type=int, metavar="N", help="time assisted decoding by the first N layers, a baseline"
+    )
+    parser.add_argument("--tasks", nargs="+", default=[], help="tasks of lm-evaluation-harness (extra lm-eval)")
+    parser.add_argument("--task-path", type=Path, help="folder of further tasks as YAML files")
+    parser.add_argument("--task-limit", type=int, help="samples of each task")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="JSON file of the results")
 
@@ -91,8 +99,8 @@ def _batches(windows: Sequence[Tensor], batch: int) -> Iterator[Tensor]:
             yield torch.stack(same[start : start + batch])
 
 
-def continuations(model: Any, prompts_BT: Tensor, new_tokens: int) -> Tensor:
-    """Greedy continuations [B, new_tokens]."""
+def continuations(model: Any, prompts_BT: Tensor, new_tokens: int, **extra: Any) -> Tensor:
+    """Greedy continuations [B, new_tokens]; `extra` goes to `generate`."""
     with _evaluating(model):
         found: Tensor = model.generate(
             prompts_BT.to(model.device),
@@ -100,6 +108,7 @@ def continuations(model: Any, prompts_BT: Tensor, new_tokens: int) -> Tensor:
             min_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=0,
+            **extra,
         )
     return found[:, prompts_BT.shape[1] :].cpu()
 
@@ -111,18 +120,40 @@ def agreement(one_BT: Tensor, other_BT: Tensor) -> dict[str, float]:
     return {"rows_equal": float(same_BT.all(1).float().mean()), "tokens_before_difference": float(before_B.mean())}
 
 
-def timings(model: Any, prompt_1T: Tensor, new_tokens: int, repeats: int = 5) -> dict[str, float]:
-    """Median seconds of the prompt alone (one new token) and of each further token of `generate`."""
+def timings(model: Any, prompt_1T: Tensor, new_tokens: int, repeats: int = 5, **extra: Any) -> dict[str, float]:
+    """Median seconds of the prompt alone (one new token) and of each further token of `generate`, to which `extra`
+    goes."""
     prompt_s, token_s = [], []
     for _ in range(repeats):
         start = time.perf_counter()
-        continuations(model, prompt_1T, 1)
+        continuations(model, prompt_1T, 1, **extra)
         middle = time.perf_counter()
-        continuations(model, prompt_1T, new_tokens)
+        continuations(model, prompt_1T, new_tokens, **extra)
         end = time.perf_counter()
         prompt_s.append(middle - start)
         token_s.append((end - middle - (middle - start)) / (new_tokens - 1))
     return {"prompt_s": statistics.median(prompt_s), "token_s": statistics.median(token_s)}
+
+
+def baselines(model: Any, prompt_1T: Tensor, new_tokens: int, settings: Mapping[str, int]) -> dict[str, Any]:
+    """Times of transformers' own ways of decoding sooner, and whether their tokens are those of plain decoding.
+
+    Args:
+        settings: of `generate`, one a baseline, such as `{"prompt_lookup_num_tokens": 4}`.
+
+    Returns:
+        By setting: `seconds` as of `timings`, `equal`; or `refused`, the reason of transformers.
+    """
+    plain, found = continuations(model, prompt_1T, new_tokens), {}
+    for name, value in settings.items():
+        try:
+            equal = torch.equal(continuations(model, prompt_1T, new_tokens, **{name: value}), plain)
+            seconds = timings(model, prompt_1T, new_tokens, **{name: value})
+        except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+            found[name] = {"refused": f"{type(error).__name__}: {error}"}
+            continue
+        found[name] = {"value": value, "equal": equal, "seconds": seconds}
+    return found
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -137,10 +168,20 @@ def run(arguments: argparse.Namespace) -> int:
         for path in arguments.text
     }
     results: dict[str, Any] = {"model": arguments.model, "dense": _measure(model, windows, arguments)}
+    tasks = _tasks(tokenizer, arguments)
+    results["dense"] |= tasks(model)
+    given = {
+        "prompt_lookup_num_tokens": arguments.prompt_lookup,
+        "assistant_early_exit": arguments.assistant_early_exit,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if given:
+        prompt_1T = next(iter(windows.values()))[0][None, : arguments.window // 2]
+        results["baselines"] = baselines(model, prompt_1T, arguments.new_tokens, given)
     if arguments.adapter is not None:
         mmskip.load_(model, arguments.adapter)
         results["methods"] = [repr(config) for config in mmskip.applied(model)]
-        results["changed"] = _measure(model, windows, arguments)
+        results["changed"] = {**_measure(model, windows, arguments), **tasks(model)}
         ids = (
             [torch.tensor(results[name].pop("ids")) for name in ("dense", "changed")] if arguments.continuations else []
         )
@@ -153,13 +194,40 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _tasks(tokenizer: Any, arguments: argparse.Namespace) -> Callable[[Any], dict[str, Any]]:
+    """What scores a model on the tasks asked for; they are looked up at once."""
+    if not arguments.tasks:
+        return lambda model: {}
+    from mmskip.train.evaluation.lm_tasks import harness, task_manager, task_scores
+
+    harness()
+    manager = task_manager(arguments.tasks, arguments.task_path)
+
+    def scored(model: Any) -> dict[str, Any]:
+        with _evaluating(model):
+            scores = task_scores(model, tokenizer, arguments.tasks, manager, arguments.task_limit, arguments.batch)
+        return {"tasks": scores}
+
+    return scored
+
+
 def _check(arguments: argparse.Namespace) -> None:
-    for path in (Path(arguments.model), *arguments.text, *([arguments.adapter] if arguments.adapter else [])):
+    further = [path for path in (arguments.adapter, arguments.task_path) if path is not None]
+    for path in (Path(arguments.model), *arguments.text, *further):
         if not path.exists():
             raise ValueError(f"{path} does not exist.")
-    for name, least in (("window", 2), ("batch", 1), ("prompt", 1), ("continuations", 0), ("new_tokens", 2)):
-        if getattr(arguments, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; expected at least {least}.")
+    for name, least in (
+        ("window", 2),
+        ("batch", 1),
+        ("prompt", 1),
+        ("continuations", 0),
+        ("new_tokens", 2),
+        ("prompt_lookup", 1),
+        ("assistant_early_exit", 1),
+    ):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected at least {least}.")
 
 
 def _measure(model: Any, windows: dict[str, list[Tensor]], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -180,11 +248,19 @@ def _print(results: dict[str, Any]) -> None:
     for name in ("dense", "changed"):
         for path, found in results.get(name, {}).get("perplexity", {}).items():
             print(f"{name:8} {path}: perplexity {found['perplexity']:.4f} over {found['tokens']} tokens")
+        for task, scores in results.get(name, {}).get("tasks", {}).items():
+            print(f"{name:8} {task}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in scores.items()))
         if "seconds" in results.get(name, {}):
             times = results[name]["seconds"]
             print(
                 f"{name:8} prompt {times['prompt_s'] * 1e3:.2f} ms, each decoded token {times['token_s'] * 1e3:.3f} ms"
             )
+    for name, told in results.get("baselines", {}).items():
+        if "refused" in told:
+            print(f"{name}: does not run here: {told['refused']}")
+        else:
+            same = "the same tokens" if told["equal"] else "OTHER tokens"
+            print(f"{name} {told['value']}: each decoded token {told['seconds']['token_s'] * 1e3:.3f} ms, {same}")
     if "agreement" in results:
         told = results["agreement"]
         print(
