@@ -144,7 +144,8 @@ def baselines(model: Any, prompt_1T: Tensor, new_tokens: int, settings: Mapping[
     Returns:
         By setting: `seconds` as of `timings`, `equal`; or `refused`, the reason of transformers.
     """
-    plain, found = continuations(model, prompt_1T, new_tokens), {}
+    found: dict[str, Any] = {}
+    plain = continuations(model, prompt_1T, new_tokens)
     for name, value in settings.items():
         try:
             equal = torch.equal(continuations(model, prompt_1T, new_tokens, **{name: value}), plain)
