@@ -22,11 +22,11 @@ import torch
 from _families import FAMILIES, STREAMS, Decoder, Stream, Vlm
 from _measure import RESULTS, emit, interleaved_ratio, summary
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 import mmskip
 from mmskip import families
+from mmskip.cost import torch_flops
 from mmskip.env import device_name
 from mmskip.methods.mod import routed_layers
 
@@ -114,7 +114,7 @@ def tower_flops(runner: Runner) -> int:
     """Counted FLOPs of what is neither the language model nor its head; 0 for a model without pictures."""
     if "pixel_values_videos" not in runner.call:
         return 0
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), torch_flops() as counter:
         runner.model.eval()(**runner.call, logits_to_keep=1, use_cache=False)
     counts = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
     inside = [counts[name] for name in counts if name.endswith((".language_model", ".lm_head"))]

@@ -1,8 +1,8 @@
 """Router-only tuning of a tiny VLM on the embedded chat set: loss and counted compute against steps.
 
 For each seed a base model is trained densely (configs/vlm_dense.yaml) on a set drawn with that seed. Then its routers
-alone are tuned (vlm_router_only.yaml: fitted to the attention of the base, gates trained), or routers and LoRA
-(vlm_mod_lora.yaml). Beside them, at the same keep ratio: random tokens with the same gates trained as long; with
+alone are tuned (vlm_router_only.yaml: fitted to the attention of the base, gates trained), or routers and LoRA at a
+smaller keep ratio (vlm_mod_lora.yaml). Beside them, at the same keep ratio: random tokens with the same gates trained as long; with
 nothing trained random (mean of three draws), evenly spaced and largest-norm tokens, and tokens dropped by the
 attention they receive (FastV); and the base with blanked pictures. Losses are those of the test split.
 
@@ -43,7 +43,7 @@ from mmskip.viz import save_png
 
 CONFIGS = ROOT / "configs"
 FOLDER = ROOT / "runs" / "router_tuning"
-SEARCH_SEED, SEEDS = 100, (1, 2, 3)
+SEARCH_SEED, SEEDS = 100, (2, 3, 4)  # seed 1 was seen with settings used before
 SIZES = {"val": 600, "test": 1000}
 RANDOM = {"router": "random", "gate": "own", "noise": 0.0}
 TUNED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -61,13 +61,13 @@ COLORS = {
     "base": "#22313c",
 }
 LABELS = {
-    "router": "router alone (deep blocks)",
-    "random tuned": "random tokens there, gates tuned",
-    "router+lora": "router and LoRA (every other block)",
-    "random+lora": "random tokens there, LoRA",
+    "router": "router alone (keep 0.75)",
+    "random tuned": "random tokens, gates tuned (keep 0.75)",
+    "router+lora": "router and LoRA (keep 0.5)",
+    "random+lora": "random tokens and LoRA (keep 0.5)",
     "base": "base model",
 }
-DRAWS, FIT_BATCHES = (0, 1, 2), 30
+DRAWS = (0, 1, 2)
 
 
 def recipe(name: str, seed: int, method: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -186,6 +186,7 @@ def tune(variant: str, base: Path, seed: int, split: str, every: int) -> list[di
 
 def untuned(base: Path, data: ChatData, keep: float, layers: Any) -> dict[str, dict[str, float]]:
     """The base with `keep` of the vision tokens in `layers`, nothing trained; routers fitted as the recipe does."""
+    fit_batches = recipe(TUNED["router"][0], 0)["model"]["router_fit"]
     batch = next(iter(data.val_dataloader()))
 
     def result(config: Any) -> dict[str, float]:
@@ -193,7 +194,7 @@ def untuned(base: Path, data: ChatData, keep: float, layers: Any) -> dict[str, d
         model.configure_model()
         mmskip.apply_(model.llm, config)
         if getattr(config, "router", None) == "linear":
-            fit_routers(model.llm, islice(answer_calls(data.train_dataloader()), FIT_BATCHES))
+            fit_routers(model.llm, islice(answer_calls(data.train_dataloader()), fit_batches))
         return evaluate(model, data, batch)
 
     def routed(router: str, seed: int = 0) -> dict[str, float]:
@@ -299,7 +300,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--search", action="store_true", help="choose settings: validation split of the search seed")
     parser.add_argument("--keeps", nargs="+", type=float, default=[0.5, 0.6, 0.75], help="of the search")
-    parser.add_argument("--every", type=int, default=25, help="steps from one point of the curves to the next")
+    parser.add_argument("--every", type=int, default=50, help="steps from one point of the curves to the next")
     parser.add_argument("--pairs", type=int, default=15, help="of a timed step; 0: not timed")
     arguments = parser.parse_args()
     if arguments.search:

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import _measure
-from torch.utils.flop_counter import FlopCounterMode
 
 import mmskip
+from mmskip.cost import torch_flops
 from mmskip.families import find
 from mmskip.files import whole, write_json
 from mmskip.models.samplers import Drawer, steps_of
@@ -149,7 +149,7 @@ def _drawing(drawer: Drawer, sampler: str, nfe: int, count: int) -> Callable[[],
 
 
 def _operations(draw: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with torch_flops() as counter:
         draw()
     return counter.get_total_flops()
 

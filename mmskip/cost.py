@@ -3,7 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mmskip import families
 from mmskip.trace import ForwardRecord, LayerRecord, Trace
@@ -108,3 +110,13 @@ def _forward_cost(blocks: list[_BlockCost], forward: ForwardRecord) -> tuple[flo
         kept_bytes += block.activation * layer.ran
         full_bytes += block.activation * layer.tokens
     return ran, full, kept_bytes, full_bytes
+
+
+def torch_flops() -> FlopCounterMode:
+    """torch's own counter of FLOPs, a context, which also counts attention on a CPU (some versions leave it out)."""
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={on_cpu: _attention_flops})
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(query, key, value)

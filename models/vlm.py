@@ -41,6 +41,32 @@ from mmskip.train.schedules import SCHEDULES, warmup_schedule
 ADAPTER_FOLDER = "adapter"
 
 
+_LIMITS = {
+    "anneal_steps": (0, math.inf),
+    "router_fit": (0, math.inf),
+    "lr": (1e-12, math.inf),
+    "router_lr": (1e-12, math.inf),
+    "weight_decay": (0, math.inf),
+    "warmup": (0, 0.999),
+    "max_new_tokens": (1, math.inf),
+}
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for settings out of range, or that contradict one another."""
+    for name, (low, high) in _LIMITS.items():
+        value = settings[name]
+        if not (name == "router_lr" and value is None) and not low <= value <= high:
+            raise ValueError(f"{name} is {value}; expected a number from {low} to {high}")
+    if settings["schedule"] not in SCHEDULES:
+        raise ValueError(f"schedule is {settings['schedule']!r}; expected one of {', '.join(SCHEDULES)}")
+    if settings["export"] is not None and settings["trainable"] != "all":
+        raise ValueError(
+            f"export={settings['export']!r} writes a whole model, but trainable is {settings['trainable']!r}; use 'all'"
+        )
+    torch_dtype(settings["dtype"])
+
+
 class VLM(StepLossModule):
     """A VLM of transformers that learns the assistant's turns of conversations with images and videos.
 
@@ -105,48 +131,31 @@ class VLM(StepLossModule):
         tokens: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        limits = {
-            "anneal_steps": (anneal_steps, 0, math.inf),
-            "router_fit": (router_fit, 0, math.inf),
-            "lr": (lr, 1e-12, math.inf),
-            "router_lr": (lr if router_lr is None else router_lr, 1e-12, math.inf),
-            "weight_decay": (weight_decay, 0, math.inf),
-            "warmup": (warmup, 0, 0.999),
-            "max_new_tokens": (max_new_tokens, 1, math.inf),
-        }
-        for name, (value, low, high) in limits.items():
-            if not low <= value <= high:
-                raise ValueError(f"{name} is {value}; expected a number from {low} to {high}")
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule is {schedule!r}; expected one of {', '.join(SCHEDULES)}")
-        if export is not None and trainable != "all":
-            raise ValueError(f"export={export!r} writes a whole model, but trainable is {trainable!r}; use 'all'")
-        torch_dtype(dtype)
         if isinstance(lora, Mapping):
             lora = LoRA(**lora)
         # dicts and lists only: a dataclass in the hyper-parameters breaks weights-only loading of the checkpoint
-        self._set_hparams(
-            {
-                "vlm": vlm if isinstance(vlm, str) else dict(vlm),
-                "methods": methods_to_dicts(methods),
-                "lora": None if lora is None else asdict(lora),
-                "trainable": trainable,
-                "dtype": dtype,
-                "attention": attention,
-                "gradient_checkpointing": gradient_checkpointing,
-                "anneal_steps": anneal_steps,
-                "router_fit": router_fit,
-                "lr": lr,
-                "router_lr": router_lr,
-                "weight_decay": weight_decay,
-                "betas": list(betas),
-                "schedule": schedule,
-                "warmup": warmup,
-                "max_new_tokens": max_new_tokens,
-                "export": export,
-                "tokens": tokens,
-            }
-        )
+        settings: dict[str, Any] = {
+            "vlm": vlm if isinstance(vlm, str) else dict(vlm),
+            "methods": methods_to_dicts(methods),
+            "lora": None if lora is None else asdict(lora),
+            "trainable": trainable,
+            "dtype": dtype,
+            "attention": attention,
+            "gradient_checkpointing": gradient_checkpointing,
+            "anneal_steps": anneal_steps,
+            "router_fit": router_fit,
+            "lr": lr,
+            "router_lr": router_lr,
+            "weight_decay": weight_decay,
+            "betas": list(betas),
+            "schedule": schedule,
+            "warmup": warmup,
+            "max_new_tokens": max_new_tokens,
+            "export": export,
+            "tokens": tokens,
+        }
+        _check_settings(settings)
+        self._set_hparams(settings)
         self._config = vlm_config(vlm)
         self._methods = methods_from_dicts(self.hparams["methods"])
         self._lora = lora

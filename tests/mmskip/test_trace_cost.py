@@ -4,17 +4,17 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_decoders import VOCAB, stream_layout, tiny_decoder
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 import mmskip
+from mmskip.cost import torch_flops
 
 LAYOUT = stream_layout(6, lead=0).expand(2, -1)
 IDS = torch.randint(3, VOCAB, LAYOUT.shape, generator=torch.Generator().manual_seed(0))
 
 
 def counted(call):
-    with FlopCounterMode(display=False) as counter:
+    with torch_flops() as counter:
         call()
     return counter.get_total_flops()
 

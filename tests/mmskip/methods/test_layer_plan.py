@@ -6,11 +6,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_decoders import HYBRIDS, VOCAB, assert_same_generation, sharpen, stream_layout, tiny_decoder
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import mmskip
 from mmskip import LayerPlanConfig, families
+from mmskip.cost import torch_flops
 from mmskip.families.hf_plan import decode_from
 from mmskip.methods.layer_plan import export, report, unified_released
 
@@ -386,7 +386,7 @@ def test_token_routing_composes_with_plans_of_other_blocks_and_is_refused_on_the
 def test_counted_flops_agree_with_torch(name, plan):
     model = mmskip.apply_(tiny_decoder(name, hidden_size=128, intermediate_size=256), LayerPlanConfig(**PLANS[plan]))
     cache = DynamicCache(config=model.config) if "fill" in plan else None
-    with torch.no_grad(), mmskip.trace(model) as trace, FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), mmskip.trace(model) as trace, torch_flops() as counter:
         model(IDS, past_key_values=cache, use_cache=cache is not None)
     cost = mmskip.cost(model, trace)
     assert cost.flops == pytest.approx(counter.get_total_flops(), rel=4e-3)
