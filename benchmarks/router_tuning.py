@@ -2,9 +2,9 @@
 
 For each seed a base model is trained densely (configs/vlm_dense.yaml) on a set drawn with that seed. Then its routers
 alone are tuned (vlm_router_only.yaml: fitted to the attention of the base, gates trained), or routers and LoRA at a
-smaller keep ratio (vlm_mod_lora.yaml). Beside them, at the same keep ratio: random tokens with the same gates trained as long; with
-nothing trained random (mean of three draws), evenly spaced and largest-norm tokens, and tokens dropped by the
-attention they receive (FastV); and the base with blanked pictures. Losses are those of the test split.
+smaller keep ratio (vlm_mod_lora.yaml). Beside each, at the same keep ratio: random tokens, the same weights trained as
+long. With nothing trained: fitted, random (mean of three draws), evenly spaced and largest-norm tokens, and tokens
+dropped by the attention they receive (FastV); and the base with blanked pictures. Losses are those of the test split.
 
 Compute is that of the language model; the vision tower runs whole.
 
