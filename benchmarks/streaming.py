@@ -8,6 +8,8 @@ Random weights that never speak, random features: the language model alone is ti
 run frame by frame in turns, so that drift of the machine hits all alike. Parts:
   position  one stream, one frame per call: dense + window and MoD + window at every frame, dense and MoD without a
             window at 10 frames each of some 16 positions (between them their cache is filled many frames at a time)
+  flat      MoD + window once more, frames 500-600 and 2000-2100 in turns (two streams), so that what the machine does
+            meanwhile is not taken for growth
   prefill   600 frames x 10 tokens (and a separator each) in one call, against dense and the counted ideal
   grid      MoD against dense at 1 to 64 tokens per frame, 1 to 8 frames per call, 1 to 8 streams
 
@@ -43,6 +45,7 @@ SPANS = ((500, 600), (2000, 2100))
 TOKENS, CHUNKS, STREAMS = (1, 10, 64), (1, 2, 8), (1, 2, 8)
 PROBES, PROBE_FRAMES = 14, 10
 FILL = 50  # frames per call where nothing is timed
+LEAD_IN = 120  # single frames before the timed ones of `flat`: by then the buffers are those of single frames
 
 SHAPES = {
     "claim": Decoder(),
@@ -95,6 +98,8 @@ class Contender:
 
     def fill(self, until: int) -> None:
         """Watch up to frame `until`, untimed and many frames at a time."""
+        if until <= self.seen:
+            return
         own = self.engine.settings
         self.engine.settings = replace(own, chunk=FILL)
         self.watch(until - self.seen)
@@ -151,6 +156,31 @@ def position(models: dict[str, VideoLLM], frames: int, window: int, say: Callabl
         running["mod"].watch(1)
     rows["mod"]["ideal"] = mmskip.cost(models["mod"].llm, trace).ideal_speedup
     return rows
+
+
+def flat(model: VideoLLM, frames: int, window: int) -> dict[str, Any]:
+    """Latency of the late frames over that of the early ones under a window, one of each in turn."""
+    starts, size = [begin for begin, _ in spans(frames)], spans(frames)[0][1] - spans(frames)[0][0]
+    pair = [Contender(model, window=window) for _ in starts]
+    for contender, start in zip(pair, starts, strict=True):
+        contender.fill(start - LEAD_IN)
+        while contender.seen < start:
+            contender.watch(1)
+    times: list[list[float]] = [[], []]
+    for index in range(size):
+        for which in (0, 1) if index % 2 == 0 else (1, 0):
+            times[which].append(pair[which].watch(1))
+    first, last = map(statistics.median, times)
+    ratios = sorted(late / early for early, late in zip(*times, strict=True))
+    quartiles = statistics.quantiles(ratios, n=4) if size > 1 else ratios * 3
+    return {
+        "early_ms": round(1000 * first, 3),
+        "late_ms": round(1000 * last, 3),
+        "frames_timed": size,
+        "late_over_early": round(last / first, 4),
+        "paired": [round(value, 4) for value in quartiles],
+        "kv_bytes": [contender.engine.cache.stored_bytes for contender in pair],
+    }
 
 
 def spans(frames: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -297,23 +327,15 @@ def prefill(models: dict[str, VideoLLM], frames: int, pairs: int) -> dict[str, A
 
 
 def picture(result: dict[str, Any]) -> Figure:
-    """Latency and KV bytes against position, and the grid where it was measured."""
-    cells = result.get("grid", {}).get("cells", [])
-    figure = Figure(figsize=(13.0 if cells else 8.7, 3.8), layout="constrained")
-    panels: Any = figure.subplots(1, 3 if cells else 2)
-    styles = {"dense": (INK, "-"), "mod": (RAN, "-"), "dense + window": (INK, "--"), "mod + window": (RAN, "--")}
-    for name, row in result.get("position", {}).get("contenders", {}).items():
-        color, line = styles[name]
-        for axes, key, scale in ((panels[0], "latency_ms_by_position", 1), (panels[1], "kv_bytes_by_position", 2**20)):
-            places, values = zip(*((frame, value / scale) for frame, value in row[key]), strict=True)
-            axes.plot(places, values, line, color=color, label=name, linewidth=1.5)
-    for axes, label in ((panels[0], "latency of a frame, ms (median)"), (panels[1], "keys and values, MiB")):
-        axes.set(xlabel="frames watched", ylabel=label)
-        axes.set_ylim(bottom=0)
-        if axes.lines:
-            axes.legend(frameon=False, fontsize=8)
+    """What was measured: latency and KV bytes against position, and the grid."""
+    cells, contenders = result.get("grid", {}).get("cells", []), result.get("position", {}).get("contenders", {})
+    count = 2 * bool(contenders) + bool(cells)
+    figure = Figure(figsize=(4.35 * max(count, 1), 3.8), layout="constrained")
+    panels: Any = figure.subplots(1, max(count, 1), squeeze=False)[0]
+    if contenders:
+        _draw_position(panels, contenders)
     if cells:
-        _draw_grid(panels[2], cells)
+        _draw_grid(panels[-1], cells)
     for axes in panels:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
@@ -321,6 +343,19 @@ def picture(result: dict[str, Any]) -> Figure:
             axes.spines[side].set_color(LINE)
         axes.tick_params(labelsize=8)
     return figure
+
+
+def _draw_position(panels: Any, contenders: dict[str, dict[str, Any]]) -> None:
+    styles = {"dense": (INK, "-"), "mod": (RAN, "-"), "dense + window": (INK, "--"), "mod + window": (RAN, "--")}
+    for name, row in contenders.items():
+        color, line = styles[name]
+        for axes, key, scale in ((panels[0], "latency_ms_by_position", 1), (panels[1], "kv_bytes_by_position", 2**20)):
+            places, values = zip(*((frame, value / scale) for frame, value in row[key]), strict=True)
+            axes.plot(places, values, line, color=color, label=name, linewidth=1.5)
+    for axes, label in ((panels[0], "latency of a frame, ms (median)"), (panels[1], "keys and values, MiB")):
+        axes.set(xlabel="frames watched", ylabel=label)
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, fontsize=8)
 
 
 def _draw_grid(axes: Any, cells: Sequence[dict[str, Any]]) -> None:
@@ -374,14 +409,20 @@ def measure(
     args: argparse.Namespace, models: dict[str, VideoLLM], results: Results, say: Callable[[str], None]
 ) -> None:
     """The parts that are asked for."""
+    window = min(WINDOW_FRAMES, args.frames // 6) * 11
     if "position" in args.parts:
-        window = min(WINDOW_FRAMES, args.frames // 6) * 11
         settings = {"frames": args.frames, "window": window, "probes": PROBES, "probe_frames": PROBE_FRAMES}
         say(f"position: {args.frames} frames of 10 tokens, window {window} tokens")
         found = results.known("position", settings)
         if found is None:
             found = read_position(position(models, args.frames, window, say), args.frames, say)
         results.keep("position", settings, found)
+    if "flat" in args.parts:
+        settings = {"frames": args.frames, "window": window, "lead_in": LEAD_IN}
+        say(f"flat: early and late frames in turns, window {window} tokens")
+        found = results.known("flat", settings) or flat(models["mod"], args.frames, window)
+        results.keep("flat", settings, found)
+        say(f"  {found}")
     if "prefill" in args.parts:
         settings = {"frames": args.prefill_frames, "pairs": args.pairs}
         say(f"prefill: {args.prefill_frames} frames of 10 tokens in one call")
@@ -401,10 +442,16 @@ def measure(
         say(results.result["grid"]["verdict"])
 
 
+def _median_cell(result: dict[str, Any]) -> dict[str, float]:
+    """Of the grid; 1 where nothing is compared with dense."""
+    cells = result.get("grid", {}).get("cells") or [{"speedup": 1.0, "ideal": 1.0}]
+    return {key: round(statistics.median(cell[key] for cell in cells), 3) for key in ("speedup", "ideal")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    parts = ["position", "prefill", "grid"]
+    parts = ["position", "flat", "prefill", "grid"]
     add("--shape", default="claim", choices=SHAPES)
     add("--parts", nargs="+", default=parts, choices=parts)
     add("--frames", type=int, default=2100, help="length of the streams of `position`")
@@ -427,9 +474,10 @@ def main() -> None:
     results = Results(path, about, args.fresh)
     measure(args, models, results, lambda text: print(text, flush=True))
     result = results.whole
-    measured = result.get("prefill") or result.get("position") or result["grid"]["cells"][0]
+    measured = result.get("prefill") or result.get("position") or _median_cell(result)
     result |= {"speedup": measured["speedup"], "ideal": measured["ideal"]}
-    save_png(picture(result), path.with_suffix(".png"))
+    if "position" in result or "grid" in result:
+        save_png(picture(result), path.with_suffix(".png"))
     emit(result, path)
 
 

@@ -30,6 +30,7 @@ def test_a_quick_run_ends_with_one_line_and_a_picture(streaming, monkeypatch, tm
     assert bounded["kv_bytes_end"] < result["position"]["contenders"]["mod"]["kv_bytes_end"]
     assert "at most" in printed
     assert result["prefill"]["ideal"] > 1.3
+    assert result["flat"]["frames_timed"] == 3 and result["flat"]["late_over_early"] > 0
     assert [cell["tokens"] for cell in result["grid"]["cells"]] == [10]
     assert (tmp_path / "r.png").stat().st_size > 1000
     # every frame under the window, a part of them without
@@ -65,6 +66,7 @@ def test_what_was_measured_is_not_lost_when_a_later_part_is_interrupted(streamin
     monkeypatch.setattr(streaming, "_cell", cell)
     monkeypatch.setattr(streaming, "position", fail)
     monkeypatch.setattr(streaming, "prefill", fail)
+    monkeypatch.setattr(streaming, "flat", fail)
     streaming.main()
     result = json.loads(out.read_text())
     assert (result["position"], result["prefill"]) == (kept["position"], kept["prefill"])
