@@ -6,16 +6,22 @@ The checkpoint watches videos in fp32 and in bf16, by chunks of several sizes, o
 and restored in the middle; each stream is compared with one forward over its whole sequence under the recorded
 selections. As a control bf16 once more with logits rounded to bf16, as a head alone tells them. The cost is that of the
 head of an 8B model for one token: `speedup` is that of the plain bf16 head over the one whose sums stay in fp32.
+
+Each line is kept in the result file as soon as it is there; `--kinds` and `--ways` name a part, and what the file holds
+of the same commit, checkpoint and videos stays in it.
 """
 
 import argparse
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
-from _measure import RESULTS, emit, interleaved_ratio, summary
+from _measure import RESULTS, emit, environment, interleaved_ratio, summary
 from torch.nn import functional as F
 
+from mmskip.files import write_json
 from mmskip.models.logits import fp32_linear
 from mmskip.models.stream import StreamSettings
 from mmskip.models.stream_check import Comparison, compare
@@ -42,6 +48,13 @@ def watch(model: Any, videos: list[torch.Tensor], head: list[int], way: tuple[An
     return total
 
 
+def known(path: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """Results of an earlier call that are of the same things."""
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    same = all(found.get(key) == value for key, value in about.items()) and not about["environment"]["dirty"]
+    return found.get("results", {}) if same else {}
+
+
 def told(total: Comparison) -> dict[str, Any]:
     """A comparison, JSON-ready; margins in steps of the model's dtype at its largest logit."""
     return {
@@ -60,31 +73,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="folder of a run, or a checkpoint file")
     parser.add_argument("--samples", type=int, default=30, help="test videos (default 30)")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--ways", type=int, nargs="+", default=list(range(len(WAYS))), help="numbers in WAYS")
     parser.add_argument("--pairs", type=int, default=15, help="paired runs of the head")
     parser.add_argument("--head", type=int, nargs=2, default=HEAD, help="its vocabulary and width")
-    parser.add_argument("--out", default=RESULTS / "stream_exact.json", help="result file")
+    parser.add_argument("--out", type=Path, default=RESULTS / "stream_exact.json", help="result file")
     args = parser.parse_args()
     run = find_run(args.checkpoint)
     data = load_data(run)
     dataset = data.dataset("test")
     head = data.tokens.head(data.instruction)
     videos = [dataset[index]["features"] for index in range(min(args.samples, len(dataset)))]
-    results: dict[str, dict[str, Any]] = {}
-    for name, (dtype, rounded) in KINDS.items():
+    where = environment()
+    checkpoint = f"{run.folder.parent.name}/{run.folder.name}"
+    about = {"name": "stream_exact", "environment": where, "checkpoint": checkpoint, "videos": len(videos)}
+    results = known(args.out, about)
+    for name in args.kinds:
+        dtype, rounded = KINDS[name]
         model = load_model(run, dtype=dtype)
-        for chunk, streams, reopen_after in WAYS:
+        for chunk, streams, reopen_after in (WAYS[number] for number in args.ways):
             begin = time.perf_counter()
             total = watch(model, videos, head, (chunk, streams, reopen_after), rounded)
             way = f"{name}, chunks of {chunk}, {streams} streams" + (", restored" if reopen_after else "")
             results[way] = told(total)
+            write_json({**about, "results": results}, args.out)
             print(f"{way} ({time.perf_counter() - begin:.0f} s): {results[way]}", flush=True)
     weight, hidden = torch.randn(*args.head).bfloat16(), torch.randn(1, args.head[1]).bfloat16()
     with torch.inference_mode():
         ratio = interleaved_ratio(lambda: F.linear(hidden, weight), lambda: fp32_linear(hidden, weight), args.pairs)
     cost = summary(ratio, 1.0)
     shape = f"head {args.head[0]} x {args.head[1]}, 1 token, bfloat16"
-    found = {"videos": len(videos), "results": results, "head": cost}
-    emit({"name": "stream_exact", "shape": shape, "speedup": cost["speedup"], "ideal": 1.0, **found}, args.out)
+    found = {**about, "shape": shape, "speedup": cost["speedup"], "ideal": 1.0, "head": cost, "results": results}
+    emit(found, args.out)
 
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ def _scan(path: Path) -> _Scan:
             if not container.streams.video:
                 raise VideoError(f"{path}: holds no video stream")
             stream = container.streams.video[0]
-            packets, corrupt = _read_packets(container, stream)
+            packets, timeless, corrupt = _read_packets(container, stream)
             base = stream.time_base
             stated = _stated_seconds(container, stream)
             claimed = stated or (container.duration or 0) / av.time_base
@@ -228,6 +228,11 @@ def _scan(path: Path) -> _Scan:
             nominal = stream.average_rate or stream.guessed_rate
     except FFmpegError as error:
         raise VideoError(f"{path}: not a readable video, or cut off ({error.strerror})") from error
+    if not packets and timeless:
+        raise VideoError(
+            f"{path}: its {timeless} packets carry no times (a raw stream?); put them into a container, for example "
+            f"by ffmpeg -r RATE -i {path.name} -c copy {path.stem}.mp4"
+        )
     if not packets or base is None or not width:
         raise VideoError(f"{path}: holds no video frames; it is not a video or is cut off")
     packets.sort()
@@ -260,20 +265,21 @@ def _quarter_turns(path: Path) -> int:
         return 0  # nothing can be decoded: that is told when the frames are asked for
 
 
-def _read_packets(container: Any, stream: Any) -> tuple[list[tuple[int, int]], bool]:
-    """(pts, duration) of every packet, and whether reading ended early."""
+def _read_packets(container: Any, stream: Any) -> tuple[list[tuple[int, int]], int, bool]:
+    """(pts, duration) of every packet, how many have data but no time, and whether reading ended early."""
     packets: list[tuple[int, int]] = []
-    corrupt = False
+    timeless, corrupt = 0, False
     try:
         for packet in container.demux(stream):
             if packet.pts is None and packet.dts is None:
+                timeless += packet.size > 0
                 continue
             corrupt = corrupt or packet.is_corrupt
             if not packet.is_discard:
                 packets.append((packet.dts if packet.pts is None else packet.pts, packet.duration or 0))
     except FFmpegError:
         corrupt = True
-    return packets, corrupt
+    return packets, timeless, corrupt
 
 
 def _stated_seconds(container: Any, stream: Any) -> float:

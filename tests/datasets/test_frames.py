@@ -72,3 +72,14 @@ def test_a_usual_video_needs_no_notes_and_a_truncated_one_is_refused(tmp_path):
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(VideoError, match="cut"):
         open_frames(tmp_path / "cut.mp4", 2.0, 32)
+
+
+def test_a_raw_stream_without_times_is_told_from_a_broken_file(tmp_path):
+    with av.open(str(tmp_path / "v.h264"), "w", format="h264") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for value in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((64, 64, 3), value, np.uint8), "rgb24")))
+        container.mux(stream.encode())
+    with pytest.raises(VideoError, match=r"v\.h264: its \d+ packets carry no times.*ffmpeg -r RATE"):
+        open_frames(tmp_path / "v.h264", 2.0, 32)
