@@ -13,6 +13,7 @@ from mmskip.exits import TiedHead
 from mmskip.families.hf_blocks import CACHE_NAME, arguments_of
 from mmskip.families.hf_exit_speculate import speculation_changes
 from mmskip.families.hf_exits import BlockState, DecoderExit, EncoderExit, ExitRule, Run
+from mmskip.families.hf_modalities import split_changes
 from mmskip.swap import Change
 
 _FINAL_NORMS = ("final_layer_norm", "layer_norm", "ln_f", "norm", "layernorm")
@@ -73,6 +74,20 @@ class EncoderDecoderView:
             Change(f"exit.{module}.{index + 1}", block, mixin, BlockState(index, rule, run))
             for index, block in enumerate(blocks)
         ]
+
+    def split_changes(self, rules: dict[str, ExitRule]) -> list[Change]:
+        """The changes by which image and text tokens run the encoder apart, each leaving it by a rule.
+
+        Raises:
+            ValueError: a block of the encoder reads more than its tokens and their mask.
+        """
+        more = set(arguments_of(self.encoder[0])) - {"self", "hidden_states", "attention_mask", "kwargs"}
+        if more:
+            raise ValueError(
+                f"{type(self.encoder[0]).__name__} takes {', '.join(sorted(more))}, so that image and text tokens "
+                "cannot run it apart; use encoder instead of image and text."
+            )
+        return split_changes(self.root, self.encoder, rules)
 
     def speculation_changes(self, speculator: Any, exit_after: int) -> list[Change]:
         """The changes by which `generate` decodes by speculation, with drafts that leave the decoder behind layer

@@ -20,6 +20,8 @@ class ExitLayer(DynamicLayer):
         valid: boolean [B, S], False for holes; None: there are none.
         swap: where to take the keys and values of exited tokens of the call under way from: which tokens are no such
             ones, [B, T], and the layer below.
+        leaves: which rows leave early for good, boolean [B]; None: not decided. all_leave: what the host knows of it,
+            whether all or none do; None: they differ.
         owed: states [B, T, D] of the latest tokens, whose keys and values nobody has asked for yet, with the block's
             arguments per token.
     """
@@ -28,6 +30,8 @@ class ExitLayer(DynamicLayer):
         super().__init__()
         self.valid: Tensor | None = None
         self.swap: tuple[Tensor, DynamicLayer] | None = None
+        self.leaves: Tensor | None = None
+        self.all_leave: bool | None = None
         self.owed: list[tuple[Tensor, PerToken]] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -67,7 +71,7 @@ class ExitLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.valid, self.owed = None, []
+        self.valid, self.leaves, self.owed = None, None, []
 
     def crop(self, tokens_to_remove: int) -> None:
         # in some versions a positive number is the length that is left
@@ -98,6 +102,8 @@ class ExitLayer(DynamicLayer):
             self.keys, self.values = pick(self.keys), pick(self.values)
         if self.valid is not None:
             self.valid = pick(self.valid)
+        if self.leaves is not None:
+            self.leaves = pick(self.leaves)
         if self.owed:
             x_BTD, per_token = self.debts()
             self.owe(pick(x_BTD), _map(per_token, pick))

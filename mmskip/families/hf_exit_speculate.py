@@ -25,9 +25,11 @@ class DraftRule:
 
     draft: DraftState
     points: tuple[int, ...]
+    leaves: str = "decoder"
     policy: str = "project"
+    remembers: bool = False
 
-    def begin(self, mask_BT: Tensor | None, past: int) -> Decide:
+    def begin(self, mask_BT: Tensor | None, past: int, memory: Any) -> Decide:
         """One decision for all tokens of one forward."""
         return lambda after_BTD, before_BTD: self.draft.active
 

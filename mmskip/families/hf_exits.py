@@ -42,9 +42,14 @@ class ExitRule(Protocol):
     """What a method says: at which layers states may exit, and when.
 
     Attributes:
+        leaves: what exits, a name.
         points: numbers of layers that have run (from 1) at which an exit is possible, below the depth.
         policy: one of `POLICIES`; None for an encoder.
     """
+
+    @property
+    def leaves(self) -> str:
+        """A name."""
 
     @property
     def points(self) -> tuple[int, ...]:
@@ -54,13 +59,18 @@ class ExitRule(Protocol):
     def policy(self) -> str | None:
         """Of exited tokens' keys and values."""
 
-    def begin(self, mask_BT: Tensor | None, past: int) -> Decide:
+    @property
+    def remembers(self) -> bool:
+        """Whether decisions about the first token hold for its row."""
+
+    def begin(self, mask_BT: Tensor | None, past: int, memory: ExitLayer | None) -> Decide:
         """Called once per forward; the result is called behind each layer in `points` with the states behind and before
         it, [B, T, D], and says which states exit: boolean [B, T], or [B] for an encoder; or one bool for all of them.
 
         Args:
             mask_BT: of an encoder, False on padding; None: no padding.
             past: tokens before the first one of the call.
+            memory: what holds `leaves` between the calls of a decoder that remembers; None: nothing does.
         """
 
     def compacts(self, left: int, rows: int) -> bool:
@@ -113,9 +123,9 @@ class Run:
         assert self.exits is not None
         exits = self.decide(after_BTD, before_BTD)
         if isinstance(exits, bool):
-            if not exits:
-                return
-            exits = torch.ones_like(self.exits, dtype=torch.bool)
+            if exits:
+                self._stop_all(layers)
+            return
         if self.active is not None:
             exits = exits & self.active
         if not bool(exits.any()):  # the host decides which layers are called
@@ -125,6 +135,15 @@ class Run:
         self.left = int(self.active.sum())
         if self.left and self.active.shape[0] > 1:
             self._compact(rule)
+
+    def _stop_all(self, layers: int) -> None:
+        """Let every state exit that has not, without asking the device."""
+        assert self.exits is not None
+        if self.active is None:
+            self.exits = torch.full_like(self.exits, layers)
+        else:
+            self.exits = torch.where(self.active, layers, self.exits)
+        self.active, self.left = torch.zeros_like(self.exits, dtype=torch.bool), 0
 
     def _compact(self, rule: ExitRule) -> None:
         """Choose the rows that the next layers run on."""
@@ -153,6 +172,11 @@ class BlockState:
     def is_point(self) -> bool:
         """Whether states may exit behind this block."""
         return self.index + 1 in self.rule.points
+
+    @property
+    def told(self) -> dict[str, Run]:
+        """The forward under way or the latest one, by what leaves."""
+        return {self.rule.leaves: self.run}
 
 
 def _output(run: Run, x_BTD: Tensor) -> Any:
@@ -187,21 +211,26 @@ class EncoderExit:
         state: BlockState = state_of(self, EncoderExit)  # type: ignore[arg-type]
         if self.training:  # type: ignore[attr-defined]
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        values, run = bind(self, args, kwargs), state.run  # type: ignore[arg-type]
-        x_BTD = values["hidden_states"]
-        if state.index == 0:
-            decide = state.rule.begin(real_tokens(values.get("attention_mask"), x_BTD), 0)
-            run.start(x_BTD.shape[:1], x_BTD.device, decide)
-        if not run.left:
-            return _output(run, x_BTD)
-        if run.rows is None:
-            y_BTD = run.keep(_read(run, super().forward(*args, **kwargs)), x_BTD)  # type: ignore[misc]
-        else:
-            some = rows_of(values, run.rows, len(x_BTD))
-            y_BTD = x_BTD.index_copy(0, run.rows, _read(run, super().forward(**some), False))  # type: ignore[misc]
-        if state.is_point:
-            run.stop(state.index + 1, y_BTD, x_BTD, state.rule)
-        return _output(run, y_BTD)
+        values = bind(self, args, kwargs)  # type: ignore[arg-type]
+        return _output(state.run, encode(super().forward, state.run, state.rule, state.index, values))  # type: ignore[misc]
+
+
+def encode(call: Any, run: Run, rule: ExitRule, index: int, values: dict[str, Any]) -> Tensor:
+    """States [B, T, D] behind encoder block `index`, whose own forward is `call`."""
+    x_BTD = values["hidden_states"]
+    if index == 0:
+        mask_BT = real_tokens(values.get("attention_mask"), x_BTD)
+        run.start(x_BTD.shape[:1], x_BTD.device, rule.begin(mask_BT, 0, None))
+    if not run.left:
+        return x_BTD
+    if run.rows is None:
+        y_BTD = run.keep(_read(run, call(**values)), x_BTD)
+    else:
+        some = rows_of(values, run.rows, len(x_BTD))
+        y_BTD = x_BTD.index_copy(0, run.rows, _read(run, call(**some), False))
+    if index + 1 in rule.points:
+        run.stop(index + 1, y_BTD, x_BTD, rule)
+    return y_BTD
 
 
 def real_tokens(mask: Tensor | None, x_BTD: Tensor) -> Tensor | None:
@@ -233,7 +262,9 @@ class DecoderExit:
         x_BTD, cache = values["hidden_states"], values.get(state.cache_name)
         if index == 0:
             past = 0 if cache is None else exit_layer(cache, 0).get_seq_length()
-            run.start(x_BTD.shape[:2], x_BTD.device, state.rule.begin(None, past), past)
+            kept = cache is not None and state.rule.remembers
+            memory: Any = exit_layer(cache, state.rule.points[0]) if kept else None
+            run.start(x_BTD.shape[:2], x_BTD.device, state.rule.begin(None, past, memory), past)
         if cache is None and state.rule.policy == "copy":
             run.cache = run.cache or EncoderDecoderCache(DynamicCache(), DynamicCache())
             cache = values[state.cache_name] = run.cache

@@ -9,8 +9,10 @@ run.
     exit_layers(model)   # layers that ran, per sample and per token of the latest forward
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +30,8 @@ from mmskip.exits import (
     is_single,
 )
 from mmskip.families.hf_encoder_decoder import EncoderDecoderView
-from mmskip.families.hf_exits import POLICIES, Decide
+from mmskip.families.hf_exits import POLICIES, Decide, ExitRule
+from mmskip.families.hf_modalities import MODALITIES, telling
 from mmskip.registry import register
 from mmskip.swap import Change, states
 
@@ -43,8 +46,15 @@ class EarlyExitConfig(MethodConfig):
         decoder: threshold of a token's score, in the range of `criterion` (see `mmskip.exits`); the range's upper end
             never fires; None: the decoder is left as it is.
         encoder: the same for a sample in the encoder.
+        image, text: the same for its image tokens and its text tokens, which then run the encoder apart, with the same
+            weights (MuE); both or none, instead of `encoder`. A model that puts image features among its tokens says
+            where they are; else `image_tokens` does.
+        depth, encoder_depth: instead of a threshold: every state leaves behind so many layers, >= 1. Nothing is decided
+            while the model runs, which then compiles as a whole.
+        once: whether a sample's first decoder token decides, behind the first point, for all of its tokens: they leave
+            there, or run every layer.
         criterion: of the decoder: `saturation`, `state_norm`, `confidence`, `margin`, `entropy` or `patience`.
-        encoder_criterion: `saturation` or `state_norm`.
+        encoder_criterion: of the encoder: `saturation` or `state_norm`.
         kv: keys and values of an exited token in the layers above: `project`, `copy` or `hole`.
         min_layers, encoder_min_layers: layers that always run, at least 1.
         points, encoder_points: numbers of the layers (from 1) behind which an exit is possible; None: every one.
@@ -71,6 +81,11 @@ class EarlyExitConfig(MethodConfig):
     decay_steps: int = 16
     compact: str = "auto"
     compact_overhead: float = 0.25
+    image: float | None = None
+    text: float | None = None
+    depth: int | None = None
+    encoder_depth: int | None = None
+    once: bool = False
 
     def __post_init__(self) -> None:
         check_choice("criterion", self.criterion, CRITERIA)
@@ -79,11 +94,7 @@ class EarlyExitConfig(MethodConfig):
         check_choice("compact", self.compact, COMPACT)
         if not _is_number(self.compact_overhead) or not 0 <= self.compact_overhead <= 1:
             raise ValueError(f"compact_overhead is {self.compact_overhead!r}; expected a number in [0, 1].")
-        if self.decoder is None and self.encoder is None:
-            raise ValueError("decoder and encoder are both None; give a threshold for at least one of them.")
-        for name, criterion in (("decoder", self.criterion), ("encoder", self.encoder_criterion)):
-            if getattr(self, name) is not None:
-                check_threshold(name, criterion, getattr(self, name))
+        self._check_exits()
         for name in ("min_layers", "encoder_min_layers"):
             if not _is_count(getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected an integer >= 1.")
@@ -93,6 +104,30 @@ class EarlyExitConfig(MethodConfig):
                 raise ValueError(f"{name} is {given!r}; expected different layer numbers >= 1, or None.")
             object.__setattr__(self, name, None if given is None else tuple(sorted(given)))
         self._check_decay()
+
+    def _check_exits(self) -> None:
+        if self.depth is not None and self.decoder == type(self).decoder:
+            object.__setattr__(self, "decoder", None)
+        ways = ("decoder", "encoder", "image", "depth", "encoder_depth")
+        if all(getattr(self, name) is None for name in ways):
+            raise ValueError("decoder and encoder are both None; give a threshold for at least one of them.")
+        if (self.image is None) != (self.text is None):
+            raise ValueError(f"image is {self.image!r} and text {self.text!r}; expected both or none.")
+        for first, second in (("decoder", "depth"), ("encoder", "encoder_depth"), ("encoder", "image"),
+                              ("encoder_depth", "image")):  # fmt: skip
+            if getattr(self, first) is not None and getattr(self, second) is not None:
+                raise ValueError(
+                    f"{first} is {getattr(self, first)!r} and {second} {getattr(self, second)!r}; choose one of them."
+                )
+        for name in ("decoder", "encoder", "image", "text"):
+            if getattr(self, name) is not None:
+                criterion = self.criterion if name == "decoder" else self.encoder_criterion
+                check_threshold(name, criterion, getattr(self, name))
+        for name in ("depth", "encoder_depth"):
+            if getattr(self, name) is not None and not _is_count(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected an integer >= 1, or None.")
+        if self.once and (self.decoder is None or self.decay is not None):
+            raise ValueError("once is True, which needs a threshold of the decoder that does not decay.")
 
     def _check_decay(self) -> None:
         if self.decay is not None and self.criterion in ("patience", "state_norm"):
@@ -135,13 +170,19 @@ class TokenRule:
     points: tuple[int, ...]
     head: Callable[[Tensor], Tensor] | None
     compacts: Compaction
+    leaves: str = "decoder"
 
     @property
     def policy(self) -> str | None:
         """What becomes of an exited token's keys and values."""
         return self.config.kv
 
-    def begin(self, mask_BT: Tensor | None, past: int) -> Decide:
+    @property
+    def remembers(self) -> bool:
+        """Whether decisions about the first token hold for its row."""
+        return self.config.once
+
+    def begin(self, mask_BT: Tensor | None, past: int, memory: Any) -> Decide:
         """Decisions [B, T] of one forward."""
         scores, config = TokenScores(self.config.criterion, self.head), self.config
         assert config.decoder is not None
@@ -159,20 +200,34 @@ class TokenRule:
             limit_T = decayed(threshold, config.decay, config.decay_speed, config.decay_steps, position_T)
             return score > (limit_T.item() if one else limit_T)
 
-        return decide
+        return partial(_decide_once, decide, memory) if config.once else decide
+
+
+def _decide_once(decide: Decide, memory: Any, after_BTD: Tensor, before_BTD: Tensor) -> Tensor | bool:
+    """Decisions [B, T] that the first token of each row makes; `memory` holds them for later calls."""
+    known, leaves_B = (None, None) if memory is None else (memory.all_leave, memory.leaves)
+    if leaves_B is None:
+        first = decide(after_BTD[:, :1], before_BTD[:, :1])
+        leaves_B = torch.as_tensor(first, device=after_BTD.device).view(-1)
+        known = bool(leaves_B.all()) if bool((leaves_B == leaves_B[0]).all()) else None
+        if memory is not None:
+            memory.leaves, memory.all_leave = leaves_B, known
+    return leaves_B[:, None].expand(after_BTD.shape[:2]) if known is None else known
 
 
 @dataclass(frozen=True)
 class SampleRule:
-    """When a sample leaves the encoder."""
+    """When a sample, or one modality of it, leaves the encoder."""
 
     criterion: str
     threshold: float
     points: tuple[int, ...]
     compacts: Compaction
+    leaves: str = "encoder"
     policy: str | None = None
+    remembers: bool = False
 
-    def begin(self, mask_BT: Tensor | None, past: int) -> Decide:
+    def begin(self, mask_BT: Tensor | None, past: int, memory: Any) -> Decide:
         """Decisions [B] of one forward."""
         scores = SampleScores(self.criterion, mask_BT)
 
@@ -182,6 +237,24 @@ class SampleRule:
             return score > self.threshold
 
         return decide
+
+
+@dataclass(frozen=True)
+class DepthRule:
+    """Every state leaves behind the same layer."""
+
+    points: tuple[int]
+    leaves: str
+    policy: str | None = None
+    remembers: bool = False
+
+    def begin(self, mask_BT: Tensor | None, past: int, memory: Any) -> Decide:
+        """One decision for all states of a forward."""
+        return lambda after_BTD, before_BTD: True
+
+    def compacts(self, left: int, rows: int) -> bool:
+        """Rows never differ."""
+        return False
 
 
 def _points(name: str, given: tuple[int, ...] | None, least: int, depth: int) -> tuple[int, ...]:
@@ -202,28 +275,62 @@ def _points(name: str, given: tuple[int, ...] | None, least: int, depth: int) ->
 @register(EarlyExitConfig, "hf_encoder_decoder")
 def _changes(config: EarlyExitConfig, view: EncoderDecoderView) -> list[Change]:
     changes: list[Change] = []
-    compacts = Compaction(config.compact, config.compact_overhead)
-    if config.encoder is not None:
-        points = _points("encoder_points", config.encoder_points, config.encoder_min_layers, len(view.encoder))
-        changes += view.exit_changes("encoder", SampleRule(config.encoder_criterion, config.encoder, points, compacts))
+    compacts, depth = Compaction(config.compact, config.compact_overhead), len(view.encoder)
+    if config.encoder is not None or config.image is not None:
+        points = _points("encoder_points", config.encoder_points, config.encoder_min_layers, depth)
+        names = ("encoder",) if config.encoder is not None else MODALITIES
+        rules: dict[str, ExitRule] = {
+            name: SampleRule(config.encoder_criterion, getattr(config, name), points, compacts, name) for name in names
+        }
+        changes += view.exit_changes("encoder", rules["encoder"]) if config.image is None else view.split_changes(rules)
+    if config.encoder_depth is not None:
+        changes += view.exit_changes(
+            "encoder", DepthRule(_depth("encoder_depth", config.encoder_depth, depth), "encoder")
+        )
     if config.decoder is not None:
         points = _points("points", config.points, config.min_layers, len(view.decoder))
         head = view.head() if config.criterion in HEAD_CRITERIA else None
+        points = points[:1] if config.once else points
         changes += view.exit_changes("decoder", TokenRule(config, points, head, compacts))
+    if config.depth is not None:
+        points = _depth("depth", config.depth, len(view.decoder))
+        changes += view.exit_changes("decoder", DepthRule(points, "decoder", config.kv))
     return changes
 
 
+def _depth(name: str, given: int, layers: int) -> tuple[int]:
+    if given >= layers:
+        raise ValueError(f"{name} is {given}, and there are {layers} layers; expected a number below that.")
+    return (given,)
+
+
+@contextmanager
+def image_tokens(model: nn.Module, mask_BT: Tensor) -> Iterator[None]:
+    """Encodings of `model` inside have image tokens where `mask_BT`, boolean [B, T], is True: for models that do not
+    say so themselves, and for calls of an encoder alone.
+
+    Raises:
+        ValueError: no EarlyExitConfig with `image` and `text` is applied to `model`.
+    """
+    modalities = next((state.modalities for state in states(model) if hasattr(state, "modalities")), None)
+    if modalities is None:
+        raise ValueError("nothing runs the modalities apart: apply an EarlyExitConfig(image=..., text=...) first.")
+    with telling(modalities, mask_BT):
+        yield
+
+
 def exit_layers(model: nn.Module) -> dict[str, Tensor]:
-    """Layers that ran for each state in the latest forward: `encoder` [B], `decoder` [B, T].
+    """Layers that ran for each state in the latest forward: `encoder` [B] (or `image` and `text`, where these run
+    apart), `decoder` [B, T].
 
     Raises:
         ValueError: the model has no early exit, or did not run yet.
     """
     found = {}
     for state in states(model):
-        rule, run = getattr(state, "rule", None), getattr(state, "run", None)
-        if isinstance(rule, TokenRule | SampleRule) and run is not None and run.exits is not None:
-            found["decoder" if isinstance(rule, TokenRule) else "encoder"] = run.exits
+        for name, run in getattr(state, "told", {}).items():
+            if run.exits is not None:
+                found[name] = run.exits
     if not found:
         raise ValueError("no exits to tell: apply an EarlyExitConfig and run the model first.")
     return found
