@@ -1,0 +1,98 @@
+"""A captioner's run by train.py: resumed as if never interrupted, normalised over micro-batches, tested, asked."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from captioning import SMALL, TEXTS, TOWER
+
+from mmskip.datasets.snli_ve import LABELS
+from mmskip.train.cli import main
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("captioner_run")
+    content = {
+        "seed_everything": 1,
+        "trainer": {
+            "max_epochs": 2,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "num_sanity_val_steps": -1,
+            "callbacks": [{"class_path": "mmskip.train.caption_report.CaptionReport"}],
+        },
+        "checkpoint": {"every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}"},
+        "model": {
+            "class_path": "mmskip.models.captioner.Captioner",
+            "init_args": {"text": TEXTS["mbart"], **TOWER, "max_new_tokens": 5, "random_exits": 0.5},
+        },
+        "data": {
+            "class_path": "mmskip.datasets.captions.CaptionData",
+            "init_args": {
+                "root": str(root / "data"),
+                "generated": asdict(SMALL) | {"steps": list(SMALL.steps)},
+                "batch_size": 6,
+            },
+        },
+    }
+    path = root / "tiny.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def fit(config: Path, name: str, *options: str) -> Path:
+    runs = config.parent / "runs"
+    main(["--config", str(config), "--runs_dir", str(runs), "--name", name, *options])
+    return max((runs / name).iterdir(), key=lambda path: path.stat().st_mtime_ns)
+
+
+def weights(run: Path, file: str = "4.ckpt") -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / file, weights_only=True)["state_dict"]
+
+
+def test_a_resumed_run_ends_where_the_whole_one_does(config, capsys):
+    whole = fit(config, "whole")
+    report = (whole / "report.txt").read_text()
+    assert all(name in report for name in ("untrained model", "majority baseline", "this model", "truth"))
+    resumed = fit(config, "resumed", f"--ckpt_path={whole / 'checkpoints' / '1.ckpt'}")
+    one, two = weights(whole), weights(resumed)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    first, last = (json.loads((run / "results.json").read_text())["metrics"] for run in (whole, resumed))
+    assert first == last
+
+
+def test_micro_batches_give_the_step_of_the_whole_batch(config):
+    plain = ["--model.random_exits=0", "--trainer.num_sanity_val_steps=0"]
+    whole = weights(fit(config, "one", *plain))
+    split = weights(fit(config, "two", *plain, "--data.batch_size=3", "--trainer.accumulate_grad_batches=2"))
+    assert all(torch.allclose(whole[name], split[name], atol=2e-5) for name in whole)
+
+
+def test_a_run_is_tested_and_asked(config, capsys):
+    fit(config, "asked", "--trainer.max_epochs=1", "--trainer.num_sanity_val_steps=0")
+    runs = ["--config", str(config), "--runs_dir", str(config.parent / "runs"), "--name", "asked"]
+    main(["test", *runs])
+    assert "Results on test" in capsys.readouterr().out
+    main(["predict", *runs])
+    (folder,) = (config.parent / "runs" / "asked").glob("*-predict")
+    captions = json.loads((folder / "captions.json").read_text())
+    assert [row["image_id"] for row in captions] == [2_000_000 + n for n in range(SMALL.test)]
+    answers = json.loads((folder / "answers.json").read_text())
+    assert len(answers) == SMALL.test * SMALL.pairs
+    assert set(answers.values()) <= set(LABELS)
+
+
+def test_another_tokenizer_is_refused(config, tmp_path, capsys):
+    run = fit(config, "words", "--trainer.max_epochs=1", "--trainer.num_sanity_val_steps=0")
+    checkpoint = next((run / "checkpoints").glob("*.ckpt"))
+    with pytest.raises(SystemExit):
+        main(
+            ["test", "--config", str(config), "--runs_dir", str(tmp_path), f"--ckpt_path={checkpoint}",
+             "--data.caption_prompt=tell me a wholly different thing"]
+        )  # fmt: skip
+    assert "tokens" in capsys.readouterr().err
