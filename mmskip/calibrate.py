@@ -4,12 +4,16 @@ Settings are ordered from the safest (full depth) to the most aggressive. Each s
 [0, `bound`] against the full model. Learn-then-Test promises that with probability 1 - delta over the calibration
 samples the chosen setting's true mean loss is at most epsilon; conformal risk control promises it in the mean over
 calibrations, for losses that grow along the order. Sources: Angelopoulos et al. 2021 (arXiv 2110.01052) and 2022
-(arXiv 2208.02814); Schuster et al. 2022 (CALM).
+(arXiv 2208.02814); Schuster et al. 2022 (CALM). Several thresholds at once have no such order: it is found on samples
+of its own, along the settings that no other beats in both loss and cost, and tested on the others (Pareto testing,
+Laufer-Goldshtein et al. 2022, arXiv 2210.07913).
 """
 
 import math
+import statistics
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +31,10 @@ class Calibration:
         risks: mean calibration loss of each setting that was looked at, safest first.
         p_values: of each of them (empty for conformal risk control).
         samples: calibration samples.
-        epsilon, delta, method: the promise; delta is None for conformal risk control.
+        epsilon, delta, method: the promise; delta is None for conformal risk control. For a latency budget, `method` is
+            "latency", `epsilon` the budget in seconds, and nothing is promised about the loss.
+        order: places, in the configs given, of the settings that were looked at, where calibration chose an order.
+        costs: of each of these, on the samples of the order: seconds per batch, or what `cost` said.
     """
 
     config: Any
@@ -38,8 +45,13 @@ class Calibration:
     epsilon: float
     delta: float | None
     method: str
+    order: tuple[int, ...] = ()
+    costs: tuple[float, ...] = ()
 
     def __str__(self) -> str:
+        if self.method == "latency":
+            told = "no setting keeps it" if self.index is None else f"{self.config}, {self.costs[self.index]:.4g} s"
+            return f"latency: at most {self.epsilon:g} s per batch from {self.samples} samples: {told}"
         promise = f"risk at most {self.epsilon:g}" + (
             "" if self.delta is None else f" with probability {1 - self.delta:g}"
         )
@@ -167,45 +179,105 @@ def calibrate(
     configs: Sequence[Any],
     data: Iterable[Any],
     risk: Callable[[torch.nn.Module, Any], Sequence[float]],
-    epsilon: float,
+    epsilon: float | None = None,
     delta: float | None = 0.05,
     method: str = "ltt",
     bound: float = 1.0,
+    scout: Iterable[Any] | None = None,
+    cost: Callable[[torch.nn.Module, Any], float] | None = None,
+    latency: float | None = None,
 ) -> Calibration:
-    """Choose the most aggressive of several configs that keeps a promise about `risk`.
+    """Choose the most aggressive of several configs that keeps a promise about `risk`, or the one of least loss within
+    a latency budget.
 
     Args:
         model: without a method that claims the configs' sites; it is as it was afterwards.
-        configs: safest first, for instance `EarlyExitConfig`s whose thresholds fall together.
+        configs: safest first, for instance `EarlyExitConfig`s whose thresholds fall together; in any order with `scout`
+            or `latency`, for instance `EarlyExitConfig.grid(...)` of coupled thresholds.
         data: batches that nothing was trained or tuned on; read once per config.
         risk: (model with the config applied, batch) -> a loss in [0, bound] per sample of the batch.
-        epsilon, delta, method, bound: see `choose`.
+        epsilon, delta, method, bound: see `choose`; epsilon is None for a latency budget.
+        scout: batches that are not in `data`, on which the order is found: by growing mean loss, along the configs that
+            no other beats in both loss and cost.
+        cost: (model that has just run the batch, batch) -> what it cost; None: the seconds that `risk` took.
+        latency: budget in seconds per batch, by the median over `data` of what `risk` takes.
 
     Returns:
         The report, with the chosen config.
 
     Raises:
-        ValueError: as `choose` and `apply_`; the model is then as it was.
+        ValueError: as `choose` and `apply_`, or both or neither of epsilon and latency; the model is then as it was.
     """
-    from mmskip.registry import apply_, remove_
-
-    _check(epsilon, delta, method, bound)
+    if (epsilon is None) == (latency is None):
+        raise ValueError(f"epsilon is {epsilon!r} and latency {latency!r}; expected one of them.")
     if not configs:
         raise ValueError("configs is empty; expected at least one, safest first.")
     before = _applied(model)
     if before:
         raise ValueError(f"the model carries {before!r}; calibrate a model without methods, or remove_ them first.")
-    batches, losses = list(data), []
-    for config in configs:
-        apply_(model, config)
-        try:
-            with torch.no_grad():
-                losses.append([float(value) for batch in batches for value in risk(model, batch)])
-        finally:
-            remove_(model)
+    if latency is not None:
+        return _within(model, configs, list(data), risk, latency)
+    assert epsilon is not None
+    _check(epsilon, delta, method, bound)
+    order: tuple[int, ...] = tuple(range(len(configs)))
+    costs: tuple[float, ...] = ()
+    if scout is not None:
+        tried = [_run(model, config, scouted, risk, cost) for scouted in [list(scout)] for config in configs]
+        order = _front([(math.fsum(losses) / max(len(losses), 1), price) for losses, price in tried])
+        costs = tuple(tried[i][1] for i in order)
+    batches = list(data)
+    losses = [_run(model, configs[i], batches, risk, cost)[0] for i in order]
     found = choose(losses, epsilon, delta, method, bound)
-    chosen = None if found.index is None else configs[found.index]
-    return Calibration(chosen, found.index, found.risks, found.p_values, found.samples, epsilon, found.delta, method)
+    chosen = None if found.index is None else configs[order[found.index]]
+    return replace(found, config=chosen, order=order if scout is not None else (), costs=costs)
+
+
+def _within(
+    model: torch.nn.Module, configs: Sequence[Any], batches: list[Any], risk: Any, latency: float
+) -> Calibration:
+    """The config of least loss among those within the budget."""
+    if isinstance(latency, bool) or not isinstance(latency, int | float) or not 0 < latency < math.inf:
+        raise ValueError(f"latency is {latency!r}; expected seconds per batch > 0.")
+    tried = [_run(model, config, batches, risk, None) for config in configs]
+    samples = len(tried[0][0])
+    if not samples:
+        raise ValueError("data has no samples to measure on.")
+    risks, times = [math.fsum(losses) / samples for losses, _ in tried], tuple(seconds for _, seconds in tried)
+    able = [i for i, seconds in enumerate(times) if seconds <= latency]
+    index = min(able, key=lambda i: (risks[i], times[i])) if able else None
+    chosen, order = None if index is None else configs[index], tuple(range(len(configs)))
+    return Calibration(chosen, index, tuple(risks), (), samples, latency, None, "latency", order, times)
+
+
+def _run(
+    model: torch.nn.Module, config: Any, batches: Sequence[Any], risk: Any, cost: Any
+) -> tuple[list[float], float]:
+    """Losses of all samples under a config, and the median cost of a batch."""
+    from mmskip.registry import apply_, remove_
+
+    losses: list[float] = []
+    costs: list[float] = []
+    apply_(model, config)
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                start = time.perf_counter()
+                # reading the losses waits for the device
+                losses += [float(value) for value in risk(model, batch)]
+                costs.append(time.perf_counter() - start if cost is None else float(cost(model, batch)))
+    finally:
+        remove_(model)
+    return losses, statistics.median(costs) if costs else math.inf
+
+
+def _front(found: Sequence[tuple[float, float]]) -> tuple[int, ...]:
+    """Indices of (loss, cost) pairs that no other beats in both, by growing loss."""
+    order = sorted(range(len(found)), key=lambda i: found[i])
+    kept: list[int] = []
+    for i in order:
+        if not kept or found[i][1] < found[kept[-1]][1]:
+            kept.append(i)
+    return tuple(kept)
 
 
 def _applied(model: torch.nn.Module) -> list[Any]:

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmskip.exits import TiedHead
 from mmskip.families import STATE, DepthPlan, HeldBits, MlpRule, Speculator, TokenPolicy, VoidRule
 from mmskip.families.hf_bits import bits_changes, held
 from mmskip.families.hf_blocks import attention_of, is_stack, kinds, unfit, windows, without_attention
+from mmskip.families.hf_decoder_exits import exit_changes, tied_head
+from mmskip.families.hf_exits import ExitRule
 from mmskip.families.hf_plan import output_projection, parts_of, plan_changes
 from mmskip.families.hf_policy import policy_changes, void_changes
 from mmskip.families.hf_probe import Watch, own_attention, own_config, probe_changes, watch_changes
@@ -229,6 +232,22 @@ class DecoderView:
     def mlp_cosines(self, model: nn.Module, data: Any, chosen: range, warmup: int) -> Tensor:
         """Cosines [blocks, tokens] between the states before and after the MLP of some blocks."""
         return mlp_cosines(self, model, data, chosen, warmup)
+
+    def exit_changes(self, rule: ExitRule) -> list[Change]:
+        """The changes by which tokens leave the decoder early.
+
+        Raises:
+            ValueError: layers that cannot be left.
+        """
+        return exit_changes(self, rule)
+
+    def head(self) -> TiedHead:
+        """The tied exit head.
+
+        Raises:
+            ValueError: the output is more than a norm and a projection, or missing.
+        """
+        return tied_head(self)
 
     def bits_changes(self, bits: Mapping[int, int], group: int | None, store: str, keep: bool) -> list[Change]:
         """The changes by which blocks hold their weights in so many bits, by block index.

@@ -102,7 +102,7 @@ class Run:
     visited: int = 0
     tail: tuple[Any, ...] | None = None
     past: int = 0
-    cache: EncoderDecoderCache | None = None
+    cache: EncoderDecoderCache | DynamicCache | None = None
     decide: Any = None
 
     def start(self, shape: torch.Size, device: torch.device, decide: Decide, past: int = 0) -> None:
@@ -266,7 +266,9 @@ class DecoderExit:
             memory: Any = exit_layer(cache, state.rule.points[0]) if kept else None
             run.start(x_BTD.shape[:2], x_BTD.device, state.rule.begin(None, past, memory), past)
         if cache is None and state.rule.policy == "copy":
-            run.cache = run.cache or EncoderDecoderCache(DynamicCache(), DynamicCache())
+            if run.cache is None:
+                crosses = values.get("encoder_hidden_states") is not None
+                run.cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if crosses else DynamicCache()
             cache = values[state.cache_name] = run.cache
         entry = None if cache is None else exit_layer(cache, index)
         if index and state.rule.policy == "hole":
@@ -331,7 +333,8 @@ def _per_token(values: dict[str, Any], batch: int) -> PerToken:
     def whole(value: Tensor) -> Tensor:
         return value.expand(batch, *value.shape[1:])
 
-    found = {name: values[name] for name in PER_TOKEN_ARGUMENTS if values.get(name) is not None}
+    names = [name for name in PER_TOKEN_ARGUMENTS if name != "cache_position"]  # [T], the same for all rows
+    found = {name: values[name] for name in names if values.get(name) is not None}
     return {name: tuple(map(whole, v)) if isinstance(v, tuple) else whole(v) for name, v in found.items()}
 
 

@@ -9,6 +9,7 @@ run.
     exit_layers(model)   # layers that ran, per sample and per token of the latest forward
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,6 +105,14 @@ class EarlyExitConfig(MethodConfig):
                 raise ValueError(f"{name} is {given!r}; expected different layer numbers >= 1, or None.")
             object.__setattr__(self, name, None if given is None else tuple(sorted(given)))
         self._check_decay()
+
+    @classmethod
+    def grid(cls, **settings: Any) -> list["EarlyExitConfig"]:
+        """One config per combination of the values given, a list or a single value per field; for `mmskip.calibrate`
+        with `scout`."""
+        names = list(settings)
+        values = [value if isinstance(value, list) else [value] for value in settings.values()]
+        return [cls(**dict(zip(names, chosen, strict=True))) for chosen in itertools.product(*values)]
 
     def _check_exits(self) -> None:
         if self.depth is not None and self.decoder == type(self).decoder:
@@ -287,15 +296,33 @@ def _changes(config: EarlyExitConfig, view: EncoderDecoderView) -> list[Change]:
         changes += view.exit_changes(
             "encoder", DepthRule(_depth("encoder_depth", config.encoder_depth, depth), "encoder")
         )
+    return changes + _leave_decoder(config, len(view.decoder), view.head, partial(view.exit_changes, "decoder"))
+
+
+@register(EarlyExitConfig, "hf_decoder")
+@register(EarlyExitConfig, "hf_vlm")
+def _decoder_changes(config: EarlyExitConfig, view: Any) -> list[Change]:
+    for name in ("encoder", "image", "encoder_depth"):
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"{name} is {getattr(config, name)!r}; {type(view.root).__name__} has a decoder only: set decoder or "
+                "depth, and leave encoder, image, text and encoder_depth out."
+            )
+    return _leave_decoder(config, len(view.blocks), view.head, view.exit_changes)
+
+
+def _leave_decoder(config: EarlyExitConfig, layers: int, head: Any, changes: Any) -> list[Change]:
+    """The changes of a decoder; `head` makes its exit head, `changes` turns a rule into them."""
     if config.decoder is not None:
-        points = _points("points", config.points, config.min_layers, len(view.decoder))
-        head = view.head() if config.criterion in HEAD_CRITERIA else None
-        points = points[:1] if config.once else points
-        changes += view.exit_changes("decoder", TokenRule(config, points, head, compacts))
+        points = _points("points", config.points, config.min_layers, layers)
+        made = head() if config.criterion in HEAD_CRITERIA else None
+        compacts = Compaction(config.compact, config.compact_overhead)
+        found: list[Change] = changes(TokenRule(config, points[:1] if config.once else points, made, compacts))
+        return found
     if config.depth is not None:
-        points = _depth("depth", config.depth, len(view.decoder))
-        changes += view.exit_changes("decoder", DepthRule(points, "decoder", config.kv))
-    return changes
+        found = changes(DepthRule(_depth("depth", config.depth, layers), "decoder", config.kv))
+        return found
+    return []
 
 
 def _depth(name: str, given: int, layers: int) -> tuple[int]:

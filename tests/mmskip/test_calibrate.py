@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import mmskip
+from mmskip import registry
 from mmskip.calibrate import choose, p_value, samples_needed
 
 RISKS = (0.0, 0.02, 0.05, 0.08, 0.11, 0.16, 0.3)
@@ -105,3 +106,58 @@ def test_calibrate_applies_each_config_and_leaves_the_model_as_it_was() -> None:
     mmskip.apply_(model, configs[0])
     with pytest.raises(ValueError, match="calibrate a model without methods"):
         mmskip.calibrate(model, configs, [[0.0]], risk, 0.1)
+
+
+class _Coupled(torch.nn.Module):
+    """Stands for a model; a config's loss and cost come from the test."""
+
+
+def test_coupled_thresholds_are_ordered_on_samples_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = mmskip.EarlyExitConfig.grid(image=[1.0, 0.9], text=[1.0, 0.8], decoder=[0.99, 0.9], kv="copy")
+    assert len(configs) == 8 and {c.kv for c in configs} == {"copy"}
+    risks = {(a, b, c): {1.0: 0.0, 0.9: 0.02}[a] + {1.0: 0.0, 0.8: 0.3}[b] + {0.99: 0.0, 0.9: 0.03}[c]
+             for a in (1.0, 0.9) for b in (1.0, 0.8) for c in (0.99, 0.9)}  # fmt: skip
+    applied: list[mmskip.EarlyExitConfig] = []
+    monkeypatch.setattr(registry, "apply_", lambda model, config: applied.append(config))
+    monkeypatch.setattr(registry, "remove_", lambda model: None)
+
+    def key(config: mmskip.EarlyExitConfig) -> tuple[float, float, float]:
+        assert config.image is not None and config.text is not None and config.decoder is not None
+        return config.image, config.text, config.decoder
+
+    def risk(model: torch.nn.Module, batch: torch.Tensor) -> list[float]:
+        return (batch < risks[key(applied[-1])]).double().tolist()
+
+    def cost(model: torch.nn.Module, batch: torch.Tensor) -> float:
+        return sum(key(applied[-1]))
+
+    model, grid = _Coupled(), torch.linspace(0.0005, 1, 1000)
+    found = mmskip.calibrate(model, configs, [grid], risk, epsilon=0.1, scout=[grid[::2]], cost=cost)
+    assert found.config == mmskip.EarlyExitConfig(image=0.9, text=1.0, decoder=0.9, kv="copy")
+    assert configs[found.order[found.index or 0]] == found.config and found.risks[found.index or 0] < 0.06
+    tested = [configs[i] for i in found.order]
+    assert tested[0] == configs[0] and mmskip.EarlyExitConfig(image=0.9, text=0.8, decoder=0.9, kv="copy") in tested
+    assert list(found.costs) == sorted(found.costs, reverse=True) and applied[8:] == tested
+
+
+def test_a_latency_budget_takes_the_least_loss_within_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = {"now": 0.0}
+    monkeypatch.setattr(mmskip.calibrate.__globals__["time"], "perf_counter", lambda: clock["now"])
+    configs = mmskip.EarlyExitConfig.grid(decoder=[1.0, 0.9, 0.8])
+    applied: list[mmskip.EarlyExitConfig] = []
+    monkeypatch.setattr(registry, "apply_", lambda model, config: applied.append(config))
+    monkeypatch.setattr(registry, "remove_", lambda model: None)
+
+    def risk(model: torch.nn.Module, batch: int) -> list[float]:
+        threshold = applied[-1].decoder
+        assert threshold is not None
+        clock["now"] += threshold * (10 if batch == 2 else 1)  # one slow batch moves no median
+        return [1 - threshold] * 4
+
+    found = mmskip.calibrate(_Coupled(), configs, [0, 1, 2, 3], risk, latency=0.95)
+    assert found.config == configs[1] and found.samples == 16 and found.costs == pytest.approx((1.0, 0.9, 0.8))
+    assert "0.9 s" in str(found) or "0.9" in str(found)
+    assert mmskip.calibrate(_Coupled(), configs, [0], risk, latency=0.1).config is None
+    for wrong in ({}, {"epsilon": 0.1, "latency": 1.0}, {"latency": -1.0}):
+        with pytest.raises(ValueError, match="latency"):
+            mmskip.calibrate(_Coupled(), configs, [0], risk, **wrong)
