@@ -61,13 +61,14 @@ COLORS = {
     "base": "#22313c",
 }
 LABELS = {
-    "router": "router alone (keep 0.75)",
-    "random tuned": "random tokens, gates tuned (keep 0.75)",
+    "router": "router alone (keep 0.85)",
+    "random tuned": "random tokens, gates tuned (keep 0.85)",
     "router+lora": "router and LoRA (keep 0.5)",
     "random+lora": "random tokens and LoRA (keep 0.5)",
     "base": "base model",
 }
 DRAWS = (0, 1, 2)
+ALLOWED = 0.005  # of the loss, in the choice of the keep ratio
 
 
 def recipe(name: str, seed: int, method: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -145,9 +146,30 @@ def base_model(seed: int) -> Path:
     return folder
 
 
-def evaluate(model: VLM, data: ChatData, batch: dict[str, Any], progress: float = 1.0) -> dict[str, float]:
-    """Results of `model` on the validation set."""
-    anneal(model.llm, progress)
+def conversation_losses(model: VLM, data: ChatData) -> list[float]:
+    """Summed loss of each conversation of the validation set, at the method's keep ratio."""
+    anneal(model.llm, 1.0)
+    model.eval()
+    sums: list[float] = []
+    with torch.no_grad():
+        for part in data.val_dataloader():
+            positions, losses, _ = model._losses(part)
+            sums += torch.zeros(len(part["labels"])).index_add(0, positions.rows, losses).tolist()
+    return sums
+
+
+def excess(losses: list[float], base: list[float]) -> dict[str, float]:
+    """Loss over that of the base, relative, and its standard error from the paired differences of conversations."""
+    differences = torch.tensor(losses, dtype=torch.float64) - torch.tensor(base, dtype=torch.float64)
+    return {
+        "excess": float(differences.sum() / sum(base)),
+        "excess_se": float(differences.std() * len(base) ** 0.5 / sum(base)),
+    }
+
+
+def evaluate(model: VLM, data: ChatData, batch: dict[str, Any]) -> dict[str, float]:
+    """Results of `model` on the validation set, at the method's keep ratio."""
+    anneal(model.llm, 1.0)
     scores = torch.zeros(5, dtype=torch.float64)
     model.eval()
     with torch.no_grad():
@@ -164,8 +186,8 @@ def evaluate(model: VLM, data: ChatData, batch: dict[str, Any], progress: float 
     return point(model, 0, batch)
 
 
-def tune(variant: str, base: Path, seed: int, split: str, every: int) -> list[dict[str, float]]:
-    """The curve of a tuned variant."""
+def tune(variant: str, base: Path, seed: int, split: str, every: int) -> dict[str, Any]:
+    """The curve of a tuned variant, and its loss by conversation at the end."""
     name, method, changes = TUNED[variant]
     settings = recipe(name, seed, method)
     seed_everything(seed, verbose=False)
@@ -181,10 +203,12 @@ def tune(variant: str, base: Path, seed: int, split: str, every: int) -> list[di
         default_root_dir=FOLDER / variant,
     )
     runner.fit(model, data)
-    return curve.points
+    return {"points": curve.points, "losses": conversation_losses(model, data)}
 
 
-def untuned(base: Path, data: ChatData, keep: float, layers: Any) -> dict[str, dict[str, float]]:
+def untuned(
+    base: Path, data: ChatData, keep: float, layers: Any, base_losses: list[float]
+) -> dict[str, dict[str, float]]:
     """The base with `keep` of the vision tokens in `layers`, nothing trained; routers fitted as the recipe does."""
     fit_batches = recipe(TUNED["router"][0], 0)["model"]["router_fit"]
     batch = next(iter(data.val_dataloader()))
@@ -195,7 +219,7 @@ def untuned(base: Path, data: ChatData, keep: float, layers: Any) -> dict[str, d
         mmskip.apply_(model.llm, config)
         if getattr(config, "router", None) == "linear":
             fit_routers(model.llm, islice(answer_calls(data.train_dataloader()), fit_batches))
-        return evaluate(model, data, batch)
+        return evaluate(model, data, batch) | excess(conversation_losses(model, data), base_losses)
 
     def routed(router: str, seed: int = 0) -> dict[str, float]:
         return result(mmskip.MoDConfig(keep=keep, layers=layers, router=router, gate="none", seed=seed))
@@ -265,33 +289,40 @@ def run_of(seed: int, split: str, names: list[str], every: int) -> dict[str, Any
     data.blank = True
     blank = evaluate(dense, data, batch)
     data.blank = False
-    curves = {}
+    base_losses = conversation_losses(dense, data)
+    curves, ends = {}, {}
     for name in names:
         settings = hashlib.sha256(json.dumps(TUNED[name] + ((CONFIGS / TUNED[name][0]).read_text(),)).encode())
         kept = FOLDER / f"{name}-{folder.name}-{split}-{settings.hexdigest()[:10]}.json"
         if not kept.exists():
             write_json(tune(name, folder, seed, split, every), kept)
-        curves[name] = json.loads(kept.read_text())
+        tuned = json.loads(kept.read_text())
+        curves[name], ends[name] = tuned["points"], excess(tuned["losses"], base_losses)
     (config,) = recipe(TUNED["router"][0], seed)["model"]["methods"]
     return {
         "base": base,
         "blanked_base": blank,
-        "untuned": untuned(folder, data, config.keep, config.layers),
+        "untuned": untuned(folder, data, config.keep, config.layers, base_losses),
         "curves": curves,
+        "ends": ends,
         "starts_at_base_loss": {name: points[0]["loss"] == base["loss"] for name, points in curves.items()},
     }
 
 
 def search(keeps: list[float]) -> dict[str, Any]:
-    """The untuned controls at several keep ratios on the validation split of the search seed."""
+    """The untuned controls at several keep ratios on the validation split of the search seed, and the smallest ratio at
+    which the fitted routers cost at most `ALLOWED` of the loss with 95 % confidence."""
     folder, data = base_model(SEARCH_SEED), data_of(SEARCH_SEED, "val")
     dense = VLM(str(folder))
     dense.configure_model()
     found: dict[str, Any] = {"base": evaluate(dense, data, next(iter(data.val_dataloader())))}
+    base_losses = conversation_losses(dense, data)
     for keep in keeps:
-        found[str(keep)] = untuned(folder, data, keep, "deep")
+        found[str(keep)] = untuned(folder, data, keep, "deep", base_losses)
         print(json.dumps({str(keep): found[str(keep)]}), flush=True)
-    return found
+    bounds = {keep: found[str(keep)]["fitted"] for keep in keeps}
+    held = [keep for keep, point in bounds.items() if point["excess"] + 1.645 * point["excess_se"] <= ALLOWED]
+    return {**found, "chosen": min(held, default=None)}
 
 
 def main() -> None:
@@ -299,7 +330,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=TUNED, default=list(TUNED))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--search", action="store_true", help="choose settings: validation split of the search seed")
-    parser.add_argument("--keeps", nargs="+", type=float, default=[0.5, 0.6, 0.75], help="of the search")
+    parser.add_argument("--keeps", nargs="+", type=float, default=[0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9])
     parser.add_argument("--every", type=int, default=50, help="steps from one point of the curves to the next")
     parser.add_argument("--pairs", type=int, default=15, help="of a timed step; 0: not timed")
     arguments = parser.parse_args()
@@ -309,8 +340,7 @@ def main() -> None:
     runs = {seed: run_of(seed, "test", arguments.only, arguments.every) for seed in arguments.seeds}
     save_png(picture(runs), ROOT / "docs" / "router_tuning.png")
     time = measured(base_model(arguments.seeds[0]), arguments.seeds[0], arguments.pairs)
-    ends = {name: [run["curves"][name][-1]["loss"] / run["base"]["loss"] for run in runs.values()]
-            for name in arguments.only}  # fmt: skip
+    ends = {name: [run["ends"][name] for run in runs.values()] for name in arguments.only}
     emit(
         {
             "name": "router_tuning",
@@ -318,6 +348,7 @@ def main() -> None:
             "ideal": time["ideal"],
             "shape": "configs/vlm_dense.yaml, vlm_router_only.yaml, vlm_mod_lora.yaml; embedded chat set, test split",
             "loss_over_base": ends,
+            "mean_excess": {name: sum(end["excess"] for end in each) / len(each) for name, each in ends.items()},
             "seeds": runs,
             "time": time,
         }

@@ -13,14 +13,20 @@ from typing import Any
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
     """A temporary path to write a file or folder to; it takes the place of `path` when the block ends without error,
-    and is removed otherwise. Parent folders are made. Several processes may write the same path: the last one wins."""
+    and is removed otherwise. Parent folders are made. Several processes may write the same path: the last one wins. A
+    folder that stands there is moved aside first, since no system call puts a folder in the place of a full one."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+    partial, before = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("part", "old"))
     try:
         yield partial
+        if partial.is_dir() and target.is_dir():
+            os.replace(target, before)
         os.replace(partial, target)
+        shutil.rmtree(before, ignore_errors=True)
     finally:
+        if before.exists() and not target.exists():
+            os.replace(before, target)
         if partial.is_dir():
             shutil.rmtree(partial)
         partial.unlink(missing_ok=True)

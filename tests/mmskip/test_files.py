@@ -1,5 +1,6 @@
 import json
 import math
+import os
 
 import pytest
 
@@ -45,4 +46,28 @@ def test_a_folder_is_moved_whole(tmp_path):
     with whole(tmp_path / "folder") as partial:
         partial.mkdir()
         (partial / "a.txt").write_text("a")
+    assert names(tmp_path) == ["folder"] and names(tmp_path / "folder") == ["a.txt"]
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path / "folder", lambda partial: partial.mkdir())
+    assert names(tmp_path / "folder") == ["a.txt"]
+    with whole(tmp_path / "folder") as partial:
+        partial.mkdir()
+        (partial / "b.txt").write_text("b")
+    assert names(tmp_path) == ["folder"] and names(tmp_path / "folder") == ["b.txt"]
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.txt").write_text("a")
+    move, moves = os.replace, []
+
+    def fails_once(source, target):
+        moves.append(source)
+        if len(moves) == 2:
+            raise OSError("disk full")
+        move(source, target)
+
+    monkeypatch.setattr("os.replace", fails_once)
+    with pytest.raises(OSError, match="disk full"), whole(tmp_path / "folder") as partial:
+        partial.mkdir()
     assert names(tmp_path) == ["folder"] and names(tmp_path / "folder") == ["a.txt"]
