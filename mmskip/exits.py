@@ -10,13 +10,14 @@ are computed in fp32 per token, or per sample over its real tokens, so that no s
 | `margin` | largest minus second largest probability | [0, 1] |
 | `entropy` | 1 - entropy / log V of the exit head | [0, 1] |
 | `patience` | consecutive layers whose exit heads agree on the token, this one included, minus 1 (PABEE) | 0, 1, ... |
+| `learned` | probability, by a head of the exit's own, that stopping there is right | [0, 1] |
 | `state_norm` | 1 - growth of the state's norm / spread of its growths by earlier layers (LAC: above 0.2) | any |
 
 Shape suffixes: B batch, T tokens, D width, V classes.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,9 @@ from torch.nn import functional as F
 
 STATE_CRITERIA = ("saturation", "state_norm")
 HEAD_CRITERIA = ("confidence", "margin", "entropy", "patience")
-CRITERIA = (*STATE_CRITERIA, *HEAD_CRITERIA)
+LEARNED = "learned"
+CRITERIA = (*STATE_CRITERIA, *HEAD_CRITERIA, LEARNED)
+SAMPLE_CRITERIA = (*STATE_CRITERIA, LEARNED)
 _RANGES = {"saturation": (-1.0, 1.0), "patience": (0.0, math.inf), "state_norm": (-math.inf, math.inf)}
 
 
@@ -160,12 +163,15 @@ class TokenScores:
     Args:
         criterion: one of `CRITERIA`.
         head: turns states [B, T, D] into logits [B, T, V]; only read by the criteria in `HEAD_CRITERIA`.
+        heads: for `learned`, the head of each layer that this will be called for, in order.
     """
 
-    def __init__(self, criterion: str, head: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self, criterion: str, head: Callable[[Tensor], Tensor] | None = None, heads: Sequence["ExitHead"] = ()
+    ) -> None:
         if criterion in HEAD_CRITERIA and head is None:
             raise ValueError(f"criterion {criterion!r} reads the logits of an exit head, and there is no head.")
-        self.criterion, self.head = criterion, head
+        self.criterion, self.head, self._heads = criterion, head, iter(heads)
         self._state = _state_score(criterion) if criterion in STATE_CRITERIA else None
         self._choice: Tensor | None = None
         self._streak: Tensor | None = None
@@ -174,6 +180,8 @@ class TokenScores:
         """Scores [B, T] behind a layer. Patience and state norms look back at the layers this was called for."""
         if self._state is not None:
             return self._state(after_BTD, before_BTD)
+        if self.criterion == LEARNED:
+            return next(self._heads).score(after_BTD)
         assert self.head is not None
         logits_BTV = self.head(after_BTD)
         if self.criterion in _HEAD_SCORES:
@@ -192,23 +200,31 @@ class TokenScores:
 
 
 class SampleScores:
-    """Scores of each sample's states taken as one vector, padding left out.
+    """Scores of each sample's states taken as one vector (for `learned`: of their mean), padding left out.
 
     Args:
-        criterion: one of `STATE_CRITERIA`.
+        criterion: one of `SAMPLE_CRITERIA`.
         real_BT: boolean, False on padding; None: no padding.
+        heads: for `learned`, the head of each layer that this will be called for, in order.
     """
 
-    def __init__(self, criterion: str, real_BT: Tensor | None) -> None:
-        self._score, self.real = _state_score(criterion), real_BT
+    def __init__(self, criterion: str, real_BT: Tensor | None, heads: Sequence["ExitHead"] = ()) -> None:
+        self._score = None if criterion == LEARNED else _state_score(criterion)
+        self.real, self._heads = real_BT, iter(heads)
 
     def __call__(self, after_BTD: Tensor, before_BTD: Tensor) -> Tensor:
         """Scores [B] behind a layer."""
-        return self._score.samples(after_BTD, before_BTD, self.real)
+        if self._score is not None:
+            return self._score.samples(after_BTD, before_BTD, self.real)
+        if self.real is None:
+            mean_BD = after_BTD.mean(1)
+        else:
+            mean_BD = after_BTD.masked_fill(~self.real[..., None], 0.0).sum(1) / self.real.sum(1, keepdim=True)
+        return next(self._heads).score(mean_BD[:, None])[:, 0]
 
     def single(self, after_1TD: Tensor, before_1TD: Tensor) -> float:
         """The score of one sample."""
-        if self.real is None:
+        if self.real is None and self._score is not None:
             return self._score.single(after_1TD, before_1TD)
         return float(self(after_1TD, before_1TD))
 

@@ -61,7 +61,7 @@ def added_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights mmskip added, by site: `block.1.mmskip_router.weight`, whatever wraps the model (peft, ...)."""
     if not any("mmskip_" in name for name, _ in model.named_parameters()):
         return {}
-    view = families.find(model)
+    view = families.find(model, families.WITH_WEIGHTS)
     found = {}
     for index, block in enumerate(view.blocks):
         for name, parameter in block.named_parameters():

@@ -17,6 +17,8 @@ STATE = "state"
 attention at all: it sees every token, so token routing leaves it dense."""
 PHASES = ("both", "prefill", "decode")
 _FAMILIES = ("hf_decoder", "hf_vlm")
+WITH_WEIGHTS = (*_FAMILIES, "hf_encoder_decoder", "encoders")
+"""Families whose blocks may get new weights."""
 
 
 @dataclass(frozen=True)

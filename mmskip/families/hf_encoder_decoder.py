@@ -53,6 +53,16 @@ class EncoderDecoderView:
     generator: Any
     family: str = field(default="hf_encoder_decoder")
 
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """All layers: the encoder's, then the decoder's."""
+        return self.encoder + self.decoder
+
+    def site(self, index: int) -> str:
+        """The site name of a layer."""
+        depth = len(self.encoder)
+        return f"encoder.{index + 1}" if index < depth else f"decoder.{index - depth + 1}"
+
     def head(self) -> ModelHead:
         """The tied exit head of the decoder.
 

@@ -160,13 +160,14 @@ class BlockState:
     """State of `DecoderExit` and `EncoderExit` on one block.
 
     Attributes:
-        cache_name: the block's argument that takes the cache.
+        cache_name, x_name: the block's arguments that take the cache and the states.
     """
 
     index: int
     rule: ExitRule
     run: Run
     cache_name: str = CACHE_NAME
+    x_name: str = "hidden_states"
 
     @property
     def is_point(self) -> bool:
@@ -193,13 +194,14 @@ def _read(run: Run, output: Any, whole: bool = True) -> Tensor:
 
 def rows_of(values: dict[str, Any], rows: Tensor, batch: int) -> dict[str, Any]:
     """Arguments of a block for some rows of the batch, `rows` [N]."""
-    return {name: _rows(value, rows, batch) for name, value in values.items()}
+    return {name: _rows(value, rows, batch, 2 if name == "position_ids" else 3) for name, value in values.items()}
 
 
-def _rows(value: Any, rows: Tensor, batch: int) -> Any:
+def _rows(value: Any, rows: Tensor, batch: int, least: int) -> Any:
     if isinstance(value, tuple):
-        return tuple(_rows(part, rows, batch) for part in value)
-    if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == batch:
+        return tuple(_rows(part, rows, batch, least) for part in value)
+    # tensors of fewer dimensions are tables of positions, the same for all rows
+    if isinstance(value, Tensor) and value.dim() >= least and value.shape[0] == batch:
         return value.index_select(0, rows)
     return value
 
@@ -212,12 +214,15 @@ class EncoderExit:
         if self.training:  # type: ignore[attr-defined]
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         values = bind(self, args, kwargs)  # type: ignore[arg-type]
-        return _output(state.run, encode(super().forward, state.run, state.rule, state.index, values))  # type: ignore[misc]
+        y_BTD = encode(super().forward, state.run, state.rule, state.index, values, state.x_name)  # type: ignore[misc]
+        return _output(state.run, y_BTD)
 
 
-def encode(call: Any, run: Run, rule: ExitRule, index: int, values: dict[str, Any]) -> Tensor:
+def encode(
+    call: Any, run: Run, rule: ExitRule, index: int, values: dict[str, Any], x_name: str = "hidden_states"
+) -> Tensor:
     """States [B, T, D] behind encoder block `index`, whose own forward is `call`."""
-    x_BTD = values["hidden_states"]
+    x_BTD = values[x_name]
     if index == 0:
         mask_BT = real_tokens(values.get("attention_mask"), x_BTD)
         run.start(x_BTD.shape[:1], x_BTD.device, rule.begin(mask_BT, 0, None))
@@ -246,7 +251,7 @@ def real_tokens(mask: Tensor | None, x_BTD: Tensor) -> Tensor | None:
             f"the encoder's attention mask is {tuple(mask.shape)}; early exit reads padding from [B, 1, T, T] masks, "
             "which the attention implementations 'eager' and 'sdpa' use."
         )
-    row_BT = mask[:, 0, 0]
+    row_BT = mask[:, 0, -1]  # the last query sees every real token under a causal mask too
     real_BT = row_BT if row_BT.dtype == torch.bool else row_BT > torch.finfo(row_BT.dtype).min / 2
     return real_BT.expand(x_BTD.shape[0], -1)
 

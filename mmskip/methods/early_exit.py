@@ -10,9 +10,9 @@ run.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,13 +23,16 @@ from mmskip.config import MethodConfig, check_choice
 from mmskip.exits import (
     CRITERIA,
     HEAD_CRITERIA,
-    STATE_CRITERIA,
+    LEARNED,
+    SAMPLE_CRITERIA,
+    ExitHead,
     SampleScores,
     TokenScores,
     check_threshold,
     decayed,
     is_single,
 )
+from mmskip.families.encoders import EncoderView
 from mmskip.families.hf_encoder_decoder import EncoderDecoderView
 from mmskip.families.hf_exits import POLICIES, Decide, ExitRule
 from mmskip.families.hf_modalities import MODALITIES, telling
@@ -54,8 +57,9 @@ class EarlyExitConfig(MethodConfig):
             while the model runs, which then compiles as a whole.
         once: whether a sample's first decoder token decides, behind the first point, for all of its tokens: they leave
             there, or run every layer.
-        criterion: of the decoder: `saturation`, `state_norm`, `confidence`, `margin`, `entropy` or `patience`.
-        encoder_criterion: of the encoder: `saturation` or `state_norm`.
+        criterion: of the decoder: `saturation`, `state_norm`, `confidence`, `margin`, `entropy`, `patience` or
+            `learned`: new weights behind each exit point, see `exit_heads`.
+        encoder_criterion: of the encoder: `saturation`, `state_norm` or `learned`.
         kv: keys and values of an exited token in the layers above: `project`, `copy` or `hole`.
         min_layers, encoder_min_layers: layers that always run, at least 1.
         points, encoder_points: numbers of the layers (from 1) behind which an exit is possible; None: every one.
@@ -90,7 +94,7 @@ class EarlyExitConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         check_choice("criterion", self.criterion, CRITERIA)
-        check_choice("encoder_criterion", self.encoder_criterion, STATE_CRITERIA)
+        check_choice("encoder_criterion", self.encoder_criterion, SAMPLE_CRITERIA)
         check_choice("kv", self.kv, POLICIES)
         check_choice("compact", self.compact, COMPACT)
         if not _is_number(self.compact_overhead) or not 0 <= self.compact_overhead <= 1:
@@ -180,6 +184,7 @@ class TokenRule:
     head: Callable[[Tensor], Tensor] | None
     compacts: Compaction
     leaves: str = "decoder"
+    heads: tuple[ExitHead, ...] = ()
 
     @property
     def policy(self) -> str | None:
@@ -193,7 +198,7 @@ class TokenRule:
 
     def begin(self, mask_BT: Tensor | None, past: int, memory: Any) -> Decide:
         """Decisions [B, T] of one forward."""
-        scores, config = TokenScores(self.config.criterion, self.head), self.config
+        scores, config = TokenScores(self.config.criterion, self.head, self.heads), self.config
         assert config.decoder is not None
         threshold = config.decoder
 
@@ -233,12 +238,13 @@ class SampleRule:
     points: tuple[int, ...]
     compacts: Compaction
     leaves: str = "encoder"
+    heads: tuple[ExitHead, ...] = ()
     policy: str | None = None
     remembers: bool = False
 
     def begin(self, mask_BT: Tensor | None, past: int, memory: Any) -> Decide:
         """Decisions [B] of one forward."""
-        scores = SampleScores(self.criterion, mask_BT)
+        scores = SampleScores(self.criterion, mask_BT, self.heads)
 
         def decide(after_BTD: Tensor, before_BTD: Tensor) -> Tensor | bool:
             one = is_single(after_BTD, len(after_BTD))
@@ -284,19 +290,19 @@ def _points(name: str, given: tuple[int, ...] | None, least: int, depth: int) ->
 @register(EarlyExitConfig, "hf_encoder_decoder")
 def _changes(config: EarlyExitConfig, view: EncoderDecoderView) -> list[Change]:
     changes: list[Change] = []
-    compacts, depth = Compaction(config.compact, config.compact_overhead), len(view.encoder)
-    if config.encoder is not None or config.image is not None:
-        points = _points("encoder_points", config.encoder_points, config.encoder_min_layers, depth)
-        names = ("encoder",) if config.encoder is not None else MODALITIES
-        rules: dict[str, ExitRule] = {
-            name: SampleRule(config.encoder_criterion, getattr(config, name), points, compacts, name) for name in names
-        }
-        changes += view.exit_changes("encoder", rules["encoder"]) if config.image is None else view.split_changes(rules)
-    if config.encoder_depth is not None:
-        changes += view.exit_changes(
-            "encoder", DepthRule(_depth("encoder_depth", config.encoder_depth, depth), "encoder")
-        )
-    return changes + _leave_decoder(config, len(view.decoder), view.head, partial(view.exit_changes, "decoder"))
+    blocks = view.encoder
+    if config.encoder is not None:
+        rule, heads = _sample_rule(config, "encoder", blocks)
+        changes += _with_heads(view.exit_changes("encoder", rule), heads)
+    elif config.image is not None:
+        found = {name: _sample_rule(config, name, blocks) for name in MODALITIES}
+        changes += view.split_changes({name: rule for name, (rule, _) in found.items()})
+        for name, (_, heads) in found.items():
+            changes = _with_heads(changes, heads, f"_{name}")
+    elif config.encoder_depth is not None:
+        depth = _depth("encoder_depth", config.encoder_depth, len(blocks))
+        changes += view.exit_changes("encoder", DepthRule(depth, "encoder"))
+    return changes + _leave_decoder(config, view.decoder, view.head, partial(view.exit_changes, "decoder"))
 
 
 @register(EarlyExitConfig, "hf_decoder")
@@ -308,21 +314,87 @@ def _decoder_changes(config: EarlyExitConfig, view: Any) -> list[Change]:
                 f"{name} is {getattr(config, name)!r}; {type(view.root).__name__} has a decoder only: set decoder or "
                 "depth, and leave encoder, image, text and encoder_depth out."
             )
-    return _leave_decoder(config, len(view.blocks), view.head, view.exit_changes)
+    return _leave_decoder(config, view.blocks, view.head, view.exit_changes)
 
 
-def _leave_decoder(config: EarlyExitConfig, layers: int, head: Any, changes: Any) -> list[Change]:
+@register(EarlyExitConfig, "encoders")
+def _encoder_changes(config: EarlyExitConfig, view: EncoderView) -> list[Change]:
+    name = type(view.root).__name__
+    if config.decoder is not None or config.depth is not None:
+        raise ValueError(f"{name} has no decoder; set decoder=None, and encoder (or encoder_depth) instead.")
+    if config.image is not None and "image" not in view.stacks:
+        raise ValueError(f"image is {config.image!r}; {name} has one encoder, not two towers: use encoder instead.")
+    changes: list[Change] = []
+    for stack, blocks in view.stacks.items():
+        if config.encoder_depth is not None:
+            rule: ExitRule = DepthRule(_depth("encoder_depth", config.encoder_depth, len(blocks)), stack)
+            changes += view.exit_changes(stack, rule)
+        else:
+            rule, heads = _sample_rule(config, stack, blocks)
+            changes += _with_heads(view.exit_changes(stack, rule), heads)
+    return changes
+
+
+def _sample_rule(config: EarlyExitConfig, name: str, blocks: Sequence[nn.Module]) -> tuple[SampleRule, dict[int, Any]]:
+    """The rule by which samples leave a stack, and the new head of each exit point."""
+    points = _points("encoder_points", config.encoder_points, config.encoder_min_layers, len(blocks))
+    threshold = config.encoder if config.encoder is not None else getattr(config, name)
+    heads = _new_heads(points, blocks) if config.encoder_criterion == LEARNED else {}
+    compacts = Compaction(config.compact, config.compact_overhead)
+    return SampleRule(config.encoder_criterion, threshold, points, compacts, name, tuple(heads.values())), heads
+
+
+def _leave_decoder(config: EarlyExitConfig, blocks: Sequence[nn.Module], head: Any, changes: Any) -> list[Change]:
     """The changes of a decoder; `head` makes its exit head, `changes` turns a rule into them."""
     if config.decoder is not None:
-        points = _points("points", config.points, config.min_layers, layers)
+        points = _points("points", config.points, config.min_layers, len(blocks))
+        points = points[:1] if config.once else points
         made = head() if config.criterion in HEAD_CRITERIA else None
+        heads = _new_heads(points, blocks) if config.criterion == LEARNED else {}
         compacts = Compaction(config.compact, config.compact_overhead)
-        found: list[Change] = changes(TokenRule(config, points[:1] if config.once else points, made, compacts))
-        return found
+        rule = TokenRule(config, points, made, compacts, heads=tuple(heads.values()))
+        return _with_heads(changes(rule), heads)
     if config.depth is not None:
-        found = changes(DepthRule(_depth("depth", config.depth, layers), "decoder", config.kv))
+        found: list[Change] = changes(DepthRule(_depth("depth", config.depth, len(blocks)), "decoder", config.kv))
         return found
     return []
+
+
+def _new_heads(points: tuple[int, ...], blocks: Sequence[nn.Module]) -> dict[int, ExitHead]:
+    """A head with one output behind each exit point."""
+    found = {}
+    for point in points:
+        norms = [m.weight for m in blocks[point - 1].modules() if "norm" in type(m).__name__.lower()]
+        widths = [weight.numel() for weight in norms if isinstance(weight, Tensor)]
+        if not widths:
+            raise ValueError(
+                f"{type(blocks[point - 1]).__name__} has no norm with weights, by which the width of a learned head is "
+                "told; choose another criterion."
+            )
+        found[point] = ExitHead(max(widths), 1).to(next(blocks[point - 1].parameters()).device)
+    return found
+
+
+def _with_heads(changes: list[Change], heads: dict[int, ExitHead], suffix: str = "") -> list[Change]:
+    """The changes of a stack's blocks, with the heads as new children."""
+    added = {index: {f"mmskip_exit{suffix}": heads[index + 1]} for index in range(len(changes)) if index + 1 in heads}
+    return [replace(c, children={**c.children, **added.get(index, {})}) for index, c in enumerate(changes)]
+
+
+def exit_heads(model: nn.Module) -> dict[str, dict[int, ExitHead]]:
+    """The new heads of the criterion `learned`, by what leaves and by the number of layers that have run.
+
+    `score` of the states [B, T, D] there (of an encoder: of their mean over a sample's tokens, [B, 1, D]) is the
+    probability that stopping is right. All layers run in training; fit the heads to whatever "right" means, for
+    instance that the model's own head says the same there as at its end.
+    """
+    rules = [rule for state in states(model) for rule in _rules(state)]
+    return {rule.leaves: dict(zip(rule.points, rule.heads, strict=True)) for rule in rules if rule.heads}
+
+
+def _rules(state: Any) -> list[Any]:
+    found = [getattr(state, "rule", None), *getattr(state, "rules", {}).values()]
+    return [rule for rule in found if isinstance(rule, TokenRule | SampleRule)]
 
 
 def _depth(name: str, given: int, layers: int) -> tuple[int]:
