@@ -8,7 +8,7 @@ and interleaved with full depth in one process.
 
     python benchmarks/mue.py --train full       # and --train shallow: minutes each; kept under runs/mue_bench
     python benchmarks/mue.py --choose           # thresholds on the validation pictures of the search seed
-    python benchmarks/mue.py                    # figures on test pictures; writes docs/early_exit.png
+    python benchmarks/mue.py                    # figures on test pictures; draws docs/mue_*.png
 
 Ways of exiting: `mue` (saturation in encoder and decoder), `entropy` and `patience` (in the decoder, with the encoder
 whole or exiting as MuE's), `random` (layers drawn anew from MuE's own depths, so that its cost is MuE's). The last line
@@ -28,7 +28,7 @@ import torch
 from _measure import ROOT, emit
 from torch import Tensor
 
-from mmskip import EarlyExitConfig
+from mmskip import EarlyExitConfig, viz
 from mmskip.datasets.captions import CaptionCollate, CaptionData, PictureDataset
 from mmskip.datasets.scene_captions import SceneCaptionsConfig
 from mmskip.exits import SampleScores, TokenScores
@@ -49,7 +49,7 @@ TASKS = {"entailment": ("accuracy", 0.99), "caption": ("cider", 0.96)}
 """The metric of a task, and the share of full depth's that a setting must keep."""
 SHALLOW = {"encoder_layers": 2, "decoder_layers": 3}
 SEARCH_SEED, SEEDS = 100, (1, 2)
-QUANTILES = (0.05, 0.2, 0.4, 0.6, 0.8)
+QUANTILES = (0.1, 0.4, 0.7)
 
 
 @dataclass(frozen=True)
@@ -154,19 +154,22 @@ def _all(value: Any) -> list[int]:
 
 @torch.no_grad()
 def observed(model: Captioner, batches: Sequence[Batch], task: str) -> dict[str, list[float]]:
-    """Scores at full depth: saturation in the encoder; saturation and entropy of tokens in the decoder."""
-    found: dict[str, list[float]] = {"encoder": [], "saturation": [], "entropy": []}
+    """Scores at full depth: saturation of images and prompts; saturation and entropy of tokens in the decoder."""
+    found: dict[str, list[float]] = {"image": [], "text": [], "saturation": [], "entropy": []}
     for batch in batches:
         texts = batch[task]
         with captured(model.view.encoder) as states:
             inside = encoded(model, batch, texts)
         depth = len(model.view.encoder)
-        for part, real in ((states[:depth], None), (states[depth:], texts.prompt_mask.bool())):
+        for name, part, real in (
+            ("image", states[:depth], None),
+            ("text", states[depth:], texts.prompt_mask.bool()),
+        ):
             scores = SampleScores("saturation", real)
             for before, after in pairwise(part):
-                found["encoder"] += scores(after, before).tolist()
+                found[name] += scores(after, before).tolist()
         with captured(model.view.decoder) as states:
-            model.layer_logits(*inside, texts.labels, [depth])
+            model.layer_logits(*inside, texts.labels, [len(model.view.decoder)])
         at = texts.labels != -100
         for criterion in ("saturation", "entropy"):
             token = TokenScores(criterion, model.view.head())
@@ -175,10 +178,10 @@ def observed(model: Captioner, batches: Sequence[Batch], task: str) -> dict[str,
     return found
 
 
-def quantiles(values: list[float], upper: float) -> list[float]:
-    """Thresholds that differ in what they let go, below one that never fires."""
+def quantiles(values: list[float]) -> list[float]:
+    """Thresholds that differ in what they let go, and one that never fires."""
     taken = torch.tensor(values).quantile(torch.tensor(QUANTILES)).tolist()
-    return sorted({min(round(value - 1e-4, 4), upper) for value in taken})
+    return sorted({min(round(value - 1e-4, 4), 1.0) for value in (*taken, 1.0001)})
 
 
 def _tried(
@@ -200,20 +203,20 @@ def choose(model: Captioner, data: CaptionData, count: int) -> dict[str, Any]:
         batches = pictures.batches(task, 50)
         scores = observed(model, batches[:2], task)
         full = records(model, task, batches, None, data.tokenizer)
-        goal, encoders = share * quality(task, full, told), [None, *quantiles(scores["encoder"], 1.0)]
+        goal = share * quality(task, full, told)
         own = [
-            Setting("mue", EarlyExitConfig(encoder=encoder, decoder=decoder))
-            for encoder, decoder in product(encoders, quantiles(scores["saturation"], 1.0))
+            Setting("mue", EarlyExitConfig(image=image, text=text, decoder=decoder))
+            for image, text, decoder in product(*(quantiles(scores[part]) for part in ("image", "text", "saturation")))
         ]
         tried = _tried(model, task, batches, own, told, data.tokenizer)
         best = min((t for t in tried if t[1] >= goal), key=lambda t: t[2], default=max(tried, key=lambda t: t[1]))
         kept = {"full": {"quality": goal / share, "layers": layers_run(full)}, "mue": _told(best)}
         assert best[0].config is not None
         heads = [
-            Setting(way, EarlyExitConfig(encoder=encoder, decoder=threshold, criterion=way))
-            for encoder in dict.fromkeys((None, best[0].config.encoder))
+            Setting(way, EarlyExitConfig(**encoder, decoder=threshold, criterion=way))
+            for encoder in ({}, {"image": best[0].config.image, "text": best[0].config.text})
             for way, thresholds in (
-                ("entropy", [max(t, 0.0) for t in quantiles(scores["entropy"], 1.0)]),
+                ("entropy", [max(t, 0.0) for t in quantiles(scores["entropy"])]),
                 ("patience", [float(n) for n in range(1, len(model.view.decoder) - 1)]),
             )
             for threshold in thresholds
@@ -345,7 +348,7 @@ def timed(
                     options.pairs,
                 )
                 found[task].setdefault("shallow", {})[str(size)] = {
-                    "measured": 1 / ratio.median, "low": 1 / ratio.q3, "high": 1 / ratio.q1
+                    "counted": None, "measured": 1 / ratio.median, "low": 1 / ratio.q3, "high": 1 / ratio.q1
                 }  # fmt: skip
             print(task, size, {way: round(v[str(size)]["measured"], 3) for way, v in found[task].items()}, flush=True)
     return found
@@ -369,6 +372,8 @@ def scored(
             for way, config in ways.items():
                 rows = records(model, task, batches, config, tokenizer)
                 found[task][way]["by_seed"].append(quality(task, rows, told))
+                if task == "caption":
+                    rows = [{**row, "right": row["caption"] in told[row["uid"]]} for row in rows]
                 if way in ("full", "mue"):
                     found[task][way]["rows"] += rows
                 if way == "mue":
@@ -383,48 +388,25 @@ def scored(
             one["quality"] = sum(one["by_seed"]) / len(one["by_seed"]) if one["by_seed"] else None
             rows = one.pop("rows")
             if rows:
-                kept = [{**row, "right": row.get("right", True)} for row in rows]
-                one["exits"] = depths(kept, model)
+                one["exits"] = depths(rows, model)
         print(task, {way: one["quality"] for way, one in found[task].items()}, flush=True)
     return found
 
 
-def draw(scores: dict[str, Any], times: dict[str, Any], chosen: dict[str, Any], path: Path) -> None:
-    """Exit depths, and quality against measured time."""
-    from matplotlib.figure import Figure
-
-    from mmskip.viz import save_png
-
-    figure = Figure(figsize=(11, 6.4), layout="constrained")
-    axes = figure.subplots(2, 2)
-    names = {"entailment": "accuracy", "caption": "CIDEr"}
-    colours = {"mue": "#d1495b", "entropy": "#2a6f97", "patience": "#7a9e4f", "random": "#999999", "shallow": "#555555"}
-    for row, task in enumerate(TASKS):
-        left, right = axes[row]
-        exits = scores[task]["mue"].get("exits") if "mue" in scores[task] else None
-        for place, part in enumerate(("image", "prompt", "decoder")):
-            if exits is None:
-                continue
-            counts = [sum(n) for n in zip(*exits["histogram"][part].values(), strict=True)]
-            share = [n / max(sum(counts), 1) for n in counts]
-            at = [layer + 0.27 * (place - 1) for layer in range(1, len(share) + 1)]
-            left.bar(at, share, 0.25, label=part, color=("#f2a541", "#6a8caf", "#d1495b")[place])
-        left.set(title=f"{task}: where MuE leaves", xlabel="last layer that ran", ylabel="share of states")
-        left.legend(frameon=False)
+def draw(scores: dict[str, Any], times: dict[str, Any], folder: Path) -> None:
+    """Per task: where MuE leaves, and quality against counted FLOPs and measured time of single samples."""
+    for task, (metric, _) in TASKS.items():
+        note = f"{task}: where MuE leaves, test pictures of {len(SEEDS)} seeds"
+        figure = viz.exit_depths(scores[task]["mue"]["exits"]["histogram"], note)
+        viz.save_png(figure, folder / f"mue_{task}_exits.png")
+        points = []
         for way, one in scores[task].items():
-            if one["quality"] is None or way == "blanked":
-                continue
-            time = {"full": 1.0, "random": times[task].get("mue", {}).get("1", {}).get("measured")}.get(
-                way, times[task].get(way, {}).get("1", {}).get("measured")
-            )
-            if time is None:
-                continue
-            right.scatter(time, one["quality"], s=48, color=colours.get(way, "black"), label=way)
-            right.annotate(way, (time, one["quality"]), xytext=(6, 4), textcoords="offset points")
-        right.axhline(TASKS[task][1] * scores[task]["full"]["quality"], color="#bbbbbb", lw=1, ls="--")
-        right.set(title=f"{task}: {names[task]} on test pictures", xlabel="measured time, batch 1 (full depth = 1)")
-        right.set_ylabel(names[task])
-    save_png(figure, path)
+            cost = times[task].get("mue" if way == "random" else way, {}).get("1", {"counted": 1.0, "measured": 1.0})
+            if one["quality"] is not None and way != "blanked":
+                points.append({"label": way, "value": one["quality"], "highlight": way == "mue", **cost})
+        note = f"{task}, single samples; a blanked image leaves {scores[task]['blanked']['quality']:.3g}"
+        figure = viz.quality_against_compute(points, metric, lower_is_better=False, note=note)
+        viz.save_png(figure, folder / f"mue_{task}.png")
 
 
 def main() -> None:
@@ -457,7 +439,7 @@ def main() -> None:
         return
     with torch.no_grad():
         times = timed(models, chosen, sets[0], options)
-    draw(scores, times, chosen, ROOT / "docs" / "early_exit.png")
+    draw(scores, times, ROOT / "docs")
     report(models["full"], chosen, scores, times)
 
 

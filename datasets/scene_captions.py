@@ -35,7 +35,7 @@ from mmskip.files import write_json, write_text
 SPLITS = ("train", "val", "test")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 RELATIONS = {"left of": SIDES["left"], "right of": SIDES["right"], "above": SIDES["top"], "below": SIDES["bottom"]}
-_FORMAT = 1  # raised when the same settings give other files
+_FORMAT = 2  # raised when the same settings give other files
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _place(cell: Cell) -> str:
 
 def _caption(world: World) -> str:
     things = sorted(world.things, key=lambda thing: thing.cell[::-1])
-    return " and ".join(f"a {thing.kind} at {_place(thing.cell)}" for thing in things)
+    return " and ".join(f"at {_place(thing.cell)} a {thing.kind}" for thing in things)
 
 
 # --- statements -----------------------------------------------------------------------------------------------------

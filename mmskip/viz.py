@@ -174,6 +174,38 @@ def quality_against_compute(
     return figure
 
 
+def exit_depths(histograms: Mapping[str, Mapping[str, Sequence[int]]], note: str = "") -> Figure:
+    """At which layer states left a model: one panel per part, right and wrong answers apart.
+
+    Args:
+        histograms: part of the model -> "right" and "wrong" -> how many states each layer, from the first, was the last
+            one for.
+        note: text above the panels.
+
+    Raises:
+        ValueError: no parts.
+    """
+    if not histograms:
+        raise ValueError("exit_depths needs at least one histogram, got none")
+    figure = Figure(figsize=(3.1 * len(histograms) + 0.6, 2.9), layout="constrained")
+    panels: Any = figure.subplots(1, len(histograms), squeeze=False)[0]
+    for axes, (part, counts) in zip(panels, histograms.items(), strict=True):
+        layers = np.arange(1, max(map(len, counts.values())) + 1)
+        for place, (name, color) in enumerate((("right", RAN), ("wrong", HIGHLIGHT))):
+            values = np.array(counts[name], dtype=float)
+            share = values / values.sum() if values.sum() else values
+            axes.bar(layers + 0.38 * (place - 0.5), share, 0.36, color=color, label=f"{name} ({values.sum():.0f})")
+        axes.set_xticks(layers)
+        axes.set_title(part, loc="left", fontsize=10, color=INK)
+        axes.set_xlabel("last layer that ran")
+        axes.legend(fontsize=7, frameon=False)
+        _quiet(axes)
+    panels[0].set_ylabel("share of states")
+    if note:
+        figure.suptitle(note, fontsize=9, color=INK)
+    return figure
+
+
 def _draw_series(axes: Any, points: Sequence[Mapping[str, Any]], key: str) -> None:
     """The points of each series, joined in the order of counted compute, and their legend."""
     colors = iter(SERIES * len(points))

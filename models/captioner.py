@@ -4,6 +4,7 @@ Shapes: I images, R rows (texts), N image tokens, T prompt tokens, S states of a
 labelled positions, V vocabulary, A answers.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,15 +16,17 @@ from transformers.modeling_outputs import BaseModelOutput
 from mmskip.datasets.captions import Texts
 from mmskip.datasets.chat_labels import IGNORE
 from mmskip.families.hf_encoder_decoder import EncoderDecoderView
+from mmskip.families.hf_modalities import SplitEncoder
+from mmskip.methods.early_exit import image_tokens
 from mmskip.models.captioner_build import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     build_text,
     captured,
     check_settings,
     decoder_of,
+    gathered,
     layer_weights,
     left_behind,
+    normalised,
     sees,
     text_config,
     token_ids,
@@ -159,12 +162,11 @@ class Captioner(StepLossModule):
         self.tower: VisionTower | None = None
         self.connector: nn.Module | None = None
         self.llm: Any = None
+        self._view: EncoderDecoderView | None = None
         self.results: dict[str, float] = {}
         self.said: dict[str, tuple[str, tuple[str, ...]]] = {}
         if tokens is not None:
             self.configure_model()
-
-    # --- building -----------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
         """Build the model, once. The token ids come from the trainer's data module.
@@ -186,7 +188,7 @@ class Captioner(StepLossModule):
         llm: Any = build_text(
             settings["text"], self._config, settings["tokens"], settings["dtype"], settings["attention"]
         )
-        view_of(llm)
+        view_of(llm)  # a model whose layers are not found is refused before anything is trained
         with torch.no_grad():
             for name, weight in llm.named_parameters():
                 if settings["residual_init"] != 1 and name.endswith(("out_proj.weight", "fc2.weight", "wo.weight")):
@@ -211,18 +213,16 @@ class Captioner(StepLossModule):
     @property
     def view(self) -> EncoderDecoderView:
         """The layers of the text model."""
-        return view_of(self.llm)
+        if self._view is None or self._view.root is not self.llm:
+            self._view = view_of(self.llm)
+        return self._view
 
     # --- encoder ------------------------------------------------------------------------------------------------
 
     def image_embeddings(self, images: Tensor) -> Tensor:
         """What the encoder gets of images [I, 3, H, W] in 0..1: [I, N, D]."""
         if self.tower is None:
-            vision = self._config.vision_config
-            size = getattr(vision, "image_size", None) or images.shape[-1]
-            images = F.interpolate(images, (size, size), mode="bilinear") if images.shape[-1] != size else images
-            mean, std = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-            pixels = ((images - mean) / std).to(self.llm.dtype)
+            pixels = normalised(images).to(self.llm.dtype)
             return self.llm.get_image_features(pixels, return_dict=True).pooler_output
         assert self.connector is not None
         return self.connector(self.tower(images)).to(self.llm.dtype)
@@ -240,21 +240,29 @@ class Captioner(StepLossModule):
         if not self.hparams["separate"]:
             words = self.llm.get_input_embeddings()(texts.prompt)
             whole = torch.cat([embedded[image].to(words.dtype), words], 1)
-            with self._exits_drawn(len(image)):
+            images = torch.cat([torch.ones_like(seen), torch.zeros_like(texts.prompt_mask)], 1)
+            with self._exits_drawn(len(image)), self._told(images):
                 return encoder(inputs_embeds=whole, attention_mask=mask)[0], mask
-        with self._exits_drawn(len(embedded)):
+        with self._exits_drawn(len(embedded)), self._told(mask.new_ones(embedded.shape[:2])):
             seen_IND = encoder(inputs_embeds=embedded)[0]
         with self._exits_drawn(len(image)):
             read_RTD = encoder(input_ids=texts.prompt, attention_mask=texts.prompt_mask)[0]
         return torch.cat([seen_IND[image], read_RTD], 1), mask
 
+    def _told(self, images: Tensor) -> Any:
+        """Exits with thresholds for image and text are told which tokens [B, T] of an encoding are the image's."""
+        apart = isinstance(self.view.encoder[0], SplitEncoder)
+        return image_tokens(self.llm, images.bool()) if apart else nullcontext()
+
     def _exits_drawn(self, rows: int) -> Any:
         """In training, the encoder is left behind random layers by a share of the rows."""
         share = self.hparams["random_exits"] if self.training else 0.0
+        if not share:
+            return nullcontext()
         blocks = self.view.encoder
         drawn = torch.randint(1, len(blocks) + 1, (rows,))
         depth = torch.where(torch.rand(rows) < share, drawn, len(blocks)).to(self.device)
-        return left_behind(blocks if share else (), depth)
+        return left_behind(blocks, depth)
 
     # --- decoder ------------------------------------------------------------------------------------------------
 
@@ -460,7 +468,7 @@ class Captioner(StepLossModule):
     def _log_scores(self, stage: str) -> None:
         sums: Any = self.trainer.strategy.reduce(self._scores, reduce_op="sum")
         caption, captions, pair, pairs, right, judged = sums.tolist()
-        self.said = _gathered(self._captions)
+        self.said = gathered(self._captions)
         found = {}
         if captions:
             found["caption_loss"] = caption / captions
@@ -489,12 +497,3 @@ class Captioner(StepLossModule):
             chosen = self.judge(*self.encode(embedded, texts)).argmax(-1).tolist()
             found["answers"] = dict(zip(texts.uids, chosen, strict=True))
         return found
-
-
-def _gathered(captions: dict[str, Any]) -> dict[str, Any]:
-    """The captions of all ranks."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return captions
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, captions)
-    return {uid: told for part in parts for uid, told in part.items()}

@@ -209,6 +209,12 @@ def decoder_of(model: Any) -> Any:
     return part
 
 
+def normalised(images: Tensor) -> Tensor:
+    """Images [I, 3, H, W] in 0..1 as Florence-2's tower takes them."""
+    mean, std = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images - mean) / std
+
+
 @contextmanager
 def captured(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """The states [B, T, D] behind each block, in the order in which they run inside the context."""
@@ -255,3 +261,12 @@ def left_behind(blocks: Sequence[nn.Module], layers: Tensor) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def gathered(captions: dict[str, Any]) -> dict[str, Any]:
+    """The captions of all ranks."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return captions
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, captions)
+    return {uid: told for part in parts for uid, told in part.items()}

@@ -1,4 +1,4 @@
-"""Vision towers from timm and open_clip, frozen or trained: frames in, CLS + pooled grid tokens out.
+"""Vision towers from timm, open_clip and transformers, frozen or trained: frames in, CLS + pooled grid tokens out.
 
 Shapes: F frames, H and W pixels, G grid side, N = 1 + G * G tokens per frame, C channels.
 """
@@ -14,6 +14,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
+from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 
 
 class VisionTower(nn.Module):
@@ -23,12 +24,13 @@ class VisionTower(nn.Module):
     patches where it has neither); the others are the patch grid, average-pooled to G x G, row by row.
 
     Args:
-        name: `timm/<model>` or `open_clip/<model>[/<pretrained tag>]`.
+        name: `timm/<model>`, `open_clip/<model>[/<pretrained tag>]`, or `hf/<name or folder>` of a vision model of
+            transformers (`hf/<model_type>`: from scratch, `tower_kwargs` are its configuration).
         pretrained: load the published weights (timm; for open_clip the tag in the name, or the model's first). They
             must be in the local cache, or a network must be there. Otherwise weights are random by `seed`.
         grid: G, at least 1 and at most the model's own patch grid.
         image_size: side of the square input, pixels; None: the model's own.
-        tower_kwargs: further arguments of `timm.create_model` or `open_clip.create_model`.
+        tower_kwargs: further arguments of `timm.create_model` or `open_clip.create_model`, or of a configuration.
         seed: of random weights.
         trained: let the weights be trained: they get gradients, and the tower follows `train()`.
 
@@ -63,6 +65,8 @@ class VisionTower(nn.Module):
             torch.manual_seed(seed)
             if library == "timm":
                 model, size, mean, std = _timm_model(model_name, load, image_size, kwargs)
+            elif library == "hf":
+                model, size, mean, std = _hf_model(model_name, image_size, kwargs)
             else:
                 model, size, mean, std = _open_clip_model(model_name, load, tag, image_size, kwargs)
         self.model = model
@@ -115,6 +119,8 @@ class VisionTower(nn.Module):
 
     def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """CLS [F, C] and patches [F, C, h, w] of normalised images."""
+        if isinstance(self.model, PreTrainedModel):
+            return _hf_features(self.model(pixel_values=images).last_hidden_state)
         if not hasattr(self.model, "forward_features"):
             out = self.model.forward_intermediates(
                 images, indices=1, normalize_intermediates=True, intermediates_only=True, output_extra_tokens=True
@@ -152,7 +158,7 @@ def check_tower_name(name: str) -> tuple[str, str, str | None]:
     """Split and check a tower name without building anything.
 
     Returns:
-        Library ("timm" or "open_clip"), model name and pretrained tag (None where none is given).
+        Library ("timm", "open_clip" or "hf"), model name and pretrained tag (None where none is given).
 
     Raises:
         ValueError: a name that the library does not know; near names are listed.
@@ -167,8 +173,12 @@ def check_tower_name(name: str) -> tuple[str, str, str | None]:
         tag = given or None
         known = open_clip.list_models()
         found = model_name in known
+    elif library == "hf" and rest:
+        return library, rest, None  # known once its configuration is read
     else:
-        raise ValueError(f"unknown vision tower {name!r}: write timm/<model> or open_clip/<model>[/<pretrained tag>]")
+        raise ValueError(
+            f"unknown vision tower {name!r}: write timm/<model>, open_clip/<model>[/<pretrained tag>] or hf/<name>"
+        )
     if not found:
         near = difflib.get_close_matches(model_name, known, n=5, cutoff=0.4)
         raise ValueError(f"{library} has no model {model_name!r}; near names: {', '.join(near) or 'none'}")
@@ -219,3 +229,34 @@ def _open_clip_model(
     size = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
     mean, std = visual.image_mean, visual.image_std
     return getattr(visual, "trunk", visual), size, mean, std
+
+
+def _hf_model(name: str, image_size: int | None, kwargs: dict[str, Any]) -> tuple[nn.Module, int, tuple, tuple]:
+    """A vision model of transformers: by name or folder with its weights, by model type from scratch."""
+    mean = std = (0.5, 0.5, 0.5)
+    size = {} if image_size is None else {"image_size": image_size}
+    try:
+        if name in CONFIG_MAPPING:
+            model: Any = AutoModel.from_config(AutoConfig.for_model(name, **{**size, **kwargs}))
+        else:
+            model = AutoModel.from_pretrained(name, **kwargs)
+            processor = AutoImageProcessor.from_pretrained(name)
+            mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    except Exception as error:
+        raise _unavailable(f"hf/{name}", error) from error
+    model = getattr(model, "vision_model", model)
+    own = getattr(model.config, "image_size", None)
+    own = own[0] if isinstance(own, list | tuple) else own
+    if image_size is not None and own not in (None, image_size):
+        raise ValueError(f"hf/{name} takes images of {own} pixels, image_size is {image_size}; leave image_size out")
+    return model, image_size or own or 224, mean, std
+
+
+def _hf_features(states: Tensor) -> tuple[Tensor, Tensor]:
+    """CLS [F, C] (the mean of the patches where there is none) and patches [F, C, h, w] of last hidden states."""
+    if states.ndim == 4:
+        return states.mean((2, 3)), states
+    side = math.isqrt(states.shape[1])
+    prefix = states.shape[1] - side**2  # CLS and registers
+    patches = states[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
+    return (states[:, 0] if prefix else patches.mean((2, 3))), patches

@@ -84,16 +84,18 @@ class SplitEncoder:
             if not places_BN.shape[1]:
                 run.exits = None
                 continue
-            index_BND = places_BN[..., None].expand(-1, -1, x_BTD.shape[2])
-            part = {**values, "hidden_states": x_BTD.gather(1, index_BND)}
-            part["attention_mask"] = _mask_of(values.get("attention_mask"), places_BN)
+            whole = places_BN.shape[1] == x_BTD.shape[1]  # a call of one modality alone is not taken apart
+            index_BND, part = places_BN[..., None].expand(-1, -1, x_BTD.shape[2]), values
+            if not whole:
+                part = {**values, "hidden_states": x_BTD.gather(1, index_BND)}
+                part["attention_mask"] = _mask_of(values.get("attention_mask"), places_BN)
             if self.training:  # type: ignore[attr-defined]
                 found = super().forward(**part)  # type: ignore[misc]
             elif state.index and not run.left:
                 continue
             else:
                 found = encode(super().forward, run, rule, state.index, part)  # type: ignore[misc]
-            y_BTD = y_BTD.scatter(1, index_BND, found)
+            y_BTD = found if whole else y_BTD.scatter(1, index_BND, found)
         return y_BTD
 
 

@@ -29,7 +29,7 @@ def cell_of(place: str) -> tuple[int, int]:
 
 def judged(text: str, caption: str, wall: tuple[int, int]) -> str:
     """The label of a statement, from the words alone: parsed from the inside out."""
-    things = {cell_of(" ".join(m[2:])): m[:2] for m in re.findall(r"a (\w+) (\w+) at (\w+) (\w+)", caption)}
+    things = {cell_of(m[0]): m[1:] for m in re.findall(r"at (\w+ \w+) a (\w+) (\w+)", caption)}
     word, place = re.fullmatch(r"a (\w+)(?: thing)? is (.*)", text).groups()
     if place.startswith("at "):
         cell = cell_of(place[3:])
@@ -50,7 +50,7 @@ def test_captions_and_labels_are_true_of_the_world():
         picture, _ = picture_of(CONFIG, "train", index)
         assert picture.caption.count(" and ") == len(picture.world.things) - 1
         for thing in picture.world.things:
-            assert f"a {thing.kind} at {ROWS[thing.cell[1]]} {COLUMNS[thing.cell[0]]}" in picture.caption
+            assert f"at {ROWS[thing.cell[1]]} {COLUMNS[thing.cell[0]]} a {thing.kind}" in picture.caption
         for statement in picture.statements:
             assert judged(statement.text, picture.caption, picture.world.wall) == statement.label, statement
             assert statement.text.count("the thing") == max(statement.steps - 1, 0)

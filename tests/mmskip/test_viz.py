@@ -109,3 +109,15 @@ def test_series_are_joined_in_the_order_of_their_budget_and_named_once():
     assert [float(x) for x in axes.lines[0].get_xdata()] == pytest.approx([0.8, 0.6, 0.2])
     assert [text.get_text() for text in figure.axes[0].texts] == ["dense"]
     assert figure.get_suptitle() == "a note"
+
+
+def test_exit_depths_are_drawn_as_shares(tmp_path):
+    counts = {"image": {"right": [3, 0, 1], "wrong": [0, 0, 0]}, "decoder": {"right": [1, 1], "wrong": [0, 4]}}
+    figure = viz.exit_depths(counts, note="where")
+    panels = figure.axes
+    assert [axes.get_title(loc="left") for axes in panels] == ["image", "decoder"]
+    assert [bar.get_height() for bar in panels[0].patches] == [0.75, 0, 0.25, 0, 0, 0]
+    assert [bar.get_height() for bar in panels[1].patches] == [0.5, 0.5, 0, 1]
+    assert viz.save_png(figure, tmp_path / "exits.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="at least one"):
+        viz.exit_depths({})

@@ -14,6 +14,7 @@ from mmskip.datasets.chat_labels import IGNORE
 from mmskip.methods.early_exit import exit_layers
 from mmskip.models.captioner import Captioner
 from mmskip.models.captioner_build import layer_weights, left_behind
+from mmskip.train.evaluation.exits import encoder_exits, recording
 
 KINDS = [*TEXTS, "florence2"]
 
@@ -33,7 +34,7 @@ def test_the_loss_is_that_of_every_layer_through_the_head(kind, given, batch):
     model = captioner(kind, given, layer_loss="linear", caption_weight=0.5, label_smoothing=0.1).eval()
     embedded = model.image_embeddings(batch["images"])
     total = count = 0.0
-    for task, factor in (("caption", 0.5), ("entailment", 1.0)):
+    for task, factor in (("caption", 0.5), ("entailment", 1.0), ("question", 1.0)):
         texts = batch[task]
         states, mask = model.encode(embedded, texts)
         for row, labels in enumerate(texts.labels):
@@ -108,6 +109,25 @@ def test_exits_come_from_outside_and_never_firing_ones_change_nothing(kind, give
     assert all((layers == 1).all() for layers in exit_layers(model.llm).values())
     mmskip.remove_(model.llm)
     assert all(torch.equal(one, two) for one, two in zip(full, answers(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["bart", "mbart", "florence2"])
+def test_image_and_prompt_have_thresholds_of_their_own(kind, given, batch):
+    model = captioner(kind, given).eval()
+    depth = len(model.view.encoder)
+    texts = batch["entailment"]
+    full = model.encode(model.image_embeddings(batch["images"]), texts)[0]
+    for image, text in ((-1.0, 1.0), (1.0, -1.0), (1.0, 1.0)):
+        mmskip.apply_(model.llm, EarlyExitConfig(image=image, text=text, decoder=None))
+        with torch.no_grad(), recording(model) as record:
+            states = model.encode(model.image_embeddings(batch["images"]), texts)[0]
+        images, prompts = encoder_exits(record, texts.image)
+        assert set(images) == {1 if image < 0 else depth}
+        assert set(prompts) == {1 if text < 0 else depth}
+        count = full.shape[1] - texts.prompt.shape[1]
+        assert torch.equal(states[:, :count], full[:, :count]) == (image > 0)
+        assert torch.equal(states[:, count:], full[:, count:]) == (text > 0)
+        mmskip.remove_(model.llm)
 
 
 def test_the_judgement_is_the_likelihood_of_the_answers(given, batch):

@@ -1,4 +1,4 @@
-"""Frozen towers of both libraries, transformers and CNNs alike."""
+"""Towers of three libraries, transformers and CNNs alike; frozen, or trained."""
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ TINY_CLIP = {
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
     "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 1, "layers": 1},
 }
+_TINY_HF = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
 TOWERS = {
     "vit with cls": {"name": "timm/vit_tiny_patch16_224", "image_size": 64, "tower_kwargs": TINY_VIT},
     "vit with attention pool": {
@@ -21,6 +22,14 @@ TOWERS = {
     "cnn": {"name": "timm/resnet10t", "image_size": 96},
     "channels last": {"name": "timm/swin_tiny_patch4_window7_224", "tower_kwargs": {"depths": (1, 1, 1, 1)}},
     "open_clip": {"name": "open_clip/ViT-B-32", "image_size": 96, "tower_kwargs": {}},
+    "hf vit": {"name": "hf/vit", "image_size": 64, "tower_kwargs": _TINY_HF},
+    "hf siglip": {
+        "name": "hf/siglip_vision_model",
+        "image_size": 64,
+        "tower_kwargs": {**_TINY_HF, "vision_use_head": False},
+    },
+    "hf with registers": {"name": "hf/dinov2_with_registers", "image_size": 56, "tower_kwargs": _TINY_HF},
+    "hf cnn": {"name": "hf/resnet", "tower_kwargs": {"hidden_sizes": [16, 32], "depths": [1, 1], "embedding_size": 8}},
 }
 
 
@@ -133,3 +142,31 @@ def test_a_grid_finer_than_the_patches_is_refused():
         VisionTower(**TOWERS["vit with cls"], grid=5)
     with pytest.raises(ValueError, match="grid must be at least 1"):
         VisionTower(**TOWERS["vit with cls"], grid=0)
+
+
+def test_a_trained_tower_gets_gradients_and_a_frozen_one_none():
+    for trained in (True, False):
+        tower = VisionTower(**TOWERS["vit with cls"], grid=2, trained=trained).train()
+        assert tower.model.training == trained
+        out = tower(frames())
+        assert out.requires_grad == trained
+        if trained:
+            out.sum().backward()
+            assert all(p.grad is not None for p in tower.model.parameters())
+
+
+def test_a_saved_model_of_transformers_is_a_tower(tmp_path):
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+    model = ViTModel(ViTConfig(image_size=32, patch_size=16, **_TINY_HF))
+    model.save_pretrained(tmp_path)
+    ViTImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(tmp_path)
+    tower = VisionTower(f"hf/{tmp_path}", grid=2)
+    assert tower.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    x = frames(size=32) / 255
+    states = model.eval()(pixel_values=(x - tower.mean) / tower.std).last_hidden_state
+    assert torch.allclose(tower(x), states, atol=1e-5)
+    with pytest.raises(ValueError, match="takes images of 32 pixels"):
+        VisionTower(f"hf/{tmp_path}", image_size=48)
+    with pytest.raises(ValueError, match="cannot be made"):
+        VisionTower("hf/no/such_model")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mmskip import viz
 from mmskip.datasets.captions import CaptionCollate, CaptionData, PictureDataset, PictureEntry, Texts
 from mmskip.datasets.features import fingerprint
 from mmskip.datasets.scene_captions import SPLITS
@@ -178,8 +179,28 @@ class CaptionTask:
         }
         if self.left_out:
             print("\nleft out: " + ", ".join(f"{reason}: {count}" for reason, count in self.left_out.items()))
-        print(f"\nwritten to {write_json(content, self.out / 'results.json')}")
+        paths = [write_json(content, self.out / "results.json"), *self._draw(totals, metrics[0])]
+        print("\nwritten to " + ", ".join(map(str, paths)))
         return 0
+
+    def _draw(self, totals: dict[str, dict[str, Any]], metric: str) -> list[Path]:
+        """Exit depths of every setting, and the first metric against compute."""
+        left = {name: one for name, one in totals.items() if one["exits"]["layers_left_out"] > 0}
+        paths = [
+            viz.save_png(viz.exit_depths(one["exits"]["histogram"], note=name), self.out / name / "exit_depths.png")
+            for name, one in left.items()
+        ]
+        points = [
+            {"label": name, "value": one["metrics"][metric], "highlight": name in left}
+            | {key: one["compute"][key] for key in ("counted", "measured")}
+            for name, one in totals.items()
+            if "compute" in one
+        ]
+        if len(points) > 1:
+            note = f"one checkpoint at other thresholds, {self.split} split; single samples"
+            figure = viz.quality_against_compute(points, metric, lower_is_better=False, note=note)
+            paths.append(viz.save_png(figure, self.out / "quality_compute.png"))
+        return paths
 
 
 def encoded(model: Captioner, batch: Batch, texts: Texts) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ from mmskip.timing import interleaved_ratio
 
 FULL = "full"
 PARTS = ("image", "prompt", "decoder")
+_LEAVES = {"encoder": ("encoder", "image", "text"), "decoder": ("decoder",)}
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class Variant:
 
 def add_exit_arguments(parser: argparse.ArgumentParser) -> None:
     """The settings of a sweep."""
-    parser.add_argument(
-        "--encoder", type=float, nargs="+", help="thresholds of image and prompt in the encoder (MuE: 0.9 to 0.95)"
-    )
+    parser.add_argument("--image", type=float, nargs="+", help="thresholds of images in the encoder (MuE: 0.9)")
+    parser.add_argument("--text", type=float, nargs="+", help="thresholds of prompts in the encoder (MuE: 0.95)")
+    parser.add_argument("--encoder", type=float, nargs="+", help="the same for both, instead")
     parser.add_argument("--decoder", type=float, nargs="+", help="thresholds of tokens in the decoder")
     parser.add_argument("--criterion", default="saturation", choices=CRITERIA, help="of the decoder")
     parser.add_argument("--encoder-criterion", default="saturation", choices=STATE_CRITERIA, help="of the encoder")
@@ -73,12 +74,13 @@ def plan(options: argparse.Namespace) -> list[Variant]:
     if options.timed < 0 or options.pairs_timed < 2:
         raise ValueError(f"--timed is {options.timed} and --pairs-timed {options.pairs_timed}; expected >= 0 and >= 2")
     found = [Variant(FULL)]
-    for encoder, decoder in product(options.encoder or [None], options.decoder or [None]):
-        if encoder is None and decoder is None:
+    names = ("image", "text", "encoder", "decoder")
+    for values in product(*(getattr(options, name) or [None] for name in names)):
+        given = {name: value for name, value in zip(names, values, strict=True) if value is not None}
+        if not given:
             continue
         config = EarlyExitConfig(
-            encoder=encoder,
-            decoder=decoder,
+            **{"decoder": None, **given},
             criterion=options.criterion,
             encoder_criterion=options.encoder_criterion,
             kv=options.kv,
@@ -86,8 +88,7 @@ def plan(options: argparse.Namespace) -> list[Variant]:
             min_layers=options.min_layers,
             encoder_min_layers=options.min_layers,
         )
-        named = [f"encoder-{encoder:g}" if encoder is not None else "", f"decoder-{decoder:g}" if decoder else ""]
-        found.append(Variant("_".join(filter(None, named)), config))
+        found.append(Variant("_".join(f"{name}-{value:g}" for name, value in given.items()), config))
     if options.blank:
         found.append(Variant("blanked", blank=True))
     return found
@@ -113,7 +114,7 @@ class Recorder:
     """Layers that ran for every state of the calls inside `recording`.
 
     Attributes:
-        encoder: [B] per call of the encoder.
+        encoder: [B] per call of the encoder, or two where a call runs image and text apart.
         decoder: [B, T] per call of the decoder.
     """
 
@@ -131,14 +132,15 @@ def recording(model: Captioner) -> Iterator[Recorder]:
     record, view = Recorder(), model.view
     config = next((c for c in mmskip.applied(model.llm) if isinstance(c, EarlyExitConfig)), None)
 
-    def keep(name: str, depth: int) -> Any:
-        leaves = getattr(config, name, None) is not None
+    def keep(part: str, depth: int) -> Any:
+        names = [name for name in _LEAVES[part] if getattr(config, name, None) is not None]
 
         def hook(block: Any, arguments: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            shape = hidden.shape[:1] if name == "encoder" else hidden.shape[:2]
-            layers = exit_layers(model.llm)[name].cpu().clone() if leaves else torch.full(shape, depth)
-            getattr(record, name).append(layers)
+            told = exit_layers(model.llm) if names else {}
+            layers = [told[name].cpu().clone() for name in names if name in told]
+            shape = hidden.shape[:1] if part == "encoder" else hidden.shape[:2]
+            getattr(record, part).extend(layers or [torch.full(shape, depth)])
 
         return hook
 
