@@ -94,6 +94,21 @@ class Texts:
         uids, label = [self.uids[n] for n in numbers], [self.label[n] for n in numbers if self.label]
         return self._changed(lambda tensor: tensor[list(numbers)], uids, label)
 
+    @staticmethod
+    def joined(parts: Sequence["Texts"], pad: int) -> "Texts":
+        """The rows of several, one behind the other; prompts are filled up with `pad`."""
+        if len(parts) == 1:
+            return parts[0]
+        fills = {"prompt": pad, "prompt_mask": 0, "labels": IGNORE}
+        width = {name: max(getattr(part, name).shape[1] for part in parts) for name in fills}
+        found = {
+            name: torch.cat([_widened(getattr(part, name), width[name], fill) for part in parts])
+            for name, fill in fills.items()
+        }
+        image = torch.cat([part.image for part in parts])
+        uids, label = [uid for part in parts for uid in part.uids], [one for part in parts for one in part.label]
+        return Texts(image, **found, uids=uids, label=label)
+
     def first_of_each(self) -> "Texts":
         """The first row of every image."""
         seen: dict[str, int] = {}
@@ -203,6 +218,10 @@ class CaptionCollate:
             list(uids),
             [value for value in label if value >= 0],
         )
+
+
+def _widened(rows: Tensor, width: int, fill: int) -> Tensor:
+    return torch.nn.functional.pad(rows, (0, width - rows.shape[1]), value=fill)
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:

@@ -27,6 +27,7 @@ from mmskip.models.captioner_build import (
     layer_weights,
     left_behind,
     normalised,
+    parameter_groups,
     sees,
     text_config,
     token_ids,
@@ -227,27 +228,35 @@ class Captioner(StepLossModule):
         assert self.connector is not None
         return self.connector(self.tower(images)).to(self.llm.dtype)
 
-    def encode(self, embedded: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
+    def see(self, images: Tensor) -> Tensor:
+        """What `encode` needs of images [I, 3, H, W] in 0..1: their states behind the encoder, where images and prompts
+        run it apart (so that they run once for all their texts), else their embeddings; [I, N, D]."""
+        embedded = self.image_embeddings(images)
+        if not self.hparams["separate"]:
+            return embedded
+        whole = torch.ones(embedded.shape[:2], dtype=torch.long, device=embedded.device)
+        with self._exits_drawn(len(embedded)), self._told(whole):
+            return self.llm.get_encoder()(inputs_embeds=embedded)[0]
+
+    def encode(self, seen: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
         """The states [R, S, D] that the decoder attends to for each text, and their mask [R, S].
 
         Args:
-            embedded: of the batch's images, from `image_embeddings`.
+            seen: of the batch's images, from `see`.
             texts: of the batch.
         """
         encoder, image = self.llm.get_encoder(), texts.image
-        seen = texts.prompt_mask.new_ones(len(image), embedded.shape[1])
-        mask = torch.cat([seen, texts.prompt_mask], 1)
+        there = texts.prompt_mask.new_ones(len(image), seen.shape[1])
+        mask = torch.cat([there, texts.prompt_mask], 1)
         if not self.hparams["separate"]:
             words = self.llm.get_input_embeddings()(texts.prompt)
-            whole = torch.cat([embedded[image].to(words.dtype), words], 1)
-            images = torch.cat([torch.ones_like(seen), torch.zeros_like(texts.prompt_mask)], 1)
+            whole = torch.cat([seen[image].to(words.dtype), words], 1)
+            images = torch.cat([there, torch.zeros_like(texts.prompt_mask)], 1)
             with self._exits_drawn(len(image)), self._told(images):
                 return encoder(inputs_embeds=whole, attention_mask=mask)[0], mask
-        with self._exits_drawn(len(embedded)), self._told(mask.new_ones(embedded.shape[:2])):
-            seen_IND = encoder(inputs_embeds=embedded)[0]
         with self._exits_drawn(len(image)):
             read_RTD = encoder(input_ids=texts.prompt, attention_mask=texts.prompt_mask)[0]
-        return torch.cat([seen_IND[image], read_RTD], 1), mask
+        return torch.cat([seen[image], read_RTD], 1), mask
 
     def _told(self, images: Tensor) -> Any:
         """Exits with thresholds for image and text are told which tokens [B, T] of an encoding are the image's."""
@@ -283,10 +292,9 @@ class Captioner(StepLossModule):
 
     def _shifted(self, labels: Tensor) -> Tensor:
         """What the decoder has read before each label."""
-        tokens = self.hparams["tokens"]
         before = labels.new_full(labels.shape, self.start_id)
         before[:, 1:] = labels[:, :-1]
-        return before.masked_fill(before == IGNORE, tokens["pad_token_id"])
+        return before.masked_fill(before == IGNORE, self._pad)
 
     @property
     def start_id(self) -> int:
@@ -301,33 +309,40 @@ class Captioner(StepLossModule):
     def loss_sums(self, batch: dict[str, Any]) -> Tensor:
         """Sums [8]: loss (differentiable) and its labels, both weighted; cross-entropy of the last layer and labels of
         captions, of entailment, and of questions."""
-        embedded = self.image_embeddings(batch["images"])
-        zero = embedded.new_zeros((), dtype=torch.float32)
-        total, count, told = zero, zero, []
-        for task in TRAINED:
-            weight = self.hparams["caption_weight"] if task == "caption" else 1.0
-            if batch[task] is None:
-                told += [zero, zero]
+        seen = self.see(batch["images"])
+        zero = seen.new_zeros((), dtype=torch.float32)
+        total, count, told = zero, zero, dict.fromkeys(TRAINED, (zero, zero))
+        # pairs and questions, whose answers are short, run together
+        for tasks, weight in ((TRAINED[:1], self.hparams["caption_weight"]), (TRAINED[1:], 1.0)):
+            given = [task for task in tasks if batch[task] is not None]
+            if not given:
                 continue
-            loss, last, labels = self._losses(embedded, batch[task])
-            total, count = total + weight * loss, count + weight * labels
-            told += [last.detach(), zero + labels]
-        if not any(batch[task] for task in TRAINED):
-            total = total + 0.0 * embedded.sum()  # every rank of DDP needs gradients
-        return torch.stack([total, count, *told])
+            loss, last_P, row_P = self._losses(seen, Texts.joined([batch[task] for task in given], self._pad))
+            total, count = total + weight * loss, count + weight * len(row_P)
+            begin = 0
+            for task in given:
+                own = (row_P >= begin) & (row_P < begin + len(batch[task].uids))
+                told[task], begin = (last_P[own].sum(), own.sum().to(zero)), begin + len(batch[task].uids)
+        if not count:
+            total = total + 0.0 * seen.sum()  # every rank of DDP needs gradients
+        return torch.stack([total, count, *(value for task in TRAINED for value in told[task])])
 
-    def _losses(self, embedded: Tensor, texts: Texts) -> tuple[Tensor, Tensor, int]:
-        """The weighted loss of all layers, the cross-entropy of the last one, and the number of labels."""
+    def _losses(self, seen: Tensor, texts: Texts) -> tuple[Tensor, Tensor, Tensor]:
+        """The weighted loss of all layers, and of each label the cross-entropy of the last layer and its row, [P]."""
         weights = layer_weights(self.hparams["layer_loss"], len(self.view.decoder))
         wanted = [number for number, weight in enumerate(weights, 1) if weight]
-        logits, labels = self.layer_logits(*self.encode(embedded, texts), texts.labels, wanted)
+        logits, labels = self.layer_logits(*self.encode(seen, texts), texts.labels, wanted)
         smoothing = self.hparams["label_smoothing"]
         losses = [
             weights[number - 1] * F.cross_entropy(of.float(), labels, reduction="sum", label_smoothing=smoothing)
             for number, of in zip(wanted, logits, strict=True)
         ]
-        last = F.cross_entropy(logits[-1].detach().float(), labels, reduction="sum")
-        return torch.stack(losses).sum(), last, len(labels)
+        last_P = F.cross_entropy(logits[-1].detach().float(), labels, reduction="none")
+        return torch.stack(losses).sum(), last_P, (texts.labels != IGNORE).nonzero()[:, 0]
+
+    @property
+    def _pad(self) -> int:
+        return self.hparams["tokens"]["pad_token_id"]
 
     def step_losses(self, sums: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted number of labels, the loss per label, and the last layer's by task."""
@@ -341,22 +356,8 @@ class Captioner(StepLossModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up and decay per step; weight decay on matrices only, and the tower at its own rate."""
-        table = id(self.llm.get_input_embeddings().weight)
-        groups: dict[tuple[bool, bool], list[Tensor]] = {}
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                key = name.startswith("tower."), parameter.ndim >= 2 and id(parameter) != table
-                groups.setdefault(key, []).append(parameter)
-        lr, tower_lr = self.hparams["lr"], self.hparams["tower_lr"] or self.hparams["lr"]
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": group, "lr": tower_lr if tower else lr, "weight_decay": decay}
-                for (tower, matrix), group in groups.items()
-                for decay in [self.hparams["weight_decay"] if matrix else 0.0]
-            ],
-            betas=tuple(self.hparams["betas"]),
-            fused=True,
-        )
+        groups = parameter_groups(self.named_parameters(), self.llm.get_input_embeddings().weight, self.hparams)
+        optimizer = torch.optim.AdamW(groups, betas=tuple(self.hparams["betas"]), fused=True)
         total = self.trainer.estimated_stepping_batches
         schedule = warmup_schedule(self.hparams["schedule"], self.hparams["warmup"], total)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
@@ -411,12 +412,12 @@ class Captioner(StepLossModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Add up losses and right answers; caption the first images."""
-        embedded = self.image_embeddings(batch["images"])
+        seen = self.see(batch["images"])
         for place, task in enumerate(("caption", "entailment")):
             texts: Texts | None = batch[task]
             if texts is None:
                 continue
-            states, mask = self.encode(embedded, texts)
+            states, mask = self.encode(seen, texts)
             (logits,), labels = self.layer_logits(states, mask, texts.labels, [len(self.view.decoder)])
             loss = F.cross_entropy(logits.float(), labels, reduction="sum")
             self._scores[2 * place] += loss.double()
@@ -425,9 +426,9 @@ class Captioner(StepLossModule):
                 right = self.judge(states, mask).argmax(-1) == torch.tensor(texts.label, device=self.device)
                 self._scores[4] += right.sum()
                 self._scores[5] += len(right)
-        self._caption_some(batch, embedded)
+        self._caption_some(batch, seen)
 
-    def _caption_some(self, batch: dict[str, Any], embedded: Tensor) -> None:
+    def _caption_some(self, batch: dict[str, Any], seen: Tensor) -> None:
         texts: Texts | None = batch["caption"]
         room = self.hparams["val_captions"] - len(self._captions)
         if texts is None or room <= 0:
@@ -443,7 +444,7 @@ class Captioner(StepLossModule):
         if not chosen:
             return
         rows = texts.rows([first[uid] for uid in chosen])
-        said = tokenizer.batch_decode(self.caption(*self.encode(embedded, rows)), skip_special_tokens=True)
+        said = tokenizer.batch_decode(self.caption(*self.encode(seen, rows)), skip_special_tokens=True)
         self._captions |= {uid: (text, tuple(references[uid])) for uid, text in zip(chosen, said, strict=True)}
 
     def _tokenizer(self) -> Any:
@@ -487,13 +488,13 @@ class Captioner(StepLossModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Captions by image, and the answer of each pair as its place in `LABELS`."""
-        embedded, found = self.image_embeddings(batch["images"]), dict[str, Any](captions={}, answers={})
+        seen, found = self.see(batch["images"]), dict[str, Any](captions={}, answers={})
         if batch["caption"] is not None:
             texts: Texts = batch["caption"].first_of_each()
-            said = self._tokenizer().batch_decode(self.caption(*self.encode(embedded, texts)), skip_special_tokens=True)
+            said = self._tokenizer().batch_decode(self.caption(*self.encode(seen, texts)), skip_special_tokens=True)
             found["captions"] = dict(zip(texts.uids, said, strict=True))
         if batch["entailment"] is not None:
             texts = batch["entailment"]
-            chosen = self.judge(*self.encode(embedded, texts)).argmax(-1).tolist()
+            chosen = self.judge(*self.encode(seen, texts)).argmax(-1).tolist()
             found["answers"] = dict(zip(texts.uids, chosen, strict=True))
         return found

@@ -5,7 +5,7 @@ Shapes: L decoder layers, B rows, T tokens, D width.
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -187,6 +187,22 @@ def build_text(
     for name, value in ids.items():
         setattr(model.generation_config, name, value)
     return model
+
+
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]], table: Tensor, hparams: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The trained weights for AdamW: the tower at its own rate; weight decay on matrices other than the embeddings."""
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for name, parameter in named:
+        if parameter.requires_grad:
+            key = name.startswith("tower."), parameter.ndim >= 2 and parameter is not table
+            groups.setdefault(key, []).append(parameter)
+    rates = {False: hparams["lr"], True: hparams["tower_lr"] or hparams["lr"]}
+    return [
+        {"params": group, "lr": rates[tower], "weight_decay": hparams["weight_decay"] if matrix else 0.0}
+        for (tower, matrix), group in groups.items()
+    ]
 
 
 def view_of(model: nn.Module) -> EncoderDecoderView:

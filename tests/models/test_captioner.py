@@ -32,7 +32,7 @@ def batch(given):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_is_that_of_every_layer_through_the_head(kind, given, batch):
     model = captioner(kind, given, layer_loss="linear", caption_weight=0.5, label_smoothing=0.1).eval()
-    embedded = model.image_embeddings(batch["images"])
+    embedded = model.see(batch["images"])
     total = count = 0.0
     for task, factor in (("caption", 0.5), ("entailment", 1.0), ("question", 1.0)):
         texts = batch[task]
@@ -67,11 +67,11 @@ def test_image_and_prompt_do_not_meet_in_the_encoder(kind, given, batch):
     other.prompt_mask = other.prompt_mask.flip(0)
     for separate in (True, False):
         model = captioner(kind, given, separate=separate).eval()
-        embedded = model.image_embeddings(batch["images"])
+        embedded = model.see(batch["images"])
         count = embedded.shape[1]
         one, two = (model.encode(embedded, t)[0][:, :count] for t in (texts, other))
         assert torch.equal(one, two) == separate
-        blank = model.image_embeddings(torch.zeros_like(batch["images"]))
+        blank = model.see(torch.zeros_like(batch["images"]))
         read, unseen = (model.encode(e, texts)[0][:, count:] for e in (embedded, blank))
         assert torch.equal(read, unseen) == separate
 
@@ -80,7 +80,7 @@ def test_image_and_prompt_do_not_meet_in_the_encoder(kind, given, batch):
 def test_rows_of_a_batch_are_as_alone(kind, given, batch):
     model = captioner(kind, given).eval()
     texts = batch["entailment"]
-    embedded = model.image_embeddings(batch["images"])
+    embedded = model.see(batch["images"])
     whole = model.judge(*model.encode(embedded, texts))
     for row in range(len(texts.uids)):
         one = texts.rows([row])
@@ -95,7 +95,7 @@ def test_exits_come_from_outside_and_never_firing_ones_change_nothing(kind, give
     texts = batch["caption"].first_of_each()
 
     def answers():
-        embedded = model.image_embeddings(batch["images"])
+        embedded = model.see(batch["images"])
         judged = model.judge(*model.encode(embedded, batch["entailment"]))
         said = [model.caption(*model.encode(embedded, texts), num_beams=beams) for beams in (1, 3)]
         return judged, *said
@@ -116,11 +116,11 @@ def test_image_and_prompt_have_thresholds_of_their_own(kind, given, batch):
     model = captioner(kind, given).eval()
     depth = len(model.view.encoder)
     texts = batch["entailment"]
-    full = model.encode(model.image_embeddings(batch["images"]), texts)[0]
+    full = model.encode(model.see(batch["images"]), texts)[0]
     for image, text in ((-1.0, 1.0), (1.0, -1.0), (1.0, 1.0)):
         mmskip.apply_(model.llm, EarlyExitConfig(image=image, text=text, decoder=None))
         with torch.no_grad(), recording(model) as record:
-            states = model.encode(model.image_embeddings(batch["images"]), texts)[0]
+            states = model.encode(model.see(batch["images"]), texts)[0]
         images, prompts = encoder_exits(record, texts.image)
         assert set(images) == {1 if image < 0 else depth}
         assert set(prompts) == {1 if text < 0 else depth}
@@ -133,7 +133,7 @@ def test_image_and_prompt_have_thresholds_of_their_own(kind, given, batch):
 def test_the_judgement_is_the_likelihood_of_the_answers(given, batch):
     model = captioner("bart", given).eval()
     texts = batch["entailment"]
-    states, mask = model.encode(model.image_embeddings(batch["images"]), texts)
+    states, mask = model.encode(model.see(batch["images"]), texts)
     judged = model.judge(states, mask).log_softmax(-1)
     for place, ids in enumerate(model.hparams["tokens"]["answers"]):
         labels = torch.tensor(ids).expand(len(states), -1)

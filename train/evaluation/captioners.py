@@ -205,7 +205,7 @@ class CaptionTask:
 
 def encoded(model: Captioner, batch: Batch, texts: Texts) -> tuple[Tensor, Tensor]:
     """What the decoder attends to for each text, and its mask."""
-    return model.encode(model.image_embeddings(batch["images"]), texts)
+    return model.encode(model.see(batch["images"]), texts)
 
 
 def variants_of(options: argparse.Namespace) -> list[Variant]:
