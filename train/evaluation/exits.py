@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import mmskip
 from mmskip import EarlyExitConfig
+from mmskip.cost import torch_flops
 from mmskip.exits import CRITERIA, STATE_CRITERIA
 from mmskip.families.hf_exits import POLICIES
 from mmskip.methods.early_exit import exit_layers
@@ -249,7 +249,7 @@ def _run(model: Captioner, calls: Sequence[Callable[[Captioner], Any]]) -> None:
 
 
 def _flops(run: Callable[[], None]) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with torch_flops() as counter:
         run()
     return counter.get_total_flops()
 
