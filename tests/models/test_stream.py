@@ -4,6 +4,7 @@ import pytest
 import torch
 from narration_data import LLAMA, TOKENS
 from streams import HEAD, MOD, QUESTION, Transcript, engine, tiny_narrator, video
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmskip
 from mmskip.families.hf_ledger import bound
@@ -88,6 +89,36 @@ def test_ten_times_the_context_length_under_a_window_within_the_announced_bytes(
     assert min(running.cache.totals) > 10 * 96
     assert said
     assert most <= limit
+
+
+class Work(TorchDispatchMode):
+    """Counts operations and the numbers they give."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = (0, 0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor)]
+        self.done = (self.done[0] + 1, self.done[1] + sum(sizes))
+        return out
+
+
+@pytest.mark.parametrize("methods", [(), (MOD,)])
+def test_a_frame_costs_the_same_however_long_the_stream_under_a_full_window(methods):
+    model = tiny_narrator(methods, seed=4)
+    model.llm.lm_head.weight.data.zero_()  # it never speaks: all frames are alike
+    running = engine(model, threshold=0.0, window=40, sinks=2, position_range=10_000)
+    frames, work = video(1), []
+    for _ in range(130):
+        running.push(frames)
+        with Work() as counted:
+            running.run()
+        work.append(counted.done)
+    # room is made every so many frames, so the most and the least of a span are compared
+    early, late = (work[start : start + 30] for start in (20, 100))
+    assert (min(early), max(early)) == (min(late), max(late))
 
 
 NOT_AS_CONFIGURED = {
