@@ -245,6 +245,7 @@ def grid(
     sizes: tuple[Sequence[int], Sequence[int], Sequence[int]],
     warm: int,
     repeats: int,
+    most: int,
     say: Callable[[str], None],
     known: Sequence[dict[str, Any]] = (),
     keep: Callable[[list[dict[str, Any]]], None] = lambda cells: None,
@@ -253,11 +254,14 @@ def grid(
 
     Args:
         models, sizes, warm, repeats, say: as it says.
+        most: tokens of a call, of all streams; cells of larger calls are left out.
         known: cells that need not be measured again.
         keep: called with the cells so far after each of them.
     """
     cells: list[dict[str, Any]] = []
     for tokens, chunk, streams in product(*sizes):
+        if (tokens + 1) * chunk * streams > most:
+            continue
         place = {"tokens": tokens, "chunk": chunk, "streams": streams}
         cell = next((cell for cell in known if place.items() <= cell.items()), None)
         if cell is None:
@@ -431,14 +435,14 @@ def measure(
         say(f"  {results.result['prefill']}")
     if "grid" in args.parts:
         say("grid: tokens per frame, frames per call, streams")
-        settings = {"warm": args.warm, "repeats": args.pairs}
+        settings = {"warm": args.warm, "repeats": args.pairs, "most": args.most}
         sizes = (args.tokens, args.chunks, args.streams)
         known = (results.known("grid", settings) or {}).get("cells", [])
 
         def keep(cells: list[dict[str, Any]]) -> None:
             results.keep("grid", settings, {"cells": cells, "verdict": verdict(cells)})
 
-        grid(models, sizes, args.warm, args.pairs, say, known, keep)
+        grid(models, sizes, args.warm, args.pairs, args.most, say, known, keep)
         say(results.result["grid"]["verdict"])
 
 
@@ -460,6 +464,7 @@ def main() -> None:
     add("--tokens", type=int, nargs="+", default=list(TOKENS), help="per frame, in `grid`")
     add("--chunks", type=int, nargs="+", default=list(CHUNKS), help="frames per call, in `grid`")
     add("--streams", type=int, nargs="+", default=list(STREAMS), help="in `grid`")
+    add("--most", type=int, default=10_000, help="most tokens of a call in `grid`; larger cells are left out")
     add("--warm", type=int, default=32, help="frames before a cell of `grid` is timed")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", help="result file (default: benchmarks/results/streaming_DEVICE_SHAPE.json)")
