@@ -72,7 +72,8 @@ def told(total: Comparison) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="folder of a run, or a checkpoint file")
-    parser.add_argument("--samples", type=int, default=30, help="test videos (default 30)")
+    parser.add_argument("--split", default="test", help="of the run's data (default test)")
+    parser.add_argument("--samples", type=int, default=30, help="videos (default 30)")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--ways", type=int, nargs="+", default=list(range(len(WAYS))), help="numbers in WAYS")
     parser.add_argument("--pairs", type=int, default=15, help="paired runs of the head")
@@ -81,7 +82,7 @@ def main() -> None:
     args = parser.parse_args()
     run = find_run(args.checkpoint)
     data = load_data(run)
-    dataset = data.dataset("test")
+    dataset = data.dataset(args.split)
     head = data.tokens.head(data.instruction)
     videos = [dataset[index]["features"] for index in range(min(args.samples, len(dataset)))]
     where = environment()

@@ -1,8 +1,11 @@
 """`stream.py`: a run watches a video; its texts, figures and report."""
 
+import importlib
 import json
 import re
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -235,3 +238,22 @@ def test_a_page_escapes_what_was_said_and_fits_any_model():
     assert "&lt;x&gt;" in page
     assert "%RAN%" in page
     assert [grid_of(tokens) for tokens in (10, 9, 5, 1, 7)] == [3, 3, 2, 1, 0]
+
+
+def test_the_benchmark_compares_a_checkpoint_with_its_offline_forward(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    stream_exact = importlib.import_module("stream_exact")
+    where = {"device": "cpu", "commit": "a", "dirty": False}
+    monkeypatch.setattr(stream_exact, "environment", lambda: dict(where))
+    out = tmp_path / "exact.json"
+    common = ["stream_exact.py", "--checkpoint", str(run[0]), "--split", "val", "--samples", "3", "--out", str(out)]
+    common += ["--head", "600", "8", "--pairs", "2"]
+    for part in (["--kinds", "float32", "--ways", "4"], ["--kinds", "bfloat16", "--ways", "0"]):
+        monkeypatch.setattr(sys, "argv", [*common, *part])
+        stream_exact.main()
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert result == json.loads(out.read_text())
+    # what an earlier call found is kept
+    assert set(result["results"]) == {"float32, chunks of 5, 5 streams, restored", "bfloat16, chunks of 1, 1 streams"}
+    exact = result["results"]["float32, chunks of 5, 5 streams, restored"]
+    assert exact["choices"] > 30 and exact["different"] == exact["flipped"] == 0 and exact["selected"] > 50
