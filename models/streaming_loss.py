@@ -9,9 +9,6 @@ from torch import Tensor, stack
 from torch.nn import functional as F
 
 from mmskip.datasets.turns import IGNORE
-from mmskip.models.logits import head_only_at
-
-__all__ = ["Positions", "head_only_at", "loss_sums"]
 
 
 @dataclass(frozen=True)

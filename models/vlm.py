@@ -22,8 +22,9 @@ from mmskip.datasets.chat_labels import IGNORE
 from mmskip.methods.mod import anneal, keep_in_use
 from mmskip.methods.mod_fit import fit_routers
 from mmskip.models.language_model import LoRA, methods_from_dicts, methods_to_dicts, torch_dtype
+from mmskip.models.logits import head_only_at
 from mmskip.models.step_loss import StepLossModule
-from mmskip.models.streaming_loss import Positions, head_only_at
+from mmskip.models.streaming_loss import Positions
 from mmskip.models.vlm_build import (
     ROUTER,
     build_vlm,
