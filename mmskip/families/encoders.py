@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from mmskip.families.hf_blocks import CACHE_ARGUMENTS
 from mmskip.families.hf_exits import BlockState, EncoderExit, ExitRule, Run
 from mmskip.swap import Change
 
@@ -92,8 +93,12 @@ def _first_argument(block: nn.Module) -> str:
 
 
 def _attends(block: nn.Module) -> bool:
-    """Whether a layer has one attention of its own, and does not read another sequence."""
-    if getattr(block, "is_decoder", False):
+    """Whether a layer has one attention, over all tokens of its input at once."""
+    arguments = inspect.signature(type(block).forward).parameters
+    # layers of BERT are written for both; those of a decoder keep keys and values, which nobody would fill for samples
+    # that have left
+    caches = any(name in arguments for name in CACHE_ARGUMENTS) and "encoder_hidden_states" not in arguments
+    if caches or getattr(block, "is_decoder", False) or any(getattr(m, "is_causal", False) for m in block.modules()):
         return False
-    return sum("att" in name.lower() and any(True for _ in child.parameters()) and "norm" not in name.lower()
-               for name, child in block.named_children()) == 1  # fmt: skip
+    named = [name.lower() for name, child in block.named_children() if any(True for _ in child.parameters())]
+    return sum("att" in name and "norm" not in name for name in named) == 1

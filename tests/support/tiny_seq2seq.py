@@ -15,6 +15,8 @@ from transformers import (
     MBartForConditionalGeneration,
     PegasusConfig,
     PegasusForConditionalGeneration,
+    Pix2StructConfig,
+    Pix2StructForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
     TrOCRConfig,
@@ -59,6 +61,13 @@ def _florence2() -> nn.Module:
     return Florence2ForConditionalGeneration(config)
 
 
+def _pix2struct() -> nn.Module:
+    sizes: dict[str, Any] = {"hidden_size": WIDTH, "d_kv": 16, "d_ff": 48}
+    text = {**sizes, "vocab_size": VOCABULARY, "num_layers": LAYERS, "num_heads": 2, "is_decoder": True, **_TOKENS}
+    vision = {**sizes, "patch_embed_hidden_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
+    return Pix2StructForConditionalGeneration(Pix2StructConfig(text_config=text, vision_config=vision))
+
+
 def _vision(decoder: Any) -> nn.Module:
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(_VIT, decoder, **_TOKENS)
     return VisionEncoderDecoderModel(config)
@@ -83,6 +92,7 @@ _BUILDERS: dict[str, Callable[[], nn.Module]] = {
         )
     ),
 }  # fmt: skip
+_BUILDERS["pix2struct"] = _pix2struct
 NAMES = tuple(_BUILDERS)
 
 
@@ -93,6 +103,7 @@ def build(name: str) -> Any:
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.25)
+    model.generation_config.use_cache = True
     model.generation_config.update(max_new_tokens=7, do_sample=False, num_beams=1, eos_token_id=None, **{
         k: v for k, v in _TOKENS.items() if k != "eos_token_id"})  # fmt: skip
     return model
@@ -107,7 +118,12 @@ def inputs(name: str, row: int | None = None) -> dict[str, torch.Tensor]:
     ids = torch.randint(4, VOCABULARY - 1, (2, 6), generator=generator)
     mask = torch.ones_like(ids)
     ids[1, 4:], mask[1, 4:] = 1, 0
+    given = {"input_ids": ids, "attention_mask": mask}
+    if name == "pix2struct":
+        patches = torch.randn(2, 6, 50, generator=generator)
+        patches[..., 0], patches[..., 1] = torch.arange(6) // 3 + 1, torch.arange(6) % 3 + 1  # their rows and columns
+        given = {"flattened_patches": patches, "attention_mask": mask}
     if row is None:
-        return {"input_ids": ids, "attention_mask": mask}
+        return given
     length = int(mask[row].sum())
-    return {"input_ids": ids[row : row + 1, :length], "attention_mask": mask[row : row + 1, :length]}
+    return {key: value[row : row + 1, :length] for key, value in given.items()}

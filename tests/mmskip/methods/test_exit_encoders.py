@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertModel,
+    BlipConfig,
+    BlipForConditionalGeneration,
     CLIPConfig,
     CLIPModel,
     CLIPVisionConfig,
@@ -128,6 +130,22 @@ def test_samples_leave_encoders_as_alone(name: str) -> None:
     torch.testing.assert_close(call(model), call(shallow))
 
 
+def test_the_image_encoder_of_blip_is_left_and_its_decoder_is_not() -> None:
+    text = {**_SIZES, "vocab_size": 50, "encoder_hidden_size": 32, "bos_token_id": 3, "sep_token_id": 2,
+            "pad_token_id": 0, "projection_dim": 32}  # fmt: skip
+    model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=_PICTURE)).eval()
+    said = model.generate(pixel_values=PIXELS, max_new_tokens=5)
+    mmskip.apply_(model, EarlyExitConfig(decoder=None, encoder=1.0))
+    assert torch.equal(model.generate(pixel_values=PIXELS, max_new_tokens=5), said)
+    mmskip.remove_(model)
+    mmskip.apply_(model, EarlyExitConfig(decoder=None, encoder=-1.0, encoder_points=(2,)))
+    model.generate(pixel_values=PIXELS, max_new_tokens=5)
+    assert exit_layers(model)["encoder"].tolist() == [2, 2, 2]
+    mmskip.remove_(model)
+    with pytest.raises(ValueError, match="has no decoder"):
+        mmskip.apply_(model, EarlyExitConfig(decoder=0.9))
+
+
 def test_padding_of_an_encoder_changes_no_exit() -> None:
     model, _ = build("bert")
     mmskip.apply_(model, EarlyExitConfig(decoder=None, encoder=0.8))
@@ -213,11 +231,14 @@ def test_samples_score_by_their_real_tokens_and_heads_can_be_fitted() -> None:
 
 def test_what_encoders_lack_is_refused() -> None:
     vit, clip = build("vit")[0], build("clip")[0]
+    decoding_bert = BertModel(BertConfig(vocab_size=50, is_decoder=True, **_SIZES))
     for model, settings, told in (
         (vit, {"decoder": 0.9}, "has no decoder"),
         (vit, {"decoder": None, "image": 0.9, "text": 0.9}, "not two towers"),
         (clip, {"decoder": None, "encoder": 0.9, "encoder_points": (7,)}, "encoder_points has 7"),
         (timm.create_model("resnet10t"), {"decoder": None, "encoder": 0.9}, "has 0 stacks"),
+        (decoding_bert, {"decoder": None, "encoder": 0.9}, "has 0 stacks"),
+        (tiny_decoder("nemotron_h"), {"decoder": None, "encoder": 0.9}, "a decoder only"),
     ):
         with pytest.raises(ValueError, match=told):
             mmskip.apply_(model, EarlyExitConfig(**settings))  # type: ignore[arg-type]

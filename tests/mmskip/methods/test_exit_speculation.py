@@ -18,10 +18,12 @@ def batch_of(name: str, rows: int) -> dict[str, torch.Tensor]:
     if rows == 1:
         return {key: value[:1] for key, value in inputs.items()}
     more = {key: value.repeat(rows // 2, *[1] * (value.dim() - 1)) for key, value in inputs.items()}
+    first = next(iter(more.values()))
     for row in range(rows):
-        first = more.get("input_ids", more.get("pixel_values"))
-        assert first is not None
-        first[row, :1] = first[row, :1] + row if "pixel_values" in more else 4 + row
+        if first.is_floating_point():
+            first[row, ..., -1] += row
+        else:
+            first[row, 0] = 4 + row
     return more
 
 
