@@ -117,7 +117,7 @@ def test_equal_ids_mean_equal_features():
         ("timm/vit_tiny_patch16_225", "near names: .*vit_tiny_patch16_224"),
         ("open_clip/ViT-B-33", "near names: .*ViT-B-32"),
         ("open_clip/ViT-B-32/nobody", "has no weights 'nobody'; it has: .*openai"),
-        ("siglip", "write timm/<model> or open_clip/<model>"),
+        ("siglip", "write timm/<model>, open_clip/<model>"),
         ("timm/", "timm has no model ''"),
     ],
 )
