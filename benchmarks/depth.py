@@ -1,126 +1,204 @@
-"""Layer policies of a language model: perplexity against the measured speed of decoding, all of them in one picture,
-beside plans drawn at random; and how much of the counted speed-up a plan of half the blocks delivers.
+"""Layer policies of language models: perplexity against the measured speed of decoding, all of them in one picture
+beside plans drawn at random; bits by importance against bits at random; self-speculation; and how much of its counted
+speed-up a plan of half the blocks delivers.
 
-Importance is calibrated on the first half of a text, perplexity is measured on the second half and on a second text,
-which calibration never saw.
+Importance, thresholds and ways to draft are chosen on calibration texts; perplexities and times are of other texts.
+Runs in parts, each of which goes on where its file (`benchmarks/results/depth_MODEL.json`) stops:
+
+    python benchmarks/deep_lm.py --variant plain; python benchmarks/deep_lm.py --variant skipped
+    python benchmarks/depth.py --part quality     # perplexities; minutes, no timing
+    python benchmarks/depth.py --part speed       # times of decoding: a quiet machine
+    python benchmarks/depth.py --part speculate   # self-speculation, chosen on one text, timed on another
+    python benchmarks/depth.py --part half        # a model large enough that its weights, not Python, take the time
+    python benchmarks/depth.py --part draw        # pictures
 """
 
 import argparse
-import random
+import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from _measure import RESULTS, ROOT, emit, interleaved_ratio, summary
+from _depth import MODELS, RANDOM_SEEDS, bit_widths, importance_of, load, plans, speculations, texts, token_policies
+from _measure import RESULTS, emit, interleaved_ratio, summary
 
 import mmskip
-from mmskip import LayerPlanConfig, SelfSpeculationConfig, SkipPolicyConfig
-from mmskip.files import whole
+from mmskip import ImportanceTable, LayerPlanConfig
+from mmskip.files import whole, write_json
 from mmskip.methods.layer_plan import report
 from mmskip.methods.self_speculation import speculation
-from mmskip.train.evaluation.lm import perplexity, text_windows
+from mmskip.train.evaluation.lm import perplexity
 
-DATA = ROOT.parent / "shared" / "data"
-
-
-def policies(model: Any, table: Any, windows: list[Any], seeds: int) -> dict[str, Callable[[], Any]]:
-    """Configs by name; those that do not fit the model raise ValueError when called."""
-    count = table.layers
-    found: dict[str, Callable[[], Any]] = {}
-    for n in range(1, count // 2 + 2):
-        found[f"llm_drop block {n}"] = lambda n=n: LayerPlanConfig.llm_drop(table, n)
-        for seed in range(seeds):
-            found[f"random block {n} seed {seed}"] = lambda n=n, seed=seed: LayerPlanConfig.random(n, seed)
-        for kind in ("attn", "mlp", "joint"):
-            found[f"llm_drop {kind} {n}"] = lambda n=n, kind=kind: LayerPlanConfig.llm_drop(table, n, kind)
-        for kind in ("attn", "mlp"):
-            for seed in range(seeds):
-                drawn = tuple(random.Random(seed).sample(range(count), n))
-                found[f"random {kind} {n} seed {seed}"] = lambda f=f"drop_{kind}", d=drawn: LayerPlanConfig(**{f: d})
-    for speedup in (1.25, 1.5, 2.0):
-        found[f"unified balanced {speedup}"] = lambda s=speedup: LayerPlanConfig.unified(s, "balanced")
-        found[f"unified released {speedup}"] = lambda s=speedup: LayerPlanConfig.unified(s)
-    found["lac static"] = lambda: LayerPlanConfig.lac(table)
-    for share in (0.15, 0.3):
-        found[f"ffn_skip {share}"] = lambda share=share: SkipPolicyConfig.calibrated(model, windows, share)
-    found["self speculation"] = lambda: SelfSpeculationConfig()
-    return found
+PARTS = ("quality", "speed", "speculate", "half", "draw")
 
 
-def decode(model: Any, ids: torch.Tensor, new_tokens: int) -> Callable[[], Any]:
+class Kept:
+    """A result file that is written after each figure, so that a part goes on where it stopped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.values: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def once(self, part: str, name: str, make: Callable[[], Any]) -> Any:
+        """The figure `name` of a part; made and written unless it is there."""
+        rows = self.values.setdefault(part, {})
+        if name not in rows:
+            rows[name] = make()
+            write_json(self.values, self.path)
+            print(f"{name}: {rows[name]}", flush=True)
+        return rows[name]
+
+
+def decode(model: Any, ids: torch.Tensor, new_tokens: int, **extra: Any) -> Callable[[], Any]:
     """One greedy continuation of a fixed length."""
     call = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
-    return lambda: model.generate(ids, **call)
+    return lambda: model.generate(ids, **call, **extra)
 
 
-def timed(model: Any, base: Any, config: Any, ids: torch.Tensor, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Speed of decoding against the untouched copy, beside the counted ideal."""
-    mmskip.apply_(model, config)
+def applied_or_refused(model: Any, config_of: Callable[[], Any], measure: Callable[[Any], Any]) -> Any:
+    """What `measure` says of the changed model, or why the policy does not serve it."""
     try:
-        with torch.no_grad(), mmskip.trace(model) as trace:
-            decode(model, ids, arguments.new_tokens)()
-        ideal = mmskip.cost(model, trace).ideal_speedup
-        fast = decode(model, ids, arguments.new_tokens)
-        ratio = interleaved_ratio(decode(base, ids, arguments.new_tokens), fast, arguments.pairs)
-        if isinstance(config, SelfSpeculationConfig):
-            told = speculation(model)
-            return {**summary(ratio, told.ideal_speedup), "report": str(told).splitlines()}
-        return summary(ratio, ideal)
+        config = config_of()
+        mmskip.apply_(model, config)
+    except ValueError as error:
+        return {"refused": str(error)}
+    try:
+        return measure(config)
     finally:
         mmskip.remove_(model)
 
 
-def stories(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every policy on the trained model: perplexity and speed."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def quality(kept: Kept, model: Any, found: dict[str, Any], table: ImportanceTable) -> None:
+    """Perplexity of every policy on every report text. What acts while decoding alone sees all tokens but the first as
+    decoded."""
+    windows = [window for part in found["calibrate"].values() for window in part]
+    known: dict[str, dict[str, float]] = {}
 
-    folder = arguments.model
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model, base = (AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval() for _ in range(2))
-    text = (DATA / "text" / "tinystories_train_excerpt.txt").read_text(encoding="utf-8")
-    unseen = (DATA / "text" / "tinystories_valid_5stories.txt").read_text(encoding="utf-8").replace("<|endoftext|>", "")
-    half = len(text) // 2
-    limit = None if not arguments.tiny else 3000
-    calibration = [w[None] for w in text_windows(tokenizer, text[:half][:limit], 512)]
-    held_out = {
-        "second half": text_windows(tokenizer, text[half:][:limit], 512),
-        "unseen stories": text_windows(tokenizer, unseen[:limit], 512),
-    }
-    table = mmskip.importance(model, calibration)
-    print(table, flush=True)
-    ids = calibration[0][:, :64]
-    found: dict[str, Any] = {"dense": {"perplexity": {k: perplexity(model, w)[0] for k, w in held_out.items()}}}
-    for name, config_of in policies(model, table, calibration, arguments.seeds).items():
-        try:
-            config = config_of()
-            mmskip.apply_(model, config)
-        except ValueError as error:
-            found[name] = {"refused": str(error)}
-            print(f"{name}: refused: {error}", flush=True)
-            continue
-        values = {k: perplexity(model, w)[0] for k, w in held_out.items()}
+    def told(config: Any) -> dict[str, float]:
+        key = repr(config)  # two columns may choose alike
+        if key not in known:
+            known[key] = {name: round(perplexity(model, part)[0], 5) for name, part in found["report"].items()}
+        return known[key]
+
+    kept.once("quality", "dense", lambda: told(None))
+    for name, config_of in {**plans(table), **token_policies(model, windows), **bit_widths(table)}.items():
+        kept.once("quality", name, lambda c=config_of: applied_or_refused(model, c, told))
+
+
+def speed(kept: Kept, model: Any, base: Any, found: dict[str, Any], table: ImportanceTable, arguments: Any) -> None:
+    """Speed of decoding of every policy against the untouched copy; random plans of one size are timed once, and bits
+    not at all: they are stored one byte each and computed in floats."""
+    windows = [window for part in found["calibrate"].values() for window in part]
+    ids = next(iter(found["report"].values()))[0][None, :16]
+
+    def told(config: Any) -> dict[str, Any]:
+        with torch.no_grad(), mmskip.trace(model) as trace:
+            decode(model, ids, arguments.new_tokens)()
+        ideal = mmskip.cost(model, trace).ideal_speedup
+        ratio = interleaved_ratio(
+            decode(base, ids, arguments.new_tokens), decode(model, ids, arguments.new_tokens), arguments.pairs, 1
+        )
         if isinstance(config, LayerPlanConfig) and config.rule == "unified":
             mmskip.remove_(model)
-            print(f"{name}: {report(model, config)}", flush=True)
-        mmskip.remove_(model)
-        found[name] = {"perplexity": values, **timed(model, base, config, ids, arguments)}
-        print(f"{name}: {found[name]}", flush=True)
-    return {"table": table.to_dict(), "guided_against_random": _guided(found), "policies": found}
+            return {**summary(ratio, ideal), "report": str(report(model, config))}
+        return summary(ratio, ideal)
+
+    for name, config_of in {**plans(table), **token_policies(model, windows)}.items():
+        if " seed " not in name or name.endswith(" seed 0"):
+            kept.once("speed", name, lambda c=config_of: applied_or_refused(model, c, told))
 
 
-def _guided(found: dict[str, Any]) -> dict[str, Any]:
-    """Perplexity of importance-guided drops beside the mean of the random ones of the same kind and size."""
-    compared = {}
-    for name, values in found.items():
-        _, _, what = name.partition("llm_drop ")
-        drawn = [v["perplexity"] for n, v in found.items() if n.startswith(f"random {what} seed") and "perplexity" in v]
-        if what and drawn and "perplexity" in values:
-            compared[what] = {
-                text: {"guided": guided, "random_mean": sum(d[text] for d in drawn) / len(drawn)}
-                for text, guided in values["perplexity"].items()
+def speculate(kept: Kept, model: Any, base: Any, found: dict[str, Any], table: Any, arguments: Any) -> None:
+    """Self-speculation: of each kind of draft the setting with the best counted speed-up on a calibration text, timed
+    on prompts of a report text beside prompt lookup and assisted early exit."""
+    prompts = {
+        part: [window[None, :32] for window in next(iter(found[part].values())) if len(window) >= 32][:3]
+        for part in ("calibrate", "report")
+    }
+    new = arguments.new_tokens * 2
+
+    def counted(config: Any) -> float:
+        for ids in prompts["calibrate"][:2]:
+            decode(model, ids, new)()
+        return round(speculation(model).ideal_speedup, 4)
+
+    settings = speculations(table)
+    for name, config in settings.items():
+        kept.once("drafts", name, lambda c=config: applied_or_refused(model, lambda: c, counted))
+    able = {name: value for name, value in kept.values["drafts"].items() if isinstance(value, float)}
+    for kind in ("static", "tree", "exit", "swift"):
+        ours = [name for name in able if name.startswith(kind)]
+        if ours:
+            best = max(ours, key=able.__getitem__)
+            kept.once(
+                "speculation",
+                best,
+                lambda n=best: applied_or_refused(
+                    model, lambda: settings[n], lambda _: _paired(base, model, prompts["report"], new, arguments.pairs)
+                ),
+            )
+    for name, extra in (("prompt lookup 4", {"prompt_lookup_num_tokens": 4}), ("assistant early exit", None)):
+        extra = extra or {"assistant_early_exit": max(1, table.layers // 3)}
+        kept.once("speculation", name, lambda e=extra: _paired(base, base, prompts["report"], new, arguments.pairs, e))
+
+
+def _paired(
+    base: Any, model: Any, prompts: list[torch.Tensor], new: int, pairs: int, extra: dict[str, Any] | None = None
+) -> Any:
+    """Paired times over prompts in turn, and whether the tokens are those of plain decoding."""
+    extra = extra or {}
+    plain = [decode(base, ids, new) for ids in prompts]
+    fast = [decode(model, ids, new, **extra) for ids in prompts]
+    try:
+        equal = all(torch.equal(one(), other()) for one, other in zip(plain, fast, strict=True))
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        return {"refused": f"{type(error).__name__}: {error}"}
+    ratios = [
+        interleaved_ratio(one, other, max(2, -(-pairs // len(prompts))), 1)
+        for one, other in zip(plain, fast, strict=True)
+    ]
+    told: dict[str, Any] = {
+        "speedup": round(statistics.median(r.median for r in ratios), 4),
+        "speedups": [round(r.median, 4) for r in ratios],
+        "interquartile": [round(statistics.median(q), 4) for q in ((r.q1 for r in ratios), (r.q3 for r in ratios))],
+        "pairs": sum(r.pairs for r in ratios),
+        "same_tokens": equal,
+    }
+    if extra:
+        return told
+    state = speculation(model)
+    return {**told, "ideal": round(state.ideal_speedup, 4), "report": str(state).splitlines()}
+
+
+def guided(quality_rows: dict[str, Any], first: str, second: str) -> dict[str, Any]:
+    """By size: perplexity of the guided choice beside the mean, best and worst of the random ones, and how many random
+    ones are worse."""
+    compared: dict[str, Any] = {}
+    for name, values in quality_rows.items():
+        if not name.startswith(first) or "refused" in values or " random" in name or name.startswith("random"):
+            continue
+        drawn = [
+            v for n, v in quality_rows.items() if n.startswith(second.format(**_words(name))) and "refused" not in v
+        ]
+        if drawn:
+            compared[name] = {
+                text: {
+                    "guided": value,
+                    "random_mean": round(sum(d[text] for d in drawn) / len(drawn), 4),
+                    "random_best": min(d[text] for d in drawn),
+                    "random_worst": max(d[text] for d in drawn),
+                    "random_worse": f"{sum(d[text] > value for d in drawn)} of {len(drawn)}",
+                }
+                for text, value in values.items()
             }
     return compared
+
+
+def _words(name: str) -> dict[str, str]:
+    words = name.split()
+    return {"drop": " ".join(words[1:]), "bits": " ".join(words[:-1])}
 
 
 def half_dropped(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -139,63 +217,157 @@ def half_dropped(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     base, model = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
     ids = torch.randint(3, 2048, (1, 2))  # almost no prompt: decoding is what is timed
-    half = LayerPlanConfig(drop=range(1, layers, 2))
-    balanced = LayerPlanConfig.unified(1.5, "balanced")
-    found = {"half": timed(model, base, half, ids, arguments), "balanced": timed(model, base, balanced, ids, arguments)}
-    found["balanced"]["report"] = str(report(model, balanced))
+    found: dict[str, Any] = {}
+    chosen = {"half": LayerPlanConfig(drop=range(1, layers, 2)), "balanced": LayerPlanConfig.unified(1.5, "balanced")}
+    for name, plan in chosen.items():
+        told = report(model, plan)
+        mmskip.apply_(model, plan)
+        fast = decode(model, ids, arguments.new_tokens)
+        with torch.no_grad(), mmskip.trace(model) as trace:
+            fast()
+        ideal = mmskip.cost(model, trace).ideal_speedup
+        ratio = interleaved_ratio(decode(base, ids, arguments.new_tokens), fast, arguments.pairs, 1)
+        mmskip.remove_(model)
+        found[name] = {**summary(ratio, ideal), "report": str(told), "promised": round(told.speedup, 4)}
+        found[name]["share_of_promise"] = round(ratio.median / told.speedup, 4)
+        print(f"{name}: {found[name]}", flush=True)
     found["shape"] = {"width": width, "layers": layers, "prompt": 2, "new_tokens": arguments.new_tokens}
     return found
 
 
-def picture(found: dict[str, Any], path: Path) -> None:
-    """Perplexity of the unseen stories against measured speed, one mark per policy."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def speed_of(name: str, speeds: dict[str, Any]) -> float | None:
+    """The measured speed-up of a policy; that of seed 0 for other random plans of its size."""
+    told = speeds.get(name.rpartition(" ")[0] + " 0" if " seed " in name else name, {})
+    return told.get("speedup")
+
+
+def picture(models: dict[str, dict[str, Any]], path: Path) -> None:
+    """Perplexity of a report text against measured speed, one mark per policy, one panel per model."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    dense = found["dense"]["perplexity"]["unseen stories"]
-    axes.scatter([1.0], [dense], marker="*", s=120, color="black", label="dense")
-    groups: dict[str, list[tuple[float, float]]] = {}
-    for name, values in found.items():
-        if "speedup" in values:
-            group = " ".join(name.split()[:2])
-            groups.setdefault(group, []).append((values["speedup"], values["perplexity"]["unseen stories"]))
-    for group, points in groups.items():
-        style = {"marker": "x"} if group.startswith("random") else {"marker": "o"}
-        axes.scatter(*zip(*points, strict=True), label=group, **style)
-    axes.set(xlabel="measured speed-up of generation", ylabel="perplexity, unseen stories", yscale="log")
-    axes.legend(fontsize=8)
+    figure = Figure(figsize=(6.5 * len(models), 5.2), dpi=110, layout="constrained")
+    kinds = (
+        "llm_drop block",
+        "llm_drop attn",
+        "llm_drop mlp",
+        "llm_drop joint",
+        "random block",
+        "random attn",
+        "random mlp",
+        "unified balanced",
+        "unified released",
+        "lac static",
+        "lac per token",
+        "ffn_skip",
+    )
+    for axis, (model, values) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
+        text = next(iter(values["quality"]["dense"]))
+        axis.plot(1, values["quality"]["dense"][text], "k*", ms=13, label="dense")
+        for place, kind in enumerate(kinds):
+            points = [
+                (fast, told[text])
+                for name, told in values["quality"].items()
+                if name.startswith(kind) and text in told and (fast := speed_of(name, values["speed"])) is not None
+            ]
+            if points:
+                style = {"marker": "x", "alpha": 0.6} if kind.startswith("random") else {"marker": "o"}
+                colour = f"C{place - 4}" if kind.startswith("random") else f"C{place}" if place < 4 else f"C{place - 3}"
+                axis.scatter(*zip(*points, strict=True), s=28, label=kind, color=colour, **style)
+        drafts = [v for v in values.get("speculation", {}).values() if "report" in v]
+        if drafts:
+            best = max(v["speedup"] for v in drafts)
+            axis.plot(best, values["quality"]["dense"][text], "P", ms=10, color="tab:red", label="self-speculation")
+        axis.set(xlabel="measured speed-up of decoding", ylabel=f"perplexity, {text}", yscale="log", title=model)
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=7)
     with whole(path) as partial:
-        FigureCanvasAgg(figure).print_png(str(partial))
+        figure.savefig(partial, format="png")
+
+
+def bits_picture(models: dict[str, dict[str, Any]], path: Path) -> None:
+    """Perplexity of bits by importance beside bits at random, by average."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5 * len(models), 4.8), dpi=110, layout="constrained")
+    for axis, (model, values) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
+        rows = {
+            name: told for name, told in values["quality"].items() if name.startswith("bits") and "refused" not in told
+        }
+        text = next(iter(values["quality"]["dense"]))
+        groups = sorted({name.split(" average ")[0] + " average " + name.split()[3] for name in rows})
+        for place, group in enumerate(groups):
+            for name, told in rows.items():
+                if name.startswith(group + " "):
+                    column = name.removeprefix(group + " ").split()[0]
+                    style = {"marker": "x", "color": "grey"} if column == "random" else {"marker": "o"}
+                    known = ("bi", "lim", "drop_block", "drop_attn", "drop_mlp", "zd", "activity")
+                    if column in known:
+                        style["color"] = f"C{known.index(column)}"
+                    axis.scatter(place, told[text], s=30, label=column if place == 0 else None, **style)
+        axis.axhline(values["quality"]["dense"][text], color="k", lw=0.8, ls=":")
+        axis.set_xticks(range(len(groups)), [g.removeprefix("bits ") for g in groups], rotation=20, fontsize=8)
+        axis.set(ylabel=f"perplexity, {text}", yscale="log", title=model)
+        handles, labels = axis.get_legend_handles_labels()
+        unique = dict(zip(labels, handles, strict=True))
+        axis.legend(unique.values(), unique.keys(), fontsize=7)
+    with whole(path) as partial:
+        figure.savefig(partial, format="png")
+
+
+def measured(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One model in the parts asked for."""
+    kept = Kept(folder / f"depth_{name}{'_tiny' * arguments.tiny}.json")
+    model, tokenizer = load(name, arguments.tiny)
+    found = texts(name, tokenizer)
+    if "table" not in kept.values:
+        kept.values["table"] = importance_of(model, found["calibrate"]).to_dict()
+    table = ImportanceTable.from_dict(kept.values["table"])
+    base = load(name, arguments.tiny)[0]
+    if "quality" in arguments.part:
+        quality(kept, model, found, table)
+        rows = kept.values["quality"]
+        kept.values["drops_guided_against_random"] = guided(rows, "llm_drop", "random {drop} seed")
+        kept.values["bits_guided_against_random"] = guided(rows, "bits", "{bits} random seed")
+    if "speed" in arguments.part:
+        speed(kept, model, base, found, table, arguments)
+    if "speculate" in arguments.part:
+        speculate(kept, model, base, found, table, arguments)
+    write_json(kept.values, kept.path)
+    return kept.values
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=DATA / "stories260K", help="folder of a language model")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--model", nargs="+", choices=tuple(MODELS), default=list(MODELS))
     parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--seeds", type=int, default=3, help="random plans of each size")
+    parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--tiny", action="store_true", help="a quick try of everything; its numbers mean nothing")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
     if arguments.tiny:
-        arguments.pairs, arguments.new_tokens, arguments.seeds = 2, 4, 1
-    out = arguments.out or RESULTS / f"depth{'_tiny' * arguments.tiny}.json"
-    half = half_dropped(arguments)
-    results = stories(arguments)
-    picture(results["policies"], out.with_suffix(".png"))
-    emit(
-        {
-            "name": "depth",
+        arguments.pairs, arguments.new_tokens = 2, 4
+    end = "_tiny" * arguments.tiny
+    models = {}
+    if set(arguments.part) != {"half"}:
+        models = {name: measured(name, arguments, arguments.out) for name in arguments.model}
+    if "draw" in arguments.part:
+        picture({name: v for name, v in models.items() if "speed" in v}, arguments.out / f"depth{end}.png")
+        bits_picture(models, arguments.out / f"depth_bits{end}.png")
+    path = arguments.out / f"depth{end}.json"
+    result = json.loads(path.read_text()) if path.is_file() else {}
+    if "half" in arguments.part:
+        half = half_dropped(arguments)
+        shape = half.pop("shape")
+        result = {
             "speedup": half["half"]["speedup"],
             "ideal": half["half"]["ideal"],
-            "shape": half["shape"],
+            "shape": shape,
             "half_dropped": half,
-            **results,
-        },
-        out,
-    )
+        }
+    if "speedup" in result:
+        result |= {"models": sorted({*result.get("models", []), *models}), "random_seeds": RANDOM_SEEDS}
+        emit({"name": "depth", **{k: v for k, v in result.items() if k not in ("name", "environment", "device")}}, path)
 
 
 if __name__ == "__main__":

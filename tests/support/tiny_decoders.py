@@ -182,3 +182,16 @@ def pad_rows(rows: list[torch.Tensor], value: int, side: str) -> torch.Tensor:
     fills = [torch.full((length - len(row),), value) for row in rows]
     pairs = zip(rows, fills, strict=True)
     return torch.stack([torch.cat([row, fill] if side == "right" else [fill, row]) for row, fill in pairs])
+
+
+def saturating(name: str = "llama") -> PreTrainedModel:
+    """A model of six blocks whose feed-forwards add less and less."""
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 3} if name == "qwen3_mixed_window" else {}
+    model = tiny_decoder(name, num_hidden_layers=6, **kinds)
+    sharpen(model)
+    with torch.no_grad():
+        for index, block in enumerate(blocks_of(model)):
+            for parameter in block.mlp.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(6.0 * 0.75**index)
+    return model

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_decoders import VOCAB, assert_same_generation, sharpen, tiny_decoder
+from tiny_decoders import VOCAB, assert_same_generation, saturating, sharpen, tiny_decoder
 from torch.nn.functional import cosine_similarity
 
 import mmskip
@@ -12,19 +12,6 @@ from mmskip.methods.skip_policy import left_out
 
 FAMILIES = ("llama", "qwen3", "qwen3_mixed_window", "mistral_window", "gpt2", "gpt_neox", "phi3", "qwen3_moe", "cohere")
 IDS = torch.randint(3, VOCAB, (3, 12), generator=torch.Generator().manual_seed(0))
-
-
-def saturating(name="llama"):
-    """A model of six blocks whose feed-forwards add less and less."""
-    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 3} if name == "qwen3_mixed_window" else {}
-    model = tiny_decoder(name, num_hidden_layers=6, **kinds)
-    sharpen(model)
-    with torch.no_grad():
-        for index, block in enumerate(mmskip.families.find(model).blocks):
-            for parameter in block.mlp.parameters():
-                if parameter.dim() > 1:
-                    parameter.mul_(6.0 * 0.75**index)
-    return model
 
 
 @pytest.mark.parametrize("name", FAMILIES)
