@@ -201,7 +201,7 @@ def _words(name: str) -> dict[str, str]:
     return {"drop": " ".join(words[1:]), "bits": " ".join(words[:-1])}
 
 
-def half_dropped(arguments: argparse.Namespace) -> dict[str, Any]:
+def half_dropped(arguments: argparse.Namespace, kept: Kept) -> dict[str, Any]:
     """Decoding by half the blocks of a model large enough that its weights, not Python, take the time."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -217,10 +217,9 @@ def half_dropped(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     base, model = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
     ids = torch.randint(3, 2048, (1, 2))  # almost no prompt: decoding is what is timed
-    found: dict[str, Any] = {}
-    chosen = {"half": LayerPlanConfig(drop=range(1, layers, 2)), "balanced": LayerPlanConfig.unified(1.5, "balanced")}
-    for name, plan in chosen.items():
-        told = report(model, plan)
+
+    def told(plan: LayerPlanConfig) -> dict[str, Any]:
+        promise = report(model, plan)
         mmskip.apply_(model, plan)
         fast = decode(model, ids, arguments.new_tokens)
         with torch.no_grad(), mmskip.trace(model) as trace:
@@ -228,11 +227,14 @@ def half_dropped(arguments: argparse.Namespace) -> dict[str, Any]:
         ideal = mmskip.cost(model, trace).ideal_speedup
         ratio = interleaved_ratio(decode(base, ids, arguments.new_tokens), fast, arguments.pairs, 1)
         mmskip.remove_(model)
-        found[name] = {**summary(ratio, ideal), "report": str(told), "promised": round(told.speedup, 4)}
-        found[name]["share_of_promise"] = round(ratio.median / told.speedup, 4)
-        print(f"{name}: {found[name]}", flush=True)
-    found["shape"] = {"width": width, "layers": layers, "prompt": 2, "new_tokens": arguments.new_tokens}
-    return found
+        share = {"promised": round(promise.speedup, 4), "share_of_promise": round(ratio.median / promise.speedup, 4)}
+        return {**summary(ratio, ideal), **share, "report": str(promise)}
+
+    chosen = {"half": LayerPlanConfig(drop=range(1, layers, 2))}
+    chosen |= {f"balanced {asked}": LayerPlanConfig.unified(asked, "balanced") for asked in (1.5, 2.0)}
+    for name, plan in chosen.items():
+        kept.once("half_dropped", name, lambda p=plan: told(p))
+    return {"width": width, "layers": layers, "prompt": 2, "new_tokens": arguments.new_tokens}
 
 
 def speed_of(name: str, speeds: dict[str, Any]) -> float | None:
@@ -354,20 +356,14 @@ def main() -> None:
     if "draw" in arguments.part:
         picture({name: v for name, v in models.items() if "speed" in v}, arguments.out / f"depth{end}.png")
         bits_picture(models, arguments.out / f"depth_bits{end}.png")
-    path = arguments.out / f"depth{end}.json"
-    result = json.loads(path.read_text()) if path.is_file() else {}
+    kept = Kept(arguments.out / f"depth{end}.json")
     if "half" in arguments.part:
-        half = half_dropped(arguments)
-        shape = half.pop("shape")
-        result = {
-            "speedup": half["half"]["speedup"],
-            "ideal": half["half"]["ideal"],
-            "shape": shape,
-            "half_dropped": half,
-        }
-    if "speedup" in result:
-        result |= {"models": sorted({*result.get("models", []), *models}), "random_seeds": RANDOM_SEEDS}
-        emit({"name": "depth", **{k: v for k, v in result.items() if k not in ("name", "environment", "device")}}, path)
+        kept.values["shape"] = half_dropped(arguments, kept)
+    if "half_dropped" in kept.values:
+        half = kept.values["half_dropped"]["half"]
+        own = {"name": "depth", "speedup": half["speedup"], "ideal": half["ideal"], "random_seeds": RANDOM_SEEDS}
+        rest = {key: value for key, value in kept.values.items() if key not in ("environment", "device")}
+        emit({**rest, **own}, kept.path)
 
 
 if __name__ == "__main__":

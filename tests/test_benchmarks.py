@@ -43,13 +43,31 @@ def test_kernels_are_checked_and_timed(monkeypatch, tmp_path, capsys):
     assert {path["name"] for path in result["paths"].values()} == {"torch"}
 
 
-def test_half_a_model_is_timed_beside_its_ideal(monkeypatch):
+def test_half_a_model_is_timed_beside_its_ideal(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import argparse
 
     import depth
 
-    found = depth.half_dropped(argparse.Namespace(tiny=True, pairs=2, new_tokens=3))
+    kept = depth.Kept(tmp_path / "depth.json")
+    depth.half_dropped(argparse.Namespace(tiny=True, pairs=2, new_tokens=3), kept)
+    found = json.loads((tmp_path / "depth.json").read_text())["half_dropped"]
     # half the blocks are left out; the output head is not
     assert 1.2 < found["half"]["ideal"] < 2 and found["half"]["speedup"] > 0
-    assert "nearest reachable" in found["balanced"]["report"]
+    assert "nearest reachable" in found["balanced 1.5"]["report"]
+    kept.once("half_dropped", "half", lambda: pytest.fail("a figure that is there is not made again"))
+
+
+def test_guided_choices_are_compared_with_random_ones_of_their_size(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import depth
+
+    rows = {"llm_drop block 2": {"text": 3.0}, "llm_drop attn 2": {"text": 1.0}, "llm_drop joint 2": {"text": 1.0}}
+    rows |= {f"random block 2 seed {i}": {"text": v} for i, v in enumerate((2.0, 4.0, 6.0))}
+    rows |= {"random block 4 seed 0": {"text": 9.0}, "random block 2 seed 9": {"refused": "no"}}
+    rows |= {"bits 8/4 average 6.00 lim": {"text": 2.0}, "bits 8/4 average 6.00 random seed 0": {"text": 5.0}}
+    found = depth.guided(rows, "llm_drop", "random {drop} seed")
+    assert list(found) == ["llm_drop block 2"]
+    told = found["llm_drop block 2"]["text"]
+    assert told["random_mean"] == 4.0 and told["random_worse"] == "2 of 3" and told["random_best"] == 2.0
+    assert depth.guided(rows, "bits", "{bits} random seed")["bits 8/4 average 6.00 lim"]["text"]["random_mean"] == 5.0
