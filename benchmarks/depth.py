@@ -11,11 +11,15 @@ Runs in parts, each of which goes on where its file (`benchmarks/results/depth_M
     python benchmarks/depth.py --part speculate   # self-speculation, chosen on one text, timed on another
     python benchmarks/depth.py --part half        # a model large enough that its weights, not Python, take the time
     python benchmarks/depth.py --part draw        # pictures
+
+`--clock cpu` counts the seconds this process computes instead of those that pass, for a machine with other work; such
+figures stand under names of their own (`speed_cpu`) and are drawn where no others are there.
 """
 
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,7 @@ from mmskip.methods.layer_plan import report
 from mmskip.methods.self_speculation import speculation
 from mmskip.train.evaluation.lm import perplexity
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PARTS = ("quality", "speed", "speculate", "half", "draw")
 
 
@@ -49,6 +54,11 @@ class Kept:
             write_json(self.values, self.path)
             print(f"{name}: {rows[name]}", flush=True)
         return rows[name]
+
+
+def timed_part(name: str, arguments: argparse.Namespace) -> str:
+    """The name that figures of a part have under the clock asked for."""
+    return name if arguments.clock == "wall" else f"{name}_{arguments.clock}"
 
 
 def decode(model: Any, ids: torch.Tensor, new_tokens: int, **extra: Any) -> Callable[[], Any]:
@@ -98,7 +108,11 @@ def speed(kept: Kept, model: Any, base: Any, found: dict[str, Any], table: Impor
             decode(model, ids, arguments.new_tokens)()
         ideal = mmskip.cost(model, trace).ideal_speedup
         ratio = interleaved_ratio(
-            decode(base, ids, arguments.new_tokens), decode(model, ids, arguments.new_tokens), arguments.pairs, 1
+            decode(base, ids, arguments.new_tokens),
+            decode(model, ids, arguments.new_tokens),
+            arguments.pairs,
+            1,
+            CLOCKS[arguments.clock],
         )
         if isinstance(config, LayerPlanConfig) and config.rule == "unified":
             mmskip.remove_(model)
@@ -107,7 +121,7 @@ def speed(kept: Kept, model: Any, base: Any, found: dict[str, Any], table: Impor
 
     for name, config_of in {**plans(table), **token_policies(model, windows)}.items():
         if " seed " not in name or name.endswith(" seed 0"):
-            kept.once("speed", name, lambda c=config_of: applied_or_refused(model, c, told))
+            kept.once(timed_part("speed", arguments), name, lambda c=config_of: applied_or_refused(model, c, told))
 
 
 def speculate(kept: Kept, model: Any, base: Any, found: dict[str, Any], table: Any, arguments: Any) -> None:
@@ -133,19 +147,23 @@ def speculate(kept: Kept, model: Any, base: Any, found: dict[str, Any], table: A
         if ours:
             best = max(ours, key=able.__getitem__)
             kept.once(
-                "speculation",
+                timed_part("speculation", arguments),
                 best,
                 lambda n=best: applied_or_refused(
-                    model, lambda: settings[n], lambda _: _paired(base, model, prompts["report"], new, arguments.pairs)
+                    model, lambda: settings[n], lambda _: _paired(base, model, prompts["report"], new, arguments)
                 ),
             )
     for name, extra in (("prompt lookup 4", {"prompt_lookup_num_tokens": 4}), ("assistant early exit", None)):
         extra = extra or {"assistant_early_exit": max(1, table.layers // 3)}
-        kept.once("speculation", name, lambda e=extra: _paired(base, base, prompts["report"], new, arguments.pairs, e))
+        kept.once(
+            timed_part("speculation", arguments),
+            name,
+            lambda e=extra: _paired(base, base, prompts["report"], new, arguments, e),
+        )
 
 
 def _paired(
-    base: Any, model: Any, prompts: list[torch.Tensor], new: int, pairs: int, extra: dict[str, Any] | None = None
+    base: Any, model: Any, prompts: list[torch.Tensor], new: int, arguments: Any, extra: dict[str, Any] | None = None
 ) -> Any:
     """Paired times over prompts in turn, and whether the tokens are those of plain decoding."""
     extra = extra or {}
@@ -156,7 +174,7 @@ def _paired(
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         return {"refused": f"{type(error).__name__}: {error}"}
     ratios = [
-        interleaved_ratio(one, other, max(2, -(-pairs // len(prompts))), 1)
+        interleaved_ratio(one, other, max(2, -(-arguments.pairs // len(prompts))), 1, CLOCKS[arguments.clock])
         for one, other in zip(plain, fast, strict=True)
     ]
     told: dict[str, Any] = {
@@ -225,7 +243,9 @@ def half_dropped(arguments: argparse.Namespace, kept: Kept) -> dict[str, Any]:
         with torch.no_grad(), mmskip.trace(model) as trace:
             fast()
         ideal = mmskip.cost(model, trace).ideal_speedup
-        ratio = interleaved_ratio(decode(base, ids, arguments.new_tokens), fast, arguments.pairs, 1)
+        ratio = interleaved_ratio(
+            decode(base, ids, arguments.new_tokens), fast, arguments.pairs, 1, CLOCKS[arguments.clock]
+        )
         mmskip.remove_(model)
         share = {"promised": round(promise.speedup, 4), "share_of_promise": round(ratio.median / promise.speedup, 4)}
         return {**summary(ratio, ideal), **share, "report": str(promise)}
@@ -233,7 +253,7 @@ def half_dropped(arguments: argparse.Namespace, kept: Kept) -> dict[str, Any]:
     chosen = {"half": LayerPlanConfig(drop=range(1, layers, 2))}
     chosen |= {f"balanced {asked}": LayerPlanConfig.unified(asked, "balanced") for asked in (1.5, 2.0)}
     for name, plan in chosen.items():
-        kept.once("half_dropped", name, lambda p=plan: told(p))
+        kept.once(timed_part("half_dropped", arguments), name, lambda p=plan: told(p))
     return {"width": width, "layers": layers, "prompt": 2, "new_tokens": arguments.new_tokens}
 
 
@@ -264,22 +284,27 @@ def picture(models: dict[str, dict[str, Any]], path: Path) -> None:
     )
     for axis, (model, values) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
         text = next(iter(values["quality"]["dense"]))
+        speeds = values.get("speed") or values["speed_cpu"]
         axis.plot(1, values["quality"]["dense"][text], "k*", ms=13, label="dense")
         for place, kind in enumerate(kinds):
             points = [
                 (fast, told[text])
                 for name, told in values["quality"].items()
-                if name.startswith(kind) and text in told and (fast := speed_of(name, values["speed"])) is not None
+                if name.startswith(kind) and text in told and (fast := speed_of(name, speeds)) is not None
             ]
             if points:
                 style = {"marker": "x", "alpha": 0.6} if kind.startswith("random") else {"marker": "o"}
                 colour = f"C{place - 4}" if kind.startswith("random") else f"C{place}" if place < 4 else f"C{place - 3}"
                 axis.scatter(*zip(*points, strict=True), s=28, label=kind, color=colour, **style)
-        drafts = [v for v in values.get("speculation", {}).values() if "report" in v]
+        drafts = values.get("speculation") or values.get("speculation_cpu", {})
+        drafts = [v for v in drafts.values() if "report" in v]
         if drafts:
             best = max(v["speedup"] for v in drafts)
             axis.plot(best, values["quality"]["dense"][text], "P", ms=10, color="tab:red", label="self-speculation")
-        axis.set(xlabel="measured speed-up of decoding", ylabel=f"perplexity, {text}", yscale="log", title=model)
+        clock = "" if values.get("speed") else " (CPU seconds)"
+        axis.set(
+            xlabel=f"measured speed-up of decoding{clock}", ylabel=f"perplexity, {text}", yscale="log", title=model
+        )
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=7)
     with whole(path) as partial:
@@ -344,6 +369,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=tuple(MODELS), default=list(MODELS))
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     parser.add_argument("--tiny", action="store_true", help="a quick try of everything; its numbers mean nothing")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
@@ -354,13 +380,16 @@ def main() -> None:
     if set(arguments.part) != {"half"}:
         models = {name: measured(name, arguments, arguments.out) for name in arguments.model}
     if "draw" in arguments.part:
-        picture({name: v for name, v in models.items() if "speed" in v}, arguments.out / f"depth{end}.png")
+        picture(
+            {n: v for n, v in models.items() if "speed" in v or "speed_cpu" in v}, arguments.out / f"depth{end}.png"
+        )
         bits_picture(models, arguments.out / f"depth_bits{end}.png")
     kept = Kept(arguments.out / f"depth{end}.json")
     if "half" in arguments.part:
         kept.values["shape"] = half_dropped(arguments, kept)
-    if "half_dropped" in kept.values:
-        half = kept.values["half_dropped"]["half"]
+    rows = kept.values.get("half_dropped") or kept.values.get("half_dropped_cpu")
+    if rows:
+        half = rows["half"]
         own = {"name": "depth", "speedup": half["speedup"], "ideal": half["ideal"], "random_seeds": RANDOM_SEEDS}
         rest = {key: value for key, value in kept.values.items() if key not in ("environment", "device")}
         emit({**rest, **own}, kept.path)
