@@ -136,12 +136,13 @@ def make(arguments: argparse.Namespace) -> Path:
     torch.manual_seed(arguments.seed)
     model: Any = build_llm(SHAPE, llm_config(SHAPE), len(tokenizer), "float32", "sdpa", residual_init=0.0)
     model.config.bos_token_id, model.config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    start = time.perf_counter()
+    start, computing = time.perf_counter(), time.process_time()
     history = train(model, ids, windows, arguments)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     settings = {name: getattr(arguments, name) for name in ("variant", "steps", "rows", "length", "lr", "seed")}
-    told = {**settings, "seconds": time.perf_counter() - start, "tokens": len(ids), "history": history}
+    seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - computing}
+    told = {**settings, **seconds, "tokens": len(ids), "history": history}
     write_json({**told, "environment": environment()}, folder / "training.json")
     print(json.dumps({**told, "history": history[-1:]}))
     return folder

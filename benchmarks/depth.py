@@ -40,20 +40,28 @@ PARTS = ("quality", "speed", "speculate", "half", "draw")
 
 
 class Kept:
-    """A result file that is written after each figure, so that a part goes on where it stopped."""
+    """A result file that is written after each figure, so that a part goes on where it stopped; parts may run side by
+    side."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.values: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        self.values = self._read()
+
+    def _read(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text()) if self.path.is_file() else {}
+
+    def put(self, values: dict[str, Any]) -> None:
+        """Write further values beside those of the file."""
+        self.values = {**self._read(), **values}
+        write_json(self.values, self.path)
 
     def once(self, part: str, name: str, make: Callable[[], Any]) -> Any:
         """The figure `name` of a part; made and written unless it is there."""
-        rows = self.values.setdefault(part, {})
-        if name not in rows:
-            rows[name] = make()
-            write_json(self.values, self.path)
-            print(f"{name}: {rows[name]}", flush=True)
-        return rows[name]
+        if name not in self.values.get(part, {}):
+            found = make()
+            self.put({part: {**self._read().get(part, {}), name: found}})
+            print(f"{name}: {found}", flush=True)
+        return self.values[part][name]
 
 
 def timed_part(name: str, arguments: argparse.Namespace) -> str:
@@ -347,19 +355,18 @@ def measured(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str
     model, tokenizer = load(name, arguments.tiny)
     found = texts(name, tokenizer)
     if "table" not in kept.values:
-        kept.values["table"] = importance_of(model, found["calibrate"]).to_dict()
+        kept.put({"table": importance_of(model, found["calibrate"]).to_dict()})
     table = ImportanceTable.from_dict(kept.values["table"])
     base = load(name, arguments.tiny)[0]
     if "quality" in arguments.part:
         quality(kept, model, found, table)
         rows = kept.values["quality"]
-        kept.values["drops_guided_against_random"] = guided(rows, "llm_drop", "random {drop} seed")
-        kept.values["bits_guided_against_random"] = guided(rows, "bits", "{bits} random seed")
+        kept.put({"drops_guided_against_random": guided(rows, "llm_drop", "random {drop} seed")})
+        kept.put({"bits_guided_against_random": guided(rows, "bits", "{bits} random seed")})
     if "speed" in arguments.part:
         speed(kept, model, base, found, table, arguments)
     if "speculate" in arguments.part:
         speculate(kept, model, base, found, table, arguments)
-    write_json(kept.values, kept.path)
     return kept.values
 
 
@@ -386,7 +393,7 @@ def main() -> None:
         bits_picture(models, arguments.out / f"depth_bits{end}.png")
     kept = Kept(arguments.out / f"depth{end}.json")
     if "half" in arguments.part:
-        kept.values["shape"] = half_dropped(arguments, kept)
+        kept.put({"shape": half_dropped(arguments, kept)})
     rows = kept.values.get("half_dropped") or kept.values.get("half_dropped_cpu")
     if rows:
         half = rows["half"]

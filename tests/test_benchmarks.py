@@ -71,3 +71,27 @@ def test_guided_choices_are_compared_with_random_ones_of_their_size(monkeypatch)
     told = found["llm_drop block 2"]["text"]
     assert told["random_mean"] == 4.0 and told["random_worse"] == "2 of 3" and told["random_best"] == 2.0
     assert depth.guided(rows, "bits", "{bits} random seed")["bits 8/4 average 6.00 lim"]["text"]["random_mean"] == 5.0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (BENCHMARKS.parent.parent / "shared" / "data" / "text").is_dir(), reason="needs ../shared beside the repository"
+)
+def test_the_deeper_model_is_trained_without_the_report_texts_and_kept(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import deep_lm
+    from transformers import AutoModelForCausalLM
+
+    split = deep_lm.parts("sherlock")
+    whole = "".join(split.values())
+    assert 0.89 < len(split["train"]) / len(whole) < 0.91 and min(map(len, split.values())) > 0.04 * len(whole)
+    assert whole == (deep_lm.DATA / "text" / "sherlock.txt").read_text(encoding="utf-8")
+    call = ["--variant", "skipped", "--steps", "2", "--rows", "1", "--length", "17", "--every", "1", "--choose", "1"]
+    arguments = deep_lm.parser().parse_args([*call, "--out", str(tmp_path / "model")])
+    folder = deep_lm.make(arguments)
+    assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 12
+    told = json.loads((folder / "training.json").read_text())
+    assert [row["step"] for row in told["history"]] == [1, 2] and told["steps"] == 2
+    capsys.readouterr()
+    deep_lm.make(arguments)
+    assert "is there" in capsys.readouterr().out
