@@ -106,8 +106,8 @@ def quality(kept: Kept, model: Any, found: dict[str, Any], table: ImportanceTabl
 
 
 def speed(kept: Kept, model: Any, base: Any, found: dict[str, Any], table: ImportanceTable, arguments: Any) -> None:
-    """Speed of decoding of every policy against the untouched copy; random plans of one size are timed once, and bits
-    not at all: they are stored one byte each and computed in floats."""
+    """Speed of decoding of every policy against the untouched copy. Random plans run as many parts as the guided one of
+    their size and are not timed again; nor are bits, which are stored one byte each and computed in floats."""
     windows = [window for part in found["calibrate"].values() for window in part]
     ids = next(iter(found["report"].values()))[0][None, :16]
 
@@ -128,7 +128,7 @@ def speed(kept: Kept, model: Any, base: Any, found: dict[str, Any], table: Impor
         return summary(ratio, ideal)
 
     for name, config_of in {**plans(table), **token_policies(model, windows)}.items():
-        if " seed " not in name or name.endswith(" seed 0"):
+        if not name.startswith("random"):
             kept.once(timed_part("speed", arguments), name, lambda c=config_of: applied_or_refused(model, c, told))
 
 
@@ -259,16 +259,18 @@ def half_dropped(arguments: argparse.Namespace, kept: Kept) -> dict[str, Any]:
         return {**summary(ratio, ideal), **share, "report": str(promise)}
 
     chosen = {"half": LayerPlanConfig(drop=range(1, layers, 2))}
-    chosen |= {f"balanced {asked}": LayerPlanConfig.unified(asked, "balanced") for asked in (1.5, 2.0)}
+    # in both phases: the few tokens of the prompt would be run by all blocks otherwise, and be timed with the others
+    chosen |= {f"balanced {asked}": LayerPlanConfig.unified(asked, "balanced", phase="both") for asked in (1.5, 2.0)}
     for name, plan in chosen.items():
         kept.once(timed_part("half_dropped", arguments), name, lambda p=plan: told(p))
     return {"width": width, "layers": layers, "prompt": 2, "new_tokens": arguments.new_tokens}
 
 
 def speed_of(name: str, speeds: dict[str, Any]) -> float | None:
-    """The measured speed-up of a policy; that of seed 0 for other random plans of its size."""
-    told = speeds.get(name.rpartition(" ")[0] + " 0" if " seed " in name else name, {})
-    return told.get("speedup")
+    """The measured speed-up of a policy; that of the guided plan of its size for a random one."""
+    if name.startswith("random"):
+        name = name.replace("random", "llm_drop").partition(" seed ")[0]
+    return speeds.get(name, {}).get("speedup")
 
 
 def picture(models: dict[str, dict[str, Any]], path: Path) -> None:
