@@ -389,9 +389,9 @@ def main() -> None:
     if set(arguments.part) != {"half"}:
         models = {name: measured(name, arguments, arguments.out) for name in arguments.model}
     if "draw" in arguments.part:
-        picture(
-            {n: v for n, v in models.items() if "speed" in v or "speed_cpu" in v}, arguments.out / f"depth{end}.png"
-        )
+        timed = {n: v for n, v in models.items() if "speed" in v or "speed_cpu" in v}
+        if timed:
+            picture(timed, arguments.out / f"depth{end}.png")
         bits_picture(models, arguments.out / f"depth_bits{end}.png")
     kept = Kept(arguments.out / f"depth{end}.json")
     if "half" in arguments.part:
