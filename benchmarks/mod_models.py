@@ -28,6 +28,7 @@ import mmskip
 from mmskip import families
 from mmskip.cost import torch_flops
 from mmskip.env import device_name
+from mmskip.families.hf_blocks import CACHE_NAME
 from mmskip.methods.mod import routed_layers
 
 CONTENDERS = ("mod", "random", "keep1", "fastv", "similarity")
@@ -68,7 +69,8 @@ class Runner:
     def prefill(self) -> None:
         """The prompt in one call, into a fresh cache."""
         with torch.inference_mode():
-            self.cache = self.model.eval()(**self.call, logits_to_keep=1, use_cache=True).past_key_values
+            output = self.model.eval()(**self.call, logits_to_keep=1, use_cache=True)
+            self.cache = getattr(output, CACHE_NAME)
 
     def decode(self) -> None:
         """Some tokens one by one behind the prompt; the cache grows from run to run, in all models alike."""
@@ -76,7 +78,7 @@ class Runner:
             self.prefill()
         with torch.inference_mode():
             for _ in range(self.stream.decode):
-                self.model.eval()(self.call["input_ids"][:, -1:], past_key_values=self.cache)
+                self.model.eval()(self.call["input_ids"][:, -1:], **{CACHE_NAME: self.cache})
 
     def loss(self) -> Tensor:
         """The loss over all tokens."""

@@ -86,8 +86,9 @@ def main() -> None:
     head = data.tokens.head(data.instruction)
     videos = [dataset[index]["features"] for index in range(min(args.samples, len(dataset)))]
     where = environment()
-    checkpoint = f"{run.folder.parent.name}/{run.folder.name}"
-    about = {"name": "stream_exact", "environment": where, "checkpoint": checkpoint, "videos": len(videos)}
+    checkpoint = f"{run.folder.parent.name}/{run.folder.name}/{run.checkpoint.name}"
+    about = {"name": "stream_exact", "environment": where, "checkpoint": checkpoint, "split": args.split}
+    about["videos"] = len(videos)
     results = known(args.out, about)
     for name in args.kinds:
         dtype, rounded = KINDS[name]

@@ -1,4 +1,4 @@
-"""Files written whole: an interrupted write leaves what stood there before."""
+"""Files written whole: an interrupted write leaves what stood there before (of a folder at worst beside its place)."""
 
 import json
 import math
@@ -14,7 +14,8 @@ from typing import Any
 def whole(path: str | Path) -> Iterator[Path]:
     """A temporary path to write a file or folder to; it takes the place of `path` when the block ends without error,
     and is removed otherwise. Parent folders are made. Several processes may write the same path: the last one wins. A
-    folder that stands there is moved aside first, since no system call puts a folder in the place of a full one."""
+    folder that stands there is moved aside first, to `.NAME.PID.old`, since nothing puts a folder in the place of a
+    full one in one step; a process killed between the two steps leaves it there."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial, before = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("part", "old"))
@@ -50,7 +51,7 @@ def check_folder(path: str | Path) -> Path:
 def write_text(text: str, path: str | Path) -> Path:
     """Write a text file whole; returns the path."""
     with whole(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
     return Path(path)
 
 

@@ -11,12 +11,17 @@ from mmskip.models.logits import SLICE, fp32_linear, head_only_at
 from mmskip.models.streaming_loss import Positions
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_products_are_not_rounded_and_have_the_gradients_of_a_linear_layer(dtype):
+def test_half_products_are_not_rounded_and_have_the_gradients_of_a_linear_layer(dtype, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     torch.manual_seed(0)
     x, weight, bias = (
-        torch.randn(shape).to(dtype).requires_grad_() for shape in ((7, 33), (2 * SLICE + 5, 33), (2 * SLICE + 5,))
+        torch.randn(shape).to(device, dtype).requires_grad_()
+        for shape in ((7, 33), (2 * SLICE + 5, 33), (2 * SLICE + 5,))
     )
+    assert fp32_linear(x[:0], weight).shape == (0, len(weight))
     logits = fp32_linear(x, weight, bias)
     exact = x.double() @ weight.double().t() + bias.double()
     assert logits.dtype == torch.float32
