@@ -354,6 +354,8 @@ def bits_picture(models: dict[str, dict[str, Any]], path: Path) -> None:
 def measured(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One model in the parts asked for."""
     kept = Kept(folder / f"depth_{name}{'_tiny' * arguments.tiny}.json")
+    if not {"quality", "speed", "speculate"} & set(arguments.part):
+        return kept.values
     model, tokenizer = load(name, arguments.tiny)
     found = texts(name, tokenizer)
     if "table" not in kept.values:
