@@ -126,7 +126,8 @@ def _rebind_forward(module: nn.Module) -> None:
 
 def swap(change: Change) -> None:
     """Carry out one change. A mixin with `mmskip_begin` then changes more than the class; its `mmskip_end` undoes that,
-    also where it came half-way, and its `mmskip_check_end` raises RuntimeError where it could not."""
+    also where it came half-way, and its `mmskip_check_end` raises RuntimeError where it could not; its `mmskip_settle`
+    is called when all changes of a method are through, and may free what only an error would have asked for."""
     module = change.module
     # the class first: it is the step that can fail, and nothing else has changed by then
     module.__class__ = _subclass(change.mixin, type(module))  # type: ignore[arg-type]
@@ -185,3 +186,6 @@ def swap_all(changes: Sequence[Change], finish: Callable[[], None] = lambda: Non
         for change in reversed(done):
             unswap(change.module)
         raise
+    for change in changes:
+        if hasattr(change.mixin, "mmskip_settle"):
+            change.mixin.mmskip_settle(change.module)

@@ -19,7 +19,7 @@ from mmskip import families
 from mmskip.config import MethodConfig, check_choice, check_count
 from mmskip.families import BitsView
 from mmskip.importance import ImportanceTable, fingerprint
-from mmskip.ops.quantize import STORES, check_bits
+from mmskip.ops.quantize import STORES
 from mmskip.registry import register
 from mmskip.swap import Change
 
@@ -114,7 +114,7 @@ class BitsReport:
 
     Attributes:
         bits: by block.
-        average: bits per weight of the blocks' linear layers, without scales.
+        average: bits per weight of the blocks' linear layers (and experts, which stay as they are), without scales.
         ideal_bytes: of these weights, were they packed without a gap and without scales.
         stored_bytes: that they take in memory, scales included.
         original_bytes: that they took before.
@@ -172,5 +172,4 @@ def quantize_blocks(config: LayerBitsConfig, view: BitsView) -> list[Change]:
     if len(config.bits) != len(view.blocks):
         raise ValueError(f"bits has {len(config.bits)} numbers; this model has {len(view.blocks)} blocks.")
     chosen = {index: width for index, width in enumerate(config.bits) if width != PLAIN}
-    check_bits(chosen.values(), config.group, config.store)
     return view.bits_changes(chosen, config.group, config.store, config.keep_original)

@@ -5,7 +5,7 @@ torchao's symmetric integers, with a scale per output channel or per group of in
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -45,27 +45,26 @@ def quantizer(bits: int, group: int | None, store: str) -> Any:
     return library.IntxWeightOnlyConfig(weight_dtype=dtype, granularity=granularity)
 
 
-def check_bits(bits: Iterable[int], group: int | None, store: str) -> None:
-    """Whether torchao can store such weights on this machine, tried on small layers of its own.
+def check_bits(bits: int, group: int | None, store: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Whether torchao can store such weights of a dtype on a device, tried on a small layer of its own.
 
     Raises:
         ValueError: it cannot, with its reason.
     """
-    for width in sorted(set(bits)):
-        if not FEWEST <= width <= MOST:
-            raise ValueError(
-                f"bits holds {width}; torchao stores symmetric integers of {FEWEST} to {MOST} bits, and 16 leaves a "
-                "block as it is."
-            )
-        inputs = 64 if group is None else 2 * group
-        trial = nn.ModuleDict({"trial": nn.Linear(inputs, 16)})
-        try:
-            quantize_({"trial": width}, trial, group, store)
-            trial["trial"](torch.zeros(1, inputs))
-        except (AssertionError, RuntimeError, NotImplementedError, ImportError, ValueError) as error:
-            raise ValueError(
-                f"torchao cannot store {width} bits with store={store!r}, group={group} on this machine: {error}"
-            ) from error
+    if not FEWEST <= bits <= MOST:
+        raise ValueError(
+            f"bits holds {bits}; torchao stores symmetric integers of {FEWEST} to {MOST} bits, and 16 leaves a block "
+            "as it is."
+        )
+    inputs = 64 if group is None else 2 * group
+    trial = nn.ModuleDict({"trial": nn.Linear(inputs, 16, device=device, dtype=dtype)})
+    try:
+        quantize_({"trial": bits}, trial, group, store)
+        trial["trial"](torch.zeros(1, inputs, device=device, dtype=dtype))
+    except (AssertionError, RuntimeError, NotImplementedError, ImportError, ValueError) as error:
+        raise ValueError(
+            f"torchao cannot store {bits} bits with store={store!r}, group={group} of {dtype} on {device} here: {error}"
+        ) from error
 
 
 def quantize_(bits: Mapping[str, int], module: nn.Module, group: int | None, store: str) -> None:

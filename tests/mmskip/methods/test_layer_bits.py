@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_decoders import VOCAB, assert_same_generation, sharpen, tiny_decoder
+from tiny_vlms import collate, example_rows, tiny_vlm
 
 import mmskip
 from mmskip import LayerBitsConfig, LayerPlanConfig
@@ -79,6 +80,42 @@ def test_report_counts_what_lies_in_memory():
     assert told.kept_bytes == 12 * weights and "kept for remove_" in str(told)
 
 
+def test_of_a_vlm_the_blocks_of_its_language_model_are_quantized():
+    name = "qwen2_5_vl"
+    model, reference = tiny_vlm(name), tiny_vlm(name)
+    call, _ = collate(name, example_rows(name))
+    blocks, bits = mmskip.families.find(reference, ("hf_vlm",)).blocks, (4, 16, 3, 8)
+    with torch.no_grad():
+        before = model(**call).logits
+        for width, block in zip(bits, blocks, strict=True):
+            for module in block.modules():
+                if isinstance(module, torch.nn.Linear) and width < 16:
+                    module.weight.copy_(rounded(module.weight, width))
+        mmskip.apply_(model, LayerBitsConfig(bits))
+        torch.testing.assert_close(model(**call).logits, reference(**call).logits, atol=2e-3, rtol=2e-3)
+        assert report(model).bits == (4, 32, 3, 8)
+        assert torch.equal(mmskip.remove_(model)(**call).logits, before)
+
+
+def test_report_counts_untouched_blocks_with_weights_outside_linear_layers():
+    model = mmskip.apply_(tiny_decoder("qwen3_moe", mlp_only_layers=[0]), LayerBitsConfig((8, 16, 16, 16)))
+    told, block = report(model), model.model.layers[1]
+    assert told.bits == (8, 32, 32, 32) and 8 < told.average < 32
+    experts = sum(p.numel() for p in block.parameters() if p.dim() > 1)  # norms aside
+    first = sum(m.weight.numel() for m in model.model.layers[0].modules() if isinstance(m, torch.nn.Linear))
+    assert told.ideal_bytes == first + 3 * 4 * experts
+
+
+def test_what_torchao_stores_is_tried_in_the_dtype_of_the_model(monkeypatch):
+    from mmskip.ops import quantize
+
+    library, seen = quantize.torchao(), []
+    fill = library.quantize_
+    monkeypatch.setattr(library, "quantize_", lambda m, *a, **k: (seen.append(next(m.parameters())), fill(m, *a, **k)))
+    mmskip.apply_(decoder().bfloat16(), LayerBitsConfig((4, 4, 16, 16)))
+    assert (seen[0].dtype, seen[0].shape[0]) == (torch.bfloat16, 16)  # the trial
+
+
 def test_freed_weights_cannot_be_given_back():
     model = mmskip.apply_(decoder(), LayerBitsConfig((4,) * 4, keep_original=False))
     after = logits(model)
@@ -125,6 +162,28 @@ def test_save_load_copy_and_lora(tmp_path):
     assert all(p.grad is not None for n, p in tuned.named_parameters() if "lora_B" in n)
 
 
+@pytest.mark.parametrize("target", ["all-linear", ["q_proj"]])
+def test_lora_after_bits_keeps_its_weights_when_they_are_taken_off(target):
+    config = LoraConfig(target_modules=target, init_lora_weights=False)
+    tuned: torch.nn.Module = get_peft_model(mmskip.apply_(decoder(), LayerBitsConfig((8, 4, 16, 8))), config)
+    told = report(tuned)
+    assert told.bits == (8, 4, 32, 8) and told.kept_bytes
+    mmskip.remove_(tuned)
+    plain: torch.nn.Module = get_peft_model(decoder(), config)
+    plain.load_state_dict({k: v for k, v in tuned.state_dict().items() if "lora_" in k}, strict=False)
+    assert not mmskip.applied(tuned) and torch.equal(logits(tuned), logits(plain))
+    assert [p.requires_grad for p in tuned.parameters()] == [p.requires_grad for p in plain.parameters()]
+
+
+def test_layers_that_another_tool_replaced_are_told_before_anything_changes():
+    model = mmskip.apply_(decoder(), LayerBitsConfig((4,) * 4))
+    model.model.layers[2].self_attn.q_proj = torch.nn.Linear(32, 32, bias=False)
+    after = logits(model)
+    with pytest.raises(RuntimeError, match=r"self_attn\.q_proj.*replaced"):
+        mmskip.remove_(model)
+    assert torch.equal(logits(model), after) and mmskip.applied(model)
+
+
 def test_bits_follow_the_table_to_the_average():
     table = mmskip.importance(decoder(), [IDS])
     for column in table.columns:
@@ -169,7 +228,8 @@ def test_weights_outside_linear_layers_are_refused(name, message):
         mmskip.apply_(tiny_decoder(name), LayerBitsConfig((8,) * 4))
 
 
-def test_twice_is_refused_and_an_error_half_way_changes_nothing(monkeypatch):
+@pytest.mark.parametrize("keep", [True, False])
+def test_twice_is_refused_and_an_error_half_way_changes_nothing(monkeypatch, keep):
     model = mmskip.apply_(decoder(), LayerBitsConfig((8,) * 4))
     with pytest.raises(ValueError, match="weights already"):
         mmskip.apply_(model, LayerBitsConfig((4,) * 4))
@@ -186,7 +246,7 @@ def test_twice_is_refused_and_an_error_half_way_changes_nothing(monkeypatch):
 
     monkeypatch.setattr(hf_bits, "quantize_", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
-        mmskip.apply_(model, LayerBitsConfig((4,) * 4))
+        mmskip.apply_(model, LayerBitsConfig((4,) * 4, keep_original=keep))
     assert torch.equal(logits(model), logits(decoder())) and not mmskip.applied(model)
 
 
