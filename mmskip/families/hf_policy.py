@@ -35,13 +35,15 @@ class MlpState:
 
 
 class PolicyCall:
-    """What travels from the root to the blocks of one forward: which tokens may be done, and which are."""
+    """What travels from the root to the blocks of one forward: which tokens may be done, and which are; by block, which
+    were when it ran first, so that gradient checkpointing repeats it with these."""
 
-    __slots__ = ("done_BT", "may_BT")
+    __slots__ = ("came", "done_BT", "may_BT")
 
     def __init__(self, may_BT: Tensor) -> None:
         self.may_BT = may_BT
         self.done_BT = torch.zeros_like(may_BT)
+        self.came: dict[int, Tensor] = {}
 
 
 class PolicyRoot(nn.Module):
@@ -89,7 +91,7 @@ class PolicyBlock(nn.Module):
                 "drops unknown keywords."
             )
         x_BTD = bound.pop("hidden_states")
-        done_BT = call.done_BT.to(x_BTD.device)
+        done_BT = call.came.setdefault(state.index, call.done_BT).to(x_BTD.device)
         state.done_BT = done_BT
         try:
             output = super().forward(x_BTD, **bound)
@@ -148,12 +150,14 @@ def policy_changes(view: Any, rule: MlpRule, chosen: range) -> list[Change]:
 
 
 class VoidCall:
-    """What travels through the blocks of one forward: what the rule remembers of each token."""
+    """What travels through the blocks of one forward: what the rule remembers of each token; by block, what it did when
+    the block ran first, so that gradient checkpointing repeats it with that."""
 
-    __slots__ = ("memory",)
+    __slots__ = ("came", "memory")
 
     def __init__(self) -> None:
         self.memory: Any = None
+        self.came: dict[int, Any] = {}
 
 
 class VoidRoot(nn.Module):
@@ -178,7 +182,8 @@ class VoidBlock(nn.Module):
         x_BTD = bound.pop("hidden_states")
         output = super().forward(x_BTD, **bound)
         y_BTD = output[0] if isinstance(output, tuple) else output
-        void_BT, call.memory = rule.voids(x_BTD, y_BTD, call.memory)
+        memory = call.came.setdefault(index, call.memory)
+        void_BT, call.memory = rule.voids(x_BTD.detach(), y_BTD.detach(), memory)
         y_BTD = torch.where(void_BT[..., None], x_BTD, y_BTD)
         return (y_BTD, *output[1:]) if isinstance(output, tuple) else y_BTD
 

@@ -141,3 +141,29 @@ def test_lac_equals_its_reference_and_rows_do_not_depend_on_each_other():
         torch.testing.assert_close(model(IDS[1:2]).logits, found[1:2], atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="alpha is -1"):
         SkipPolicyConfig("lac", alpha=-1)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("policy", ["ffn_skip", "lac"])
+def test_gradient_checkpointing_gives_the_same_gradients(policy, reentrant):
+    found = []
+    for saving in (False, True):
+        model = saturating()
+        lac = SkipPolicyConfig("lac", alpha=0.9)
+        mmskip.apply_(model, lac if policy == "lac" else SkipPolicyConfig.calibrated(model, [IDS], share=0.3))
+        model.train()
+        if saving:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model(IDS, labels=IDS).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if "embed" not in name})
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, msg=name)
+
+
+def test_policies_share_no_block_with_a_plan_that_would_run_it_twice():
+    for first in (True, False):
+        configs = (SkipPolicyConfig("lac"), LayerPlanConfig.cola((0, 1, 1, 2, 3)))
+        model = mmskip.apply_(tiny_decoder("llama"), configs[not first])
+        with pytest.raises(ValueError, match="claims"):
+            mmskip.apply_(model, configs[first])
