@@ -7,6 +7,7 @@ Shape suffixes: T tokens, V vocabulary.
 """
 
 import argparse
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -75,17 +76,21 @@ def run(arguments: argparse.Namespace) -> int:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
     model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, local_files_only=True)
     model = model.to(arguments.device).eval()
-    samples = _samples(arguments, tokenizer)[: arguments.limit]
+    samples = _samples(arguments, tokenizer)
     told = {
         "model": arguments.model,
         "data": str(arguments.samples or arguments.text),
+        "samples": hashlib.sha256(json.dumps([asdict(sample) for sample in samples]).encode()).hexdigest(),
         "seed": arguments.seed,
         **asdict(settings),
     }
+    if arguments.samples is None:
+        told |= {"window": arguments.window, "answer_tokens": arguments.answer_tokens}
     file = arguments.out / "cola.json"
-    rows = search_samples(model, samples, settings, arguments.seed, file, told)
+    kept = search_samples(model, samples[: arguments.limit], settings, arguments.seed, file, told)
+    rows = kept[: arguments.limit]
     means = summary(rows, layers_of(model))
-    write_json({"label": ORACLE, "settings": told, "summary": means, "samples": rows}, file)
+    write_json({"label": ORACLE, "settings": told, "summary": means, "samples": kept}, file)
     picture(rows, layers_of(model), arguments.out / "cola.png")
     print(f"{ORACLE}\n{report(means)}\nwritten to {arguments.out}")
     return 0
@@ -174,6 +179,9 @@ def search_samples(
 ) -> list[dict[str, Any]]:
     """Search each sample that `file` does not hold yet; it is written after each.
 
+    Returns:
+        All rows of the file, which may be more than the samples.
+
     Raises:
         ValueError: the file is of another search.
     """
@@ -192,7 +200,7 @@ def search_samples(
         print(
             f"sample {number}: {dense:.3f} with all {layers} layers, {best.reward:.3f} with {best.length}", flush=True
         )
-    return rows[: len(samples)]
+    return rows
 
 
 def _read(file: Path, told: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Tree search over paths of layers, and `python -m mmskip.search cola`."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,7 @@ def test_a_search_goes_on_where_it_stopped(tmp_path):
     kept = part.read_text()
     assert cola.search_samples(model, samples[:1], settings, 0, part, told) == whole[:1] and part.read_text() == kept
     assert cola.search_samples(model, samples, settings, 0, part, told) == whole
+    assert cola.search_samples(model, samples[:1], settings, 0, part, told) == whole  # finished rows are kept
     with pytest.raises(ValueError, match="another seed"):
         cola.search_samples(model, samples, settings, 1, part, {"seed": 1})
     for row in whole:
@@ -125,8 +127,14 @@ def test_the_command_says_that_it_is_an_oracle(tmp_path, capsys):
     found = json.loads((tmp_path / "out" / "cola.json").read_text())
     assert found["label"].startswith("oracle") and found["summary"]["samples"] == 2
     assert (tmp_path / "out" / "cola.png").stat().st_size > 5000
+    assert main([*call, "--samples", str(file), "--limit", "1"]) == 0
+    cut = json.loads((tmp_path / "out" / "cola.json").read_text())
+    assert cut["samples"] == found["samples"] and cut["summary"]["samples"] == 1
     assert main([*call, "--text", str(TEXT)]) == 2
-    assert "another data" in capsys.readouterr().err
+    assert re.search(r"another answer_tokens, data, samples, window;", capsys.readouterr().err)
+    file.write_text(json.dumps(lines[1]))
+    assert main([*call, "--samples", str(file)]) == 2
+    assert "another samples;" in capsys.readouterr().err
     file.write_text('{"prompt": "x", "choices": ["a"], "answer": 3}')
     assert main([*call[:-1], str(tmp_path / "new"), "--samples", str(file)]) == 2
     assert "line 1" in capsys.readouterr().err
