@@ -202,22 +202,29 @@ class Decoding:
             first = self._choose(self._process(last_BV, [[] for _ in range(batch)]))[0]
         for row, token in enumerate(first):
             self._emit(row, [token])
-        steps = 0
-        while not all(self.done):
-            steps += 1
-            plain = steps % PLAIN_EVERY == PLAIN_EVERY // 2
-            trees, drafted = ([DraftTree() for _ in range(batch)], []) if plain else self._draft()
-            before = self.mask_BS.shape[1]
-            with self.speculator.timed("plain" if plain else "verify"):
-                places = self._verify(trees, drafted)
-            self._keep(places, before)
-            self._search()
-        self.speculator.window = None
+        try:
+            self._decode()
+        finally:
+            # it holds keys and values of this call
+            self.speculator.window = None
         pad = self.config._pad_token_tensor
         columns = torch.arange(length + max(self.counts), device=self.prompt_BT.device)
         ends_B1 = torch.tensor(self.counts, device=columns.device)[:, None] + length
         found = self.tokens_BN[:, : len(columns)]
         return found if pad is None else torch.where(columns[None] < ends_B1, found, pad.to(found.device))
+
+    def _decode(self) -> None:
+        """Take steps until every row is done."""
+        steps = 0
+        while not all(self.done):
+            steps += 1
+            plain = steps % PLAIN_EVERY == PLAIN_EVERY // 2
+            trees, drafted = ([DraftTree() for _ in self.done], []) if plain else self._draft()
+            before = self.mask_BS.shape[1]
+            with self.speculator.timed("plain" if plain else "verify"):
+                places = self._verify(trees, drafted)
+            self._keep(places, before)
+            self._search()
 
     def result(self, sequences: Tensor) -> Any:
         """The sequences in the form the generation config asks for."""

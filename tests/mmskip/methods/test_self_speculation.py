@@ -279,3 +279,19 @@ def test_models_that_do_not_fit_are_refused():
     ragged.config._attn_implementation = "mmskip_ragged"
     with pytest.raises(ValueError, match="branches=0"):
         ragged.generate(IDS, do_sample=False, **CALL)
+
+
+def test_an_interrupted_call_leaves_no_keys_and_values_behind():
+    model, config = drafting(search="random", window=4, max_trials=1000, patience=1000, enough=1.0)
+    held = []
+
+    def stop(ids, scores):
+        held.append(speculation(model).window is not None)
+        if held[-1]:
+            raise KeyboardInterrupt
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    mmskip.apply_(model, config)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(IDS[:1], **{**CALL, "max_new_tokens": 40}, do_sample=False, stopping_criteria=[stop])
+    assert held[-1] and speculation(model).window is None
