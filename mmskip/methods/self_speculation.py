@@ -330,6 +330,11 @@ def speculate(config: SelfSpeculationConfig, view: PlanView) -> list[Change]:
 @register(SelfSpeculationConfig, "hf_encoder_decoder")
 def speculate_early(config: SelfSpeculationConfig, view: Any) -> list[Change]:
     """The changes by which an encoder-decoder decodes by speculation: drafts leave its decoder early."""
+    if view.generator is None:
+        raise ValueError(
+            f"{type(view.root).__name__} has no output projection, which drafts need; apply to the model that has it "
+            "(...ForConditionalGeneration)."
+        )
     count = len(view.decoder)
     for name in ("skip_attn", "search", "branches"):
         if getattr(config, name):
@@ -343,7 +348,7 @@ def speculate_early(config: SelfSpeculationConfig, view: Any) -> list[Change]:
     if config.exit_after >= count:
         raise ValueError(f"exit_after is {config.exit_after}; this decoder has {count} layers, drafts need fewer.")
     sizes = [sum(p.numel() for p in block.parameters() if p.dim() > 1) for block in view.decoder]
-    total = sum(sizes) + view.generator.get_output_embeddings().weight.numel() if view.generator is not None else 1
+    total = sum(sizes) + view.generator.get_output_embeddings().weight.numel()
     units: list[Unit] = [(index, index) for index in range(config.exit_after, count)]
     speculator = Speculation(config, units, [sizes[index] / total for index in range(config.exit_after, count)])
     return view.speculation_changes(speculator, config.exit_after)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import tiny_seq2seq as tiny
 import torch
+from transformers import T5Model
 
 import mmskip
 from mmskip import EarlyExitConfig, SelfSpeculationConfig
@@ -74,6 +75,8 @@ def test_forwards_outside_of_drafts_are_the_base_model_and_other_settings_are_re
     ):
         with pytest.raises(ValueError, match=told):
             mmskip.apply_(model, SelfSpeculationConfig(**wrong))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"T5Model has no output projection, which drafts need.*ForConditional"):
+        mmskip.apply_(T5Model(model.config), SelfSpeculationConfig())
     mmskip.apply_(model, SelfSpeculationConfig(exit_after=1))
     assert torch.equal(model(**inputs, decoder_input_ids=tokens).logits, plain)
     with pytest.raises(ValueError, match="num_beams must be 1"):
