@@ -49,7 +49,7 @@ class BitsBlock(nn.Module):
     def mmskip_begin(self) -> None:
         """Quantize."""
         state: BitsState = state_of(self, BitsBlock)
-        state.originals = {name: layer.weight for name, layer in state.layers.items()}
+        state.originals = {name: layer.weight for name, layer in state.layers.items()}  # type: ignore[misc]
         own = {id(weight) for weight in state.originals.values()}
         state.trained = [p for p in self.parameters() if p.requires_grad and id(p) not in own]
         quantize_(dict.fromkeys(state.layers, state.bits), self, state.group, state.store)
