@@ -152,3 +152,5 @@ def test_the_command_on_a_trained_model(tmp_path, capsys):
     assert "--other" in capsys.readouterr().err
     assert main(["depth", "--model", str(MODEL), "--text", str(TEXT), "--window", "9000"]) == 2
     assert "smaller --window" in capsys.readouterr().err
+    assert main([*call, "--parts", "erasure", "--prompt", ""]) == 2
+    assert "--prompt is ''" in capsys.readouterr().err

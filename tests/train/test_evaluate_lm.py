@@ -9,6 +9,7 @@ import torch
 
 import mmskip
 from mmskip import LayerPlanConfig
+from mmskip.train.evaluation import lm
 from mmskip.train.evaluation.commands import main
 from mmskip.train.evaluation.lm import agreement, perplexity, text_windows
 
@@ -105,5 +106,6 @@ def test_tasks_of_the_harness_and_baselines(tmp_path, monkeypatch, capsys):
     for told in found["baselines"].values():
         assert told["equal"] and told["seconds"]["token_s"] > 0
     assert "who_is_it: acc 1.0000" in capsys.readouterr().out
+    monkeypatch.setattr(lm, "perplexity", lambda *_: pytest.fail("measured before the tasks were looked up"))
     assert main([*call, "--tasks", "no_such_task"]) == 2
     assert "no_such_task" in capsys.readouterr().err

@@ -79,6 +79,8 @@ def _check(arguments: argparse.Namespace) -> None:
     ):
         if getattr(arguments, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; expected at least {least}.")
+    if arguments.prompt is not None and not arguments.prompt.strip():
+        raise ValueError(f"--prompt is {arguments.prompt!r}; expected text, or leave it out: the first text begins it.")
     if arguments.parts == ["maps"] and arguments.other is None:
         raise ValueError("linear maps lead to another model; give its folder as --other.")
 
@@ -102,10 +104,7 @@ def batches_of(tokenizer: Any, texts: list[str], count: int, arguments: argparse
 
 def _prompt(tokenizer: Any, text: str, arguments: argparse.Namespace) -> Tensor:
     given = text if arguments.prompt is None else arguments.prompt
-    ids = text_windows(tokenizer, given, arguments.prompt_tokens)[0]
-    if len(ids) < 2:
-        raise ValueError("the prompt is empty.")
-    return ids
+    return text_windows(tokenizer, given, arguments.prompt_tokens)[0]
 
 
 def _measured(part: str, model: Any, batches: list[Tensor], prompt_T: Tensor, steps: int) -> Any:

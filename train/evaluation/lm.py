@@ -168,8 +168,8 @@ def run(arguments: argparse.Namespace) -> int:
         str(path): text_windows(tokenizer, path.read_text(encoding="utf-8")[: arguments.limit], arguments.window)
         for path in arguments.text
     }
-    results: dict[str, Any] = {"model": arguments.model, "dense": _measure(model, windows, arguments)}
     tasks = _tasks(tokenizer, arguments)
+    results: dict[str, Any] = {"model": arguments.model, "dense": _measure(model, windows, arguments)}
     results["dense"] |= tasks(model)
     given = {
         "prompt_lookup_num_tokens": arguments.prompt_lookup,
