@@ -6,6 +6,7 @@ Shapes: B rows, T tokens.
 import argparse
 import copy
 import statistics
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -202,7 +203,11 @@ def _numbers(value: Any) -> list[int]:
 
 
 def compute(
-    model: Captioner, config: EarlyExitConfig | None, calls: Sequence[Callable[[Captioner], Any]], pairs: int
+    model: Captioner,
+    config: EarlyExitConfig | None,
+    calls: Sequence[Callable[[Captioner], Any]],
+    pairs: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Counted and measured cost of some calls with exits, as shares of the same calls at full depth.
 
@@ -211,12 +216,13 @@ def compute(
         config: exits.
         calls: one per sample, run one by one: an exited token then costs nothing but its keys and values.
         pairs: paired, interleaved runs of all calls, at least 2.
+        clock: see `mmskip.timing.interleaved_ratio`.
 
     Returns:
         `counted` (FLOPs), `measured` (time; median ratio with its quartiles `low` and `high`), `seconds` per call.
     """
     if config is None:
-        seconds = interleaved_ratio(lambda: _run(model, calls), lambda: _run(model, calls), 2).fn_s
+        seconds = interleaved_ratio(lambda: _run(model, calls), lambda: _run(model, calls), 2, clock=clock).fn_s
         return {"counted": 1.0, "measured": 1.0, "low": 1.0, "high": 1.0, "seconds": seconds / len(calls)}
     own = model.llm
     weights = {id(tensor): tensor for tensor in (*own.parameters(), *own.buffers())}
@@ -231,7 +237,7 @@ def compute(
 
     try:
         counted = [_flops(runs(llm)) for llm in (own, left)]
-        ratio = interleaved_ratio(runs(own), runs(left), pairs)
+        ratio = interleaved_ratio(runs(own), runs(left), pairs, clock=clock)
     finally:
         model.llm = own
     return {
