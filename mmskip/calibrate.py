@@ -191,10 +191,10 @@ def calibrate(
     a latency budget.
 
     Args:
-        model: without a method that claims the configs' sites; it is as it was afterwards.
+        model: in evaluation mode and without a method that claims the configs' sites; it is as it was afterwards.
         configs: safest first, for instance `EarlyExitConfig`s whose thresholds fall together; in any order with `scout`
             or `latency`, for instance `EarlyExitConfig.grid(...)` of coupled thresholds.
-        data: batches that nothing was trained or tuned on; read once per config.
+        data: batches that nothing was trained or tuned on; read once and held, as those of `scout` are.
         risk: (model with the config applied, batch) -> a loss in [0, bound] per sample of the batch.
         epsilon, delta, method, bound: see `choose`; epsilon is None for a latency budget.
         scout: batches that are not in `data`, on which the order is found: by growing mean loss, along the configs that
@@ -206,7 +206,8 @@ def calibrate(
         The report, with the chosen config.
 
     Raises:
-        ValueError: as `choose` and `apply_`, or both or neither of epsilon and latency; the model is then as it was.
+        ValueError: as `choose` and `apply_`, both or neither of epsilon and latency, a model in training mode, or an
+            empty scout; the model is then as it was.
     """
     if (epsilon is None) == (latency is None):
         raise ValueError(f"epsilon is {epsilon!r} and latency {latency!r}; expected one of them.")
@@ -215,6 +216,11 @@ def calibrate(
     before = _applied(model)
     if before:
         raise ValueError(f"the model carries {before!r}; calibrate a model without methods, or remove_ them first.")
+    if any(module.training for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} is in training mode, in which methods run all layers or drop some at random, so "
+            "that no loss says anything; call eval() on it first."
+        )
     if latency is not None:
         return _within(model, configs, list(data), risk, latency)
     assert epsilon is not None
@@ -222,8 +228,11 @@ def calibrate(
     order: tuple[int, ...] = tuple(range(len(configs)))
     costs: tuple[float, ...] = ()
     if scout is not None:
-        tried = [_run(model, config, scouted, risk, cost) for scouted in [list(scout)] for config in configs]
-        order = _front([(math.fsum(losses) / max(len(losses), 1), price) for losses, price in tried])
+        scouted = list(scout)
+        tried = [_run(model, config, scouted, risk, cost) for config in configs] if scouted else []
+        if not tried or not all(losses for losses, _ in tried):
+            raise ValueError("scout has no samples to find an order on; give batches that are not in data, or None.")
+        order = _front([(math.fsum(losses) / len(losses), price) for losses, price in tried])
         costs = tuple(tried[i][1] for i in order)
     batches = list(data)
     losses = [_run(model, configs[i], batches, risk, cost)[0] for i in order]

@@ -92,7 +92,7 @@ def test_bad_values_are_refused(changes: dict, match: str) -> None:
 
 def test_calibrate_applies_each_config_and_leaves_the_model_as_it_was() -> None:
     timm = pytest.importorskip("timm")
-    model = timm.create_model("resnet18", num_classes=3)
+    model = timm.create_model("resnet18", num_classes=3).eval()
     configs = [mmskip.LayerMaskConfig(), mmskip.LayerMaskConfig()]
     seen = []
 
@@ -131,7 +131,7 @@ def test_coupled_thresholds_are_ordered_on_samples_of_their_own(monkeypatch: pyt
     def cost(model: torch.nn.Module, batch: torch.Tensor) -> float:
         return sum(key(applied[-1]))
 
-    model, grid = _Coupled(), torch.linspace(0.0005, 1, 1000)
+    model, grid = _Coupled().eval(), torch.linspace(0.0005, 1, 1000)
     found = mmskip.calibrate(model, configs, [grid], risk, epsilon=0.1, scout=[grid[::2]], cost=cost)
     assert found.config == mmskip.EarlyExitConfig(image=0.9, text=1.0, decoder=0.9, kv="copy")
     assert configs[found.order[found.index or 0]] == found.config and found.risks[found.index or 0] < 0.06
@@ -154,10 +154,28 @@ def test_a_latency_budget_takes_the_least_loss_within_it(monkeypatch: pytest.Mon
         clock["now"] += threshold * (10 if batch == 2 else 1)  # one slow batch moves no median
         return [1 - threshold] * 4
 
-    found = mmskip.calibrate(_Coupled(), configs, [0, 1, 2, 3], risk, latency=0.95)
+    found = mmskip.calibrate(_Coupled().eval(), configs, [0, 1, 2, 3], risk, latency=0.95)
     assert found.config == configs[1] and found.samples == 16 and found.costs == pytest.approx((1.0, 0.9, 0.8))
     assert "0.9 s" in str(found) or "0.9" in str(found)
-    assert mmskip.calibrate(_Coupled(), configs, [0], risk, latency=0.1).config is None
+    assert mmskip.calibrate(_Coupled().eval(), configs, [0], risk, latency=0.1).config is None
     for wrong in ({}, {"epsilon": 0.1, "latency": 1.0}, {"latency": -1.0}):
         with pytest.raises(ValueError, match="latency"):
-            mmskip.calibrate(_Coupled(), configs, [0], risk, **wrong)
+            mmskip.calibrate(_Coupled().eval(), configs, [0], risk, **wrong)
+
+
+def test_a_model_that_runs_all_layers_and_an_empty_scout_are_refused() -> None:
+    model = torch.nn.Sequential(_Coupled(), _Coupled()).eval()
+    asked: list[int] = []
+
+    def risk(model: torch.nn.Module, batch: int) -> list[float]:
+        asked.append(batch)
+        return [0.0] * batch
+
+    configs = [mmskip.LayerMaskConfig()]
+    model[1].train()
+    with pytest.raises(ValueError, match="Sequential is in training mode"):
+        mmskip.calibrate(model, configs, [100], risk, 0.1)
+    model.eval()
+    with pytest.raises(ValueError, match="scout has no samples"):
+        mmskip.calibrate(model, configs, [100], risk, 0.1, scout=[])
+    assert asked == [] and model.training is False
