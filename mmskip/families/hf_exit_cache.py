@@ -84,7 +84,8 @@ class ExitLayer(DynamicLayer):
             cut -= x_BTD.shape[1] - kept
             if kept:
                 self.owed.append((x_BTD[:, :kept], _map(per_token, lambda t, kept=kept: t[:, :kept])))
-        super().crop(-cut)
+        if cut:  # some versions take 0 as the length that is left
+            super().crop(-cut)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._permute(lambda tensor: tensor.repeat_interleave(repeats, dim=0))

@@ -194,7 +194,11 @@ def _read(run: Run, output: Any, whole: bool = True) -> Tensor:
 
 def rows_of(values: dict[str, Any], rows: Tensor, batch: int) -> dict[str, Any]:
     """Arguments of a block for some rows of the batch, `rows` [N]."""
-    return {name: _rows(value, rows, batch, 2 if name == "position_ids" else 3) for name, value in values.items()}
+    found = {name: _rows(value, rows, batch, 2 if name == "position_ids" else 3) for name, value in values.items()}
+    mask = values.get("attn_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 3 and len(mask) > batch:  # of every head, row by row
+        found["attn_mask"] = mask.unflatten(0, (batch, -1)).index_select(0, rows).flatten(0, 1)
+    return found
 
 
 def _rows(value: Any, rows: Tensor, batch: int, least: int) -> Any:
@@ -224,7 +228,7 @@ def encode(
     """States [B, T, D] behind encoder block `index`, whose own forward is `call`."""
     x_BTD = values[x_name]
     if index == 0:
-        mask_BT = real_tokens(values.get("attention_mask"), x_BTD)
+        mask_BT = real_tokens(values.get("attention_mask", values.get("attn_mask")), x_BTD)
         run.start(x_BTD.shape[:1], x_BTD.device, rule.begin(mask_BT, 0, None))
     if not run.left:
         return x_BTD
@@ -239,21 +243,29 @@ def encode(
 
 
 def real_tokens(mask: Tensor | None, x_BTD: Tensor) -> Tensor | None:
-    """Which tokens are no padding, [B, T], from the mask that blocks get: [B, 1, T, T], boolean or added to the scores.
+    """Which tokens are no padding, [B, T]: those that any query sees, under a bidirectional, windowed or causal mask.
+    None where the mask does not tell rows apart. (The text towers of CLIP are called without one: what follows a
+    text's end counts there as tokens of it.)
+
+    Args:
+        mask: what blocks get, boolean or added to the scores: [B, 1, T, T], or [B * H, T, T] and [T, T] of open_clip.
 
     Raises:
         ValueError: a mask of another shape.
     """
-    if mask is None:
+    batch, count = x_BTD.shape[:2]
+    if mask is None or mask.shape == (count, count):
         return None
+    if mask.dim() == 3 and len(mask) % batch == 0 and mask.is_floating_point():
+        mask = mask.unflatten(0, (batch, -1))
     if mask.dim() != 4:
         raise ValueError(
             f"the encoder's attention mask is {tuple(mask.shape)}; early exit reads padding from [B, 1, T, T] masks, "
             "which the attention implementations 'eager' and 'sdpa' use."
         )
-    row_BT = mask[:, 0, -1]  # the last query sees every real token under a causal mask too
-    real_BT = row_BT if row_BT.dtype == torch.bool else row_BT > torch.finfo(row_BT.dtype).min / 2
-    return real_BT.expand(x_BTD.shape[0], -1)
+    seen_BTS = mask[:, 0]
+    seen_BTS = seen_BTS if seen_BTS.dtype == torch.bool else seen_BTS > torch.finfo(seen_BTS.dtype).min / 2
+    return seen_BTS.any(1).expand(batch, -1)
 
 
 class DecoderExit:

@@ -19,6 +19,9 @@ from transformers import (
     Pix2StructForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
+    T5GemmaModuleConfig,
     TrOCRConfig,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
@@ -94,6 +97,17 @@ _BUILDERS: dict[str, Callable[[], nn.Module]] = {
 }  # fmt: skip
 _BUILDERS["pix2struct"] = _pix2struct
 NAMES = tuple(_BUILDERS)
+
+
+def t5gemma() -> Any:
+    """A model whose layers with a window of four tokens alternate with those without one; its logits are capped."""
+    size: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 4,
+    }  # fmt: skip
+    parts = {name: T5GemmaModuleConfig(**size) for name in ("encoder", "decoder")}
+    torch.manual_seed(0)
+    return T5GemmaForConditionalGeneration(T5GemmaConfig(**parts, vocab_size=VOCABULARY)).eval()
 
 
 def build(name: str) -> Any:

@@ -11,12 +11,13 @@ import tiny_seq2seq as tiny
 import torch
 from torch import Tensor
 from transformers import StaticCache
-from transformers.cache_utils import EncoderDecoderCache
+from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 import mmskip
 from mmskip import EarlyExitConfig
 from mmskip.families.hf_encoder_decoder import match
+from mmskip.families.hf_exit_cache import ExitLayer
 from mmskip.methods.early_exit import Compaction, exit_layers
 
 POLICIES = ("project", "copy", "hole")
@@ -250,6 +251,21 @@ def test_layers_that_no_later_token_reaches_store_nothing_and_rows_can_still_be_
     flipped = {key: value.flip(0) for key, value in inputs.items()}
     mixed_exits = model(**flipped, decoder_input_ids=TOKENS[:, 3:4].flip(0), past_key_values=cache)
     assert mixed_exits.logits.isfinite().all() and layer.get_seq_length() == 4
+
+
+def test_cutting_what_is_owed_leaves_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    def older(layer: DynamicLayer, left: int) -> None:  # where 0 is the length that is left
+        assert layer.keys is not None
+        layer.keys = layer.keys[..., :left, :]
+
+    monkeypatch.setattr(DynamicLayer, "crop", older)
+    layer, keys = ExitLayer(), torch.randn(2, 1, 3, 4)
+    layer.update(keys, keys)
+    layer.owe(torch.randn(2, 2, 8), {})
+    layer.crop(-1)
+    assert layer.get_seq_length() == 4 and torch.equal(layer.keys, keys)
+    layer.crop(-2)
+    assert layer.get_seq_length() == 2 and torch.equal(layer.keys, keys[..., :2, :])
 
 
 @pytest.mark.parametrize("criterion", ["confidence", "margin", "entropy", "patience", "state_norm"])

@@ -146,16 +146,57 @@ def test_the_image_encoder_of_blip_is_left_and_its_decoder_is_not() -> None:
         mmskip.apply_(model, EarlyExitConfig(decoder=0.9))
 
 
+@torch.no_grad()
 def test_padding_of_an_encoder_changes_no_exit() -> None:
     model, _ = build("bert")
-    mmskip.apply_(model, EarlyExitConfig(decoder=None, encoder=0.8))
     mask = MASK.clone()
     mask[0, 4:] = 0
+    whole = cosines(model, lambda m: m(input_ids=IDS, attention_mask=mask))["encoder"][0, 0].item()
+    real = cosines(model, lambda m: m(input_ids=IDS[:1, :4]))["encoder"][0, 0].item()
+    assert abs(whole - real) > 1e-4
+    mmskip.apply_(model, EarlyExitConfig(decoder=None, encoder=(whole + real) / 2, encoder_points=(2,)))
+    model(input_ids=IDS, attention_mask=mask)
+    assert exit_layers(model)["encoder"][0] == (2 if real > whole else LAYERS)
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What each forward takes for no padding."""
+    found: list[Tensor] = []
+    plain = SampleScores.__init__
+    monkeypatch.setattr(SampleScores, "__init__", lambda s, c, real, h=(): found.append(real) or plain(s, c, real, h))
+    return found
+
+
+def test_padding_is_told_where_the_first_layer_has_a_window(told: list[Tensor]) -> None:
+    model = tiny.t5gemma()
+    ids = torch.randint(4, 40, (2, 14), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    mmskip.apply_(model, EarlyExitConfig(decoder=None, encoder=0.5))
     with torch.no_grad():
-        model(input_ids=IDS, attention_mask=mask)
-        exits = exit_layers(model)["encoder"]
-        model(input_ids=IDS[:1, :4])
-    assert exit_layers(model)["encoder"][0] == exits[0]
+        model.get_encoder()(input_ids=ids, attention_mask=mask)
+    assert torch.equal(told[0], mask.bool())
+
+
+@torch.no_grad()
+def test_padding_of_open_clip_is_told_by_its_mask_where_it_has_one(told: list[Tensor]) -> None:
+    torch.manual_seed(0)
+    model = open_clip.transformer.TextTransformer(7, 50, 32, 2, LAYERS, embed_cls=True, correct_cls_mask=True).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.2)
+    ids = IDS.clone()
+    ids[0, 4:] = 0
+    score = cosines(model, lambda m: m(ids))["encoder"][0]
+    found = []
+    for compact in ("never", "always"):
+        mmskip.apply_(model, EarlyExitConfig(decoder=None, encoder=score[1:].mean().item(), compact=compact))
+        found.append(model(ids))
+        assert exit_layers(model)["encoder"].unique().numel() > 1
+        assert torch.equal(told[-1], nn.functional.pad(ids > 0, (0, 1), value=True))
+        mmskip.remove_(model)
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 
 
 def scramble(model: nn.Module, seed: int) -> None:
