@@ -79,11 +79,11 @@ class ExitRule(Protocol):
 
 @dataclass
 class Run:
-    """One forward of a stack, shared by its blocks.
+    """One forward of a stack, shared by its blocks. What only they need is dropped behind the last one.
 
     Attributes:
         depth: layers.
-        exits: layers that ran for each state, [B, T] or [B], of the latest forward.
+        exits: layers that ran for each state, [B, T] or [B], of the latest forward; None: it was one in training.
         active: boolean of the same shape, True where layers still run; None: everywhere.
         left: how many states are active.
         rows, others: indices of the rows that layers run on, and of the rest; None: on all.
@@ -111,6 +111,10 @@ class Run:
         self.active, self.left, self.visited = None, self.exits.numel(), 0
         self.rows = self.others = None
         self.tail, self.past, self.cache, self.decide = None, past, None, decide
+
+    def finish(self) -> None:
+        """Hold nothing of the forward but its exits, behind the last block: what hangs on a graph cannot be copied."""
+        self.active = self.rows = self.others = self.tail = self.cache = self.decide = None
 
     def keep(self, y_BTD: Tensor, x_BTD: Tensor) -> Tensor:
         """New states where layers still run, old ones elsewhere."""
@@ -180,9 +184,12 @@ class BlockState:
         return {self.rule.leaves: self.run}
 
 
-def _output(run: Run, x_BTD: Tensor) -> Any:
-    """What a block that is left out returns."""
-    return x_BTD if run.tail is None else (x_BTD, *run.tail)
+def _output(state: BlockState, x_BTD: Tensor) -> Any:
+    """What a block returns whose states are `x_BTD`, also one that is left out."""
+    output = x_BTD if state.run.tail is None else (x_BTD, *state.run.tail)
+    if state.index + 1 == state.run.depth:
+        state.run.finish()
+    return output
 
 
 def _read(run: Run, output: Any, whole: bool = True) -> Tensor:
@@ -216,10 +223,11 @@ class EncoderExit:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state: BlockState = state_of(self, EncoderExit)  # type: ignore[arg-type]
         if self.training:  # type: ignore[attr-defined]
+            state.run.exits = None
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         values = bind(self, args, kwargs)  # type: ignore[arg-type]
         y_BTD = encode(super().forward, state.run, state.rule, state.index, values, state.x_name)  # type: ignore[misc]
-        return _output(state.run, y_BTD)
+        return _output(state, y_BTD)
 
 
 def encode(
@@ -274,6 +282,7 @@ class DecoderExit:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state: BlockState = state_of(self, DecoderExit)  # type: ignore[arg-type]
         if self.training:  # type: ignore[attr-defined]
+            state.run.exits = None
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         values, run, index = bind(self, args, kwargs), state.run, state.index  # type: ignore[arg-type]
         x_BTD, cache = values["hidden_states"], values.get(state.cache_name)
@@ -293,14 +302,14 @@ class DecoderExit:
         if not run.left:
             if isinstance(entry, ExitLayer):
                 _pass_by(state, entry, cache, values)
-            return _output(run, x_BTD)
+            return _output(state, x_BTD)
         if isinstance(entry, ExitLayer) and entry.owed:
             states_BTD, per_token = entry.debts()
             entry.update(*self._project(state, cache, {**values, **per_token, "hidden_states": states_BTD}))
         y_BTD = run.keep(self._run(state, entry, cache, values), x_BTD)
         if state.is_point:
             run.stop(index + 1, y_BTD, x_BTD, state.rule)
-        return _output(run, y_BTD)
+        return _output(state, y_BTD)
 
     def _run(self, state: BlockState, entry: DynamicLayer | None, cache: Any, values: dict[str, Any]) -> Tensor:
         """States [B, T, D] behind the block, which runs on all rows or on those that need it."""

@@ -90,11 +90,14 @@ class SplitEncoder:
                 part = {**values, "hidden_states": x_BTD.gather(1, index_BND)}
                 part["attention_mask"] = _mask_of(values.get("attention_mask"), places_BN)
             if self.training:  # type: ignore[attr-defined]
+                run.exits = None
                 found = super().forward(**part)  # type: ignore[misc]
             elif state.index and not run.left:
-                continue
+                found = part["hidden_states"]
             else:
                 found = encode(super().forward, run, rule, state.index, part)  # type: ignore[misc]
+            if state.index + 1 == run.depth:
+                run.finish()
             y_BTD = found if whole else y_BTD.scatter(1, index_BND, found)
         return y_BTD
 

@@ -1,4 +1,5 @@
-"""Early exit of encoder-decoders: every sample leaves the encoder, every token the decoder, where it is settled.
+"""Early exit of encoder-decoders, decoders and encoders: every sample leaves the encoder, every token the decoder, where
+it is settled.
 
 MuE (arXiv 2211.11152): a state exits where the cosine with the state one layer below exceeds a threshold. Other
 criteria and CALM's threshold for generated tokens, strict at first, are those of `mmskip.exits`. In training all layers
@@ -44,11 +45,11 @@ COMPACT = ("auto", "never", "always")
 
 @dataclass(frozen=True)
 class EarlyExitConfig(MethodConfig):
-    """Early exit of an encoder-decoder.
+    """Early exit of an encoder-decoder, a causal decoder, or an encoder alone or two of them.
 
     Attributes:
         decoder: threshold of a token's score, in the range of `criterion` (see `mmskip.exits`); the range's upper end
-            never fires; None: the decoder is left as it is.
+            never fires; None: the decoder is left as it is. With `depth` leave it out: its default gives way to that.
         encoder: the same for a sample in the encoder.
         image, text: the same for its image tokens and its text tokens, which then run the encoder apart, with the same
             weights (MuE); both or none, instead of `encoder`. A model that puts image features among its tokens says
@@ -56,7 +57,7 @@ class EarlyExitConfig(MethodConfig):
         depth, encoder_depth: instead of a threshold: every state leaves behind so many layers, >= 1. Nothing is decided
             while the model runs, which then compiles as a whole.
         once: whether a sample's first decoder token decides, behind the first point, for all of its tokens: they leave
-            there, or run every layer.
+            there, or run every layer. Of encoder-decoders, as `decay`: those of a decoder alone begin with the prompt.
         criterion: of the decoder: `saturation`, `state_norm`, `confidence`, `margin`, `entropy`, `patience` or
             `learned`: new weights behind each exit point, see `exit_heads`.
         encoder_criterion: of the encoder: `saturation`, `state_norm` or `learned`.
@@ -314,6 +315,12 @@ def _decoder_changes(config: EarlyExitConfig, view: Any) -> list[Change]:
                 f"{name} is {getattr(config, name)!r}; {type(view.root).__name__} has a decoder only: set decoder or "
                 "depth, and leave encoder, image, text and encoder_depth out."
             )
+    if config.once or config.decay is not None:
+        given = "once is True" if config.once else f"decay is {config.decay!r}"
+        raise ValueError(
+            f"{given}; the first tokens of {type(view.root).__name__} are those of the prompt, padding included, and not "
+            "the first generated ones: once and decay serve encoder-decoders only, leave them out."
+        )
     return _leave_decoder(config, view.blocks, view.head, view.exit_changes)
 
 
@@ -423,7 +430,7 @@ def exit_layers(model: nn.Module) -> dict[str, Tensor]:
     apart), `decoder` [B, T].
 
     Raises:
-        ValueError: the model has no early exit, or did not run yet.
+        ValueError: the model has no early exit, did not run yet, or ran in training mode, where nothing exits.
     """
     found = {}
     for state in states(model):
@@ -431,5 +438,5 @@ def exit_layers(model: nn.Module) -> dict[str, Tensor]:
             if run.exits is not None:
                 found[name] = run.exits
     if not found:
-        raise ValueError("no exits to tell: apply an EarlyExitConfig and run the model first.")
+        raise ValueError("no exits to tell: apply an EarlyExitConfig and run the model in evaluation mode first.")
     return found

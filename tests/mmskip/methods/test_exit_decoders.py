@@ -162,6 +162,8 @@ def test_what_cannot_be_left_is_refused() -> None:
         ("llama", EarlyExitConfig(encoder=0.9), "has a decoder only"),
         ("gemma2", EarlyExitConfig(decoder=0.9), "sliding"),
         ("granite", EarlyExitConfig(decoder=0.9, criterion="margin"), "logits_scaling"),
+        ("llama", EarlyExitConfig(decoder=0.9, once=True), "once is True; the first tokens"),
+        ("llama", EarlyExitConfig(decoder=0.9, decay=0.5), "decay is 0.5; the first tokens"),
     ):
         model = tiny_decoder(name, **({"logits_scaling": 2.0} if name == "granite" else {}))
         with pytest.raises(ValueError, match=told):

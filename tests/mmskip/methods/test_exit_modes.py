@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 import tiny_seq2seq as tiny
 import torch
+from tiny_decoders import tiny_decoder
 from torch import Tensor, nn
+from transformers import ViTConfig, ViTModel
 from transformers.modeling_outputs import BaseModelOutput
 
 import mmskip
 from mmskip import EarlyExitConfig
 from mmskip.families.hf_encoder_decoder import match
 from mmskip.methods.early_exit import TokenScores, exit_layers, image_tokens
+from mmskip.swap import states
 
 TOKENS = torch.randint(4, 40, (2, 6), generator=torch.Generator().manual_seed(3))
 
@@ -204,3 +207,47 @@ def test_configs_survive_json_and_depths_must_exist() -> None:
         assert EarlyExitConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ValueError, match="depth is 4, and there are 4 layers"):
         mmskip.apply_(tiny.build("bart"), EarlyExitConfig(depth=4))
+
+
+def forwards() -> dict[str, tuple[Any, Any, EarlyExitConfig]]:
+    """Per kind of model, how it is built, how it is run, and exits of all and of no states."""
+    found: dict[str, tuple[Any, Any, EarlyExitConfig]] = {}
+    for name in tiny.NAMES:
+        found[name] = (
+            lambda name=name: tiny.build(name),
+            lambda m, name=name: m(**tiny.inputs(name), decoder_input_ids=TOKENS, use_cache=False),
+            EarlyExitConfig(encoder=0.5, decoder=0.5),
+        )
+    build, run, _ = found["bart"]
+    found["bart_once"] = (build, lambda m: m(**tiny.inputs("bart"), decoder_input_ids=TOKENS),
+                          EarlyExitConfig(decoder=0.9, once=True))  # fmt: skip
+    found["bart_copy"] = build, run, EarlyExitConfig(decoder=0.5, kv="copy")
+    found["florence2_apart"] = (
+        lambda: tiny.build("florence2"),
+        lambda m: m(**pictured(), decoder_input_ids=TOKENS),
+        EarlyExitConfig(image=-1.0, text=1.0, decoder=None),
+    )
+    found["llama"] = lambda: tiny_decoder("llama").eval(), lambda m: m(input_ids=TOKENS), EarlyExitConfig(kv="copy")
+    size: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    found["vit"] = (
+        lambda: ViTModel(ViTConfig(**size, num_hidden_layers=4, image_size=16, patch_size=4)).eval(),
+        lambda m: m(pixel_values=torch.randn(2, 3, 16, 16)),
+        EarlyExitConfig(decoder=None, encoder=0.5),
+    )
+    return found
+
+
+@pytest.mark.parametrize("name", forwards())
+def test_a_forward_leaves_nothing_behind_but_its_exits(name: str) -> None:
+    build, run, config = forwards()[name]
+    model = mmskip.apply_(build(), config)
+    run(model)
+    exits = exit_layers(model)
+    twin = copy.deepcopy(model)  # a graph cannot be copied
+    for state in states(model):
+        for one in getattr(state, "told", {}).values():
+            assert not [k for k, v in vars(one).items() if k != "exits" and v is not None and not isinstance(v, int)]
+    assert all(torch.equal(exits[part], told) for part, told in exit_layers(twin).items())
+    run(model.train())
+    with pytest.raises(ValueError, match="no exits to tell"):
+        exit_layers(model)
