@@ -1,5 +1,5 @@
-"""Early exit of encoder-decoders, decoders and encoders: every sample leaves the encoder, every token the decoder, where
-it is settled.
+"""Early exit of encoder-decoders, decoders and encoders: a sample leaves the encoder, a token the decoder, where it is
+settled.
 
 MuE (arXiv 2211.11152): a state exits where the cosine with the state one layer below exceeds a threshold. Other
 criteria and CALM's threshold for generated tokens, strict at first, are those of `mmskip.exits`. In training all layers
@@ -318,8 +318,8 @@ def _decoder_changes(config: EarlyExitConfig, view: Any) -> list[Change]:
     if config.once or config.decay is not None:
         given = "once is True" if config.once else f"decay is {config.decay!r}"
         raise ValueError(
-            f"{given}; the first tokens of {type(view.root).__name__} are those of the prompt, padding included, and not "
-            "the first generated ones: once and decay serve encoder-decoders only, leave them out."
+            f"{given}; the first tokens of {type(view.root).__name__} are those of the prompt, padding included, and "
+            "not the first generated ones: once and decay serve encoder-decoders only, leave them out."
         )
     return _leave_decoder(config, view.blocks, view.head, view.exit_changes)
 

@@ -1,5 +1,6 @@
 """`evaluate.py coco --checkpoint` and `snli_ve`: sweeps of exits on a trained captioner, resumed, refused."""
 
+import argparse
 import json
 import shutil
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from captioning import SMALL, TEXTS, TOWER
 from mmskip.train.cli import main as train
 from mmskip.train.evaluation.captioning import said_length
 from mmskip.train.evaluation.commands import main
+from mmskip.train.evaluation.exits import add_exit_arguments, plan
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +45,10 @@ def test_captions_are_scored_written_and_swept(run, tmp_path, capsys):
     sweep = ["--encoder", "-1", "--decoder", "1", "--blank", "--timed", "1", "--pairs-timed", "2"]
     assert evaluated("coco", run, tmp_path, *sweep) == 0
     printed = capsys.readouterr().out
-    assert "CIDEr" in printed and "encoder--1_decoder-1" in printed
+    assert "CIDEr" in printed and "encoder--1.0_decoder-1.0" in printed
     results = json.loads((tmp_path / "results.json").read_text())["results"]
-    assert set(results) == {"full", "encoder--1_decoder-1", "blanked"}
-    left = results["encoder--1_decoder-1"]
+    assert set(results) == {"full", "encoder--1.0_decoder-1.0", "blanked"}
+    left = results["encoder--1.0_decoder-1.0"]
     assert left["exits"]["mean"] == {"image": 1, "prompt": 1, "decoder": 3}
     assert sum(left["exits"]["histogram"]["image"]["right"]) + sum(left["exits"]["histogram"]["image"]["wrong"]) == 4
     assert 0 < left["exits"]["layers_left_out"] < 1
@@ -134,3 +136,16 @@ def test_another_kind_of_run_is_refused(run, tmp_path, capsys):
 def test_a_caption_ends_at_its_eos():
     assert said_length([5, 6, 2, 0, 0], 2) == 3
     assert said_length([5, 6], 2) == 2
+
+
+def test_settings_share_no_folder_and_no_checkpoint_brings_learned_heads(capsys):
+    parser = argparse.ArgumentParser()
+    add_exit_arguments(parser)
+    names = []
+    for given in ([], ["--kv", "copy"], ["--decay", "0.5"], ["--min-layers", "2"], ["--criterion", "margin"]):
+        options = parser.parse_args(["--decoder", "0.9999995", "0.9999996", *given])
+        names += [variant.name for variant in plan(options)[1:]]
+    assert len(set(names)) == 10 and "decoder-0.9999995_kv-copy" in names
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--criterion", "learned"])
+    assert "invalid choice" in capsys.readouterr().err

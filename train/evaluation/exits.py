@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import product
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 import mmskip
 from mmskip import EarlyExitConfig
 from mmskip.cost import torch_flops
-from mmskip.exits import CRITERIA, STATE_CRITERIA
+from mmskip.exits import HEAD_CRITERIA, STATE_CRITERIA
 from mmskip.families.hf_exits import POLICIES
 from mmskip.methods.early_exit import exit_layers
 from mmskip.models.captioner import Captioner
@@ -56,7 +56,9 @@ def add_exit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=float, nargs="+", help="thresholds of prompts in the encoder (MuE: 0.95)")
     parser.add_argument("--encoder", type=float, nargs="+", help="the same for both, instead")
     parser.add_argument("--decoder", type=float, nargs="+", help="thresholds of tokens in the decoder")
-    parser.add_argument("--criterion", default="saturation", choices=CRITERIA, help="of the decoder")
+    parser.add_argument(
+        "--criterion", default="saturation", choices=(*STATE_CRITERIA, *HEAD_CRITERIA), help="of the decoder"
+    )  # without the learned one, whose heads no checkpoint holds
     parser.add_argument("--encoder-criterion", default="saturation", choices=STATE_CRITERIA, help="of the encoder")
     parser.add_argument("--kv", default="project", choices=POLICIES, help="keys and values of exited tokens")
     parser.add_argument("--decay", type=float, help="CALM's share of the constant part of the decoder's threshold")
@@ -89,10 +91,18 @@ def plan(options: argparse.Namespace) -> list[Variant]:
             min_layers=options.min_layers,
             encoder_min_layers=options.min_layers,
         )
-        found.append(Variant("_".join(f"{name}-{value:g}" for name, value in given.items()), config))
+        found.append(Variant(_name(config), config))
     if options.blank:
         found.append(Variant("blanked", blank=True))
     return found
+
+
+def _name(config: EarlyExitConfig) -> str:
+    """What is asked for: thresholds, and whatever differs from the default, so that no two settings share a folder."""
+    thresholds = ("image", "text", "encoder", "decoder")
+    others = [f.name for f in fields(config) if f.name not in thresholds and getattr(config, f.name) != f.default]
+    given = [name for name in thresholds if getattr(config, name) is not None]
+    return "_".join(f"{name}-{getattr(config, name)}" for name in (*given, *others))
 
 
 @contextmanager
@@ -116,15 +126,17 @@ class Recorder:
 
     Attributes:
         encoder: [B] per call of the encoder, or two where a call runs image and text apart.
+        encodings: calls of the encoder.
         decoder: [B, T] per call of the decoder.
     """
 
     encoder: list[Tensor] = field(default_factory=list)
+    encodings: int = 0
     decoder: list[Tensor] = field(default_factory=list)
 
     def clear(self) -> None:
         """Forget."""
-        self.encoder, self.decoder = [], []
+        self.encoder, self.encodings, self.decoder = [], 0, []
 
 
 @contextmanager
@@ -141,6 +153,7 @@ def recording(model: Captioner) -> Iterator[Recorder]:
             told = exit_layers(model.llm) if names else {}
             layers = [told[name].cpu().clone() for name in names if name in told]
             shape = hidden.shape[:1] if part == "encoder" else hidden.shape[:2]
+            record.encodings += part == "encoder"
             getattr(record, part).extend(layers or [torch.full(shape, depth)])
 
         return hook
@@ -163,8 +176,8 @@ def encoder_exits(record: Recorder, image: Tensor) -> tuple[list[int], list[int]
         record: of one `encode`.
         image: LongTensor [R], see `mmskip.datasets.captions.Texts`.
     """
-    if len(record.encoder) == 1:
-        return record.encoder[0].tolist(), record.encoder[0].tolist()
+    if record.encodings == 1:  # one row per prompt, of both
+        return record.encoder[0].tolist(), record.encoder[-1].tolist()
     images, prompts = record.encoder
     return images[image.cpu()].tolist(), prompts.tolist()
 
