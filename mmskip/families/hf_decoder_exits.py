@@ -3,6 +3,7 @@
 Shape suffixes: B batch, T tokens, D width, V vocabulary.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -12,13 +13,39 @@ from mmskip.families.hf_blocks import CACHE_ARGUMENTS, arguments_of
 from mmskip.families.hf_exits import BlockState, DecoderExit, ExitRule, Run
 from mmskip.swap import Change, is_swapped
 
-FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "layer_norm", "layernorm")
+_FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "layer_norm", "layernorm")
 _SCALED = ("logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier")
+_ADVICE = "use criterion 'saturation' or 'state_norm'."
 
 
 def final_norm(root: nn.Module) -> nn.Module | None:
     """The norm behind the last layer of a stack that `root` holds, or None."""
-    return next((getattr(root, name) for name in FINAL_NORMS if isinstance(getattr(root, name, None), nn.Module)), None)
+    return next(
+        (getattr(root, name) for name in _FINAL_NORMS if isinstance(getattr(root, name, None), nn.Module)), None
+    )
+
+
+def check_output(name: str, generator: nn.Module, block: nn.Module, configs: Iterable[Any]) -> None:
+    """Raise ValueError if a model does more to its logits than a norm and a projection do, which exit heads would leave
+    out.
+
+    Args:
+        name: of the model.
+        generator: holds the output projection.
+        block: a layer of the decoder.
+        configs: of the model and its parts.
+    """
+    found = {key for key in _SCALED for config in configs if getattr(config, key, None) not in (None, 1, 1.0)}
+    projection = generator.get_output_embeddings()  # type: ignore[operator]
+    for holder in generator.modules():
+        children = list(holder.children())
+        # a head of its own, beside the decoder
+        if any(child is projection for child in children) and not any(part is block for part in holder.modules()):
+            found |= {type(c).__name__ for c in children if c is not projection and any(True for _ in c.parameters())}
+    if found:
+        raise ValueError(
+            f"{name} changes its logits by {', '.join(sorted(found))}, which exit heads do not know; {_ADVICE}"
+        )
 
 
 def tied_head(view: Any) -> TiedHead:
@@ -27,16 +54,15 @@ def tied_head(view: Any) -> TiedHead:
     Raises:
         ValueError: the output is more than a norm and a projection, or missing.
     """
-    name, advice = type(view.root).__name__, "use criterion 'saturation' or 'state_norm'."
-    heads = [head for head in (m.get_output_embeddings() for m in view.generators) if head is not None]
+    name = type(view.root).__name__
+    generators = [module for module in view.generators if module.get_output_embeddings() is not None]
     norm = final_norm(view.root)
-    if not heads or norm is None:
-        raise ValueError(f"{name} has no {'norm' if heads else 'output projection'} for exit heads; {advice}")
-    scaled = [key for key in _SCALED if getattr(view.config, key, None) not in (None, 1, 1.0)]
-    if scaled or getattr(view.root, "project_out", None) is not None:
-        told = ", ".join(scaled) or "a projection"
-        raise ValueError(f"{name} changes its logits by {told}, which exit heads do not know; {advice}")
-    return TiedHead(norm, heads[0])
+    if not generators or norm is None:
+        raise ValueError(f"{name} has no {'norm' if generators else 'output projection'} for exit heads; {_ADVICE}")
+    if getattr(view.root, "project_out", None) is not None:
+        raise ValueError(f"{name} changes its logits by a projection, which exit heads do not know; {_ADVICE}")
+    check_output(name, generators[0], view.blocks[0], [view.config])
+    return TiedHead(norm, generators[0].get_output_embeddings())
 
 
 def exit_changes(view: Any, rule: ExitRule) -> list[Change]:

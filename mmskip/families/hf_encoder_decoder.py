@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from mmskip.exits import TiedHead
 from mmskip.families.hf_blocks import CACHE_NAME, arguments_of
+from mmskip.families.hf_decoder_exits import check_output, final_norm
 from mmskip.families.hf_exit_speculate import speculation_changes
 from mmskip.families.hf_exits import BlockState, DecoderExit, EncoderExit, ExitRule, Run
 from mmskip.families.hf_modalities import split_changes
 from mmskip.swap import Change
 
-_FINAL_NORMS = ("final_layer_norm", "layer_norm", "ln_f", "norm", "layernorm")
 _DECODER_ARGUMENTS = {"hidden_states", "attention_mask", "encoder_hidden_states", CACHE_NAME}
 
 
@@ -67,14 +67,23 @@ class EncoderDecoderView:
         """The tied exit head of the decoder.
 
         Raises:
-            ValueError: the model has no output projection.
+            ValueError: the model's output is more than a norm and a projection, or missing.
         """
+        self.check_generates()
+        block = self.decoder[0]
+        holders = [
+            m for m in self.root.modules() if hasattr(m, "config") and any(part is block for part in m.modules())
+        ]
+        check_output(type(self.root).__name__, self.generator, block, [m.config for m in holders])
+        return ModelHead(self.norm, self.generator)
+
+    def check_generates(self) -> None:
+        """Raise ValueError if the model has no output projection."""
         if self.generator is None:
             raise ValueError(
                 f"{type(self.root).__name__} has no output projection for exit heads; apply to the model that has it "
                 "(...ForConditionalGeneration), or use criterion 'saturation' or 'state_norm'."
             )
-        return ModelHead(self.norm, self.generator)
 
     def exit_changes(self, module: str, rule: ExitRule) -> list[Change]:
         """The changes by which "encoder" or "decoder" is left early."""
@@ -132,13 +141,10 @@ def match(model: nn.Module) -> tuple[EncoderDecoderView | None, str]:
         return None, f"{type(decoder[0]).__name__}.forward takes no {', '.join(sorted(missing))}"
     if getattr(decoder[0], "is_decoder", True) is False:
         return None, f"{type(decoder[0]).__name__} is used as an encoder layer"
-    norm = next(
-        (getattr(parent, name) for name in _FINAL_NORMS if isinstance(getattr(parent, name, None), nn.Module)), None
-    )
     generator = next(
         (m for m in root.modules() if isinstance(m, PreTrainedModel) and m.get_output_embeddings() is not None), None
     )
-    return EncoderDecoderView(root, encoder, decoder, norm, generator), ""
+    return EncoderDecoderView(root, encoder, decoder, final_norm(parent), generator), ""
 
 
 def _decoder(root: Any) -> Any:

@@ -84,7 +84,7 @@ def speculation_changes(view: Any, speculator: Any, exit_after: int) -> list[Cha
     Raises:
         ValueError: the model has no output projection.
     """
-    view.head()
+    view.check_generates()
     draft, run = DraftState(), Run(len(view.decoder))
     speculator.start(draft)
     rule = DraftRule(draft, (exit_after,))

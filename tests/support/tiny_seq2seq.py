@@ -8,6 +8,7 @@ from torch import nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    BertConfig,
     Florence2Config,
     Florence2ForConditionalGeneration,
     GPT2Config,
@@ -108,6 +109,15 @@ def t5gemma() -> Any:
     parts = {name: T5GemmaModuleConfig(**size) for name in ("encoder", "decoder")}
     torch.manual_seed(0)
     return T5GemmaForConditionalGeneration(T5GemmaConfig(**parts, vocab_size=VOCABULARY)).eval()
+
+
+def vit_bert() -> Any:
+    """A model whose decoder has a layer between its last state and its output projection."""
+    size: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
+    decoder = BertConfig(
+        vocab_size=VOCABULARY, intermediate_size=48, add_cross_attention=True, is_decoder=True, **size, **_TOKENS
+    )
+    return _vision(decoder).eval()
 
 
 def build(name: str) -> Any:

@@ -335,6 +335,15 @@ def test_bad_settings_are_refused(settings: dict[str, Any], match_: str) -> None
         EarlyExitConfig(**settings)
 
 
+@pytest.mark.parametrize(("model", "told"), [("t5gemma", "final_logit_softcapping"), ("vit_bert", "Transform")])
+def test_exit_heads_that_are_not_the_models_output_are_refused(model: str, told: str) -> None:
+    built = getattr(tiny, model)()
+    with pytest.raises(ValueError, match=f"changes its logits by .*{told}"):
+        mmskip.apply_(built, EarlyExitConfig(decoder=0.5, criterion="confidence"))
+    assert mmskip.applied(built) == []
+    mmskip.apply_(built, EarlyExitConfig(decoder=0.5))
+
+
 def test_what_a_model_cannot_do_is_refused_and_leaves_it_as_it_was(tmp_path: Path) -> None:
     model, inputs = tiny.build("bart"), tiny.inputs("bart")
     for settings, told in (
