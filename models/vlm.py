@@ -256,7 +256,7 @@ class VLM(StepLossModule):
         if steps > total and not getattr(self.trainer, "fast_dev_run", False):
             raise ValueError(
                 f"anneal_steps is {steps}, but the run has {total} optimizer steps and would end above the target "
-                "keep; train longer or anneal faster"
+                "keep; train longer (trainer.max_epochs, trainer.max_steps) or anneal faster (model.anneal_steps)"
             )
         if self.hparams["router_fit"] and self.trainer.ckpt_path is None:
             self._fit_routers(self.hparams["router_fit"])

@@ -59,6 +59,7 @@ def last_checkpoint(runs: Path) -> Path:
     found = sorted(runs.glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise ValueError(
-            f"there is no checkpoint {runs}/*/checkpoints/last.ckpt; train first, or give --ckpt_path FILE or --name"
+            f"there is no checkpoint {runs}/*/checkpoints/last.ckpt; train first, or name another run or a file "
+            "(train.py: --name, --ckpt_path; stream.py and evaluate.py: --checkpoint)"
         )
     return found[-1]

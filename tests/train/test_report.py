@@ -54,6 +54,7 @@ def test_points_are_the_newest_run_of_each_name_on_the_same_samples(tmp_path):
             results(name, ppl, task, None if name in ("random", "dense") else 1.0),
             tmp_path / name / time / "results.json",
         )
+    write_json({"name": "vlm", "metrics": {"loss": 1.0}}, tmp_path / "vlm" / "1" / "results.json")  # of another module
     own = results("own", 2.6)
     points = report.comparable_points(own, tmp_path / "own" / "2", tmp_path)
     found = {point["label"]: (point["value"], point["counted"], point["measured"]) for point in points}
