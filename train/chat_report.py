@@ -40,6 +40,7 @@ class ChatReport(Callback):
         self.pairs = pairs
         self.before: dict[str, float] = {}
         self._started = 0.0
+        self._validated = 0
         self._predictions: list[dict[str, str]] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -74,7 +75,8 @@ class ChatReport(Callback):
         self._report(trainer, _vlm(pl_module), "val", trainer.val_dataloaders)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report on the validation set, where validating is all there is to do."""
+        """Note the step; report on the validation set, where validating is all there is to do."""
+        self._validated = trainer.global_step
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._report(trainer, _vlm(pl_module), "val", trainer.val_dataloaders)
 
@@ -110,7 +112,10 @@ class ChatReport(Callback):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         rows = {"before": self.before} if self.before and stage == "val" else {}
-        rows["this model"] = model.results
+        name = "this model"
+        if trainer.state.fn == TrainerFn.FITTING and self._validated != trainer.global_step:
+            name += f" at step {self._validated} of {trainer.global_step}"
+        rows[name] = model.results
         label = report.model_label(model.hparams["methods"])
         parts = [f"Results on {stage} ({model.results['answers']:.0f} answers)", _table(rows)]
         blind = blind_baseline(data.folder, stage) if data.files is None else None

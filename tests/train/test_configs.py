@@ -170,7 +170,11 @@ def test_a_vlm_is_pretrained_tuned_tested_and_asked(tmp_path, monkeypatch, capsy
         main(["--config", "vlm_mod_lora.yaml", *tuning])
     assert stop.value.code == 2
     assert "vlm_dense.yaml" in capsys.readouterr().err
-    main(["--config", "vlm_dense.yaml", *options, f"--model.vlm={json.dumps(TINY_VLM)}"])
+    dense = ["--config", "vlm_dense.yaml", *options, f"--model.vlm={json.dumps(TINY_VLM)}"]
+    main([*dense, "--trainer.max_steps=1", "--model.export=null"])
+    assert "this model at step 0 of 1" in capsys.readouterr().out  # not as if it had been evaluated since
+    main(dense)
+    assert " at step" not in capsys.readouterr().out
     assert {"config.json", "model.safetensors", "chat_template.jinja"} <= {
         p.name for p in Path("data/vlm_base").iterdir()
     }
