@@ -325,6 +325,14 @@ def search(keeps: list[float]) -> dict[str, Any]:
     return {**found, "chosen": min(held, default=None)}
 
 
+def searched(found: dict[str, Any]) -> dict[str, Any]:
+    """The result of a search: the counted ideal of the chosen ratio, nothing timed."""
+    chosen = found["chosen"]
+    ideal = None if chosen is None else 1 / found[str(chosen)]["fitted"]["compute"]
+    told = {"name": "router_tuning_search", "seed": SEARCH_SEED, "split": "val", "speedup": None, "ideal": ideal}
+    return {**told, "shape": "configs/vlm_dense.yaml, keep ratios in the deeper half", **found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=TUNED, default=list(TUNED))
@@ -335,7 +343,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=15, help="of a timed step; 0: not timed")
     arguments = parser.parse_args()
     if arguments.search:
-        emit({"name": "router_tuning_search", "seed": SEARCH_SEED, "split": "val", **search(arguments.keeps)})
+        emit(searched(search(arguments.keeps)))
         return
     runs = {seed: run_of(seed, "test", arguments.only, arguments.every) for seed in arguments.seeds}
     save_png(picture(runs), ROOT / "docs" / "router_tuning.png")
