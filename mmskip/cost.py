@@ -55,8 +55,14 @@ def cost(model: nn.Module, trace: Trace) -> Cost:
     FLOPs follow the rules of `torch.utils.flop_counter` (matrix products and attention), plus the routers' scores.
 
     Raises:
+        TypeError: these are no model and trace, in this order.
         ValueError: the trace is empty, or no family fits the model.
     """
+    if not isinstance(model, nn.Module) or not isinstance(trace, Trace):
+        raise TypeError(
+            f"got {type(model).__name__} and {type(trace).__name__}; expected a model and the trace recorded on it: "
+            "mmskip.cost(model, trace)."
+        )
     if not trace.forwards:
         raise ValueError("the trace is empty; run the model inside `with mmskip.trace(model) as trace:`.")
     view = families.find(model)

@@ -361,6 +361,13 @@ def parts_of(block: nn.Module) -> tuple[Any, Any]:
     return attention, found[0] if len(found) == 1 else None
 
 
+def added_by(block: nn.Module) -> Any:
+    """The module whose output a block adds for its MLP: the norm after the MLP where there is one, else the MLP."""
+    names = ("post_feedforward_layernorm", "post_mlp_layernorm")
+    norms = [child for name, child in block.named_children() if name in names]
+    return norms[0] if len(norms) == 1 else parts_of(block)[1]
+
+
 def output_projection(attention: nn.Module) -> nn.Module:
     """The matrix product of an attention that follows its scores."""
     names = ("o_proj", "out_proj", "c_proj", "dense", "wo")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmskip.families import STATE, MlpRule, VoidRule
 from mmskip.families.hf_blocks import given_cache
-from mmskip.families.hf_plan import parts_of
+from mmskip.families.hf_plan import added_by, parts_of
 from mmskip.swap import Change, bind, state_of
 from mmskip.trace import report_slot, report_visit
 
@@ -25,7 +25,7 @@ class MlpState:
 
     Attributes:
         done_BT: the tokens whose MLP is left out; None: it runs for all.
-        update_BTD: what the MLP added.
+        update_BTD: what the MLP, or the norm after it, added.
     """
 
     rule: MlpRule
@@ -128,6 +128,15 @@ class PolicyMlp(nn.Module):
         return (update_BTD, *rest) if rest else update_BTD
 
 
+class PolicyAdded(nn.Module):
+    """Mixin of the norm after an MLP, whose output is what the block adds."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        state: MlpState = state_of(self, PolicyAdded)
+        state.update_BTD = super().forward(*args, **kwargs)
+        return state.update_BTD
+
+
 def policy_changes(view: Any, rule: MlpRule, chosen: range) -> list[Change]:
     """The changes by which the MLPs of the blocks `chosen` are left out as `rule` says.
 
@@ -146,6 +155,8 @@ def policy_changes(view: Any, rule: MlpRule, chosen: range) -> list[Change]:
         state = MlpState(rule, index)
         changes.append(Change(view.site(index), block, PolicyBlock, state))
         changes.append(Change(f"{view.site(index)}.mlp", mlp, PolicyMlp, state))
+        if (added := added_by(block)) is not mlp:
+            changes.append(Change(f"{view.site(index)}.mlp_norm", added, PolicyAdded, state))
     return [*changes, Change("decoder", view.root, PolicyRoot, rule)]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from mmskip.families import STATE
-from mmskip.families.hf_plan import parts_of
+from mmskip.families.hf_plan import added_by, parts_of
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def entering(view: Any, index: int, edit: Callable[[Tensor], Tensor]) -> Iterato
 
 def mlp_cosines(view: Any, model: nn.Module, data: Iterable[Any], chosen: range, warmup: int) -> Tensor:
     """Cosines [blocks, tokens] between the states before and after the MLP of some blocks, for every real token of the
-    data past the warm-up, by the blocks' own arithmetic: the output minus what the MLP added.
+    data past the warm-up, by the blocks' own arithmetic: the output minus what the MLP, or the norm after it, added.
 
     Raises:
         ValueError: a block's MLP is not added last to its residual stream, or the data are empty.
@@ -94,19 +94,20 @@ def mlp_cosines(view: Any, model: nn.Module, data: Iterable[Any], chosen: range,
             return
         if residual.mid_BTD is None:
             raise ValueError(f"{view.site(residual.index)} has no single module for its MLP after its attention.")
-        before_BTD = residual.y_BTD - added[residual.index]
+        before_BTD = residual.y_BTD - added.pop(residual.index)
         scale = float(residual.y_BTD.abs().max())
         if float((before_BTD - residual.mid_BTD).abs().max()) > 1e-2 * scale:
             raise ValueError(
-                f"{view.site(residual.index)} ({type(view.blocks[residual.index]).__name__}) scales or norms what its "
-                "MLP adds, so the state before it cannot be told; this policy does not apply."
+                f"{view.site(residual.index)} ({type(view.blocks[residual.index]).__name__}) scales what its MLP "
+                "adds, so the state before it cannot be told; this policy does not apply."
             )
         cosine_BT = cosine_similarity(before_BTD.float(), residual.y_BTD.float(), dim=-1)
         found[residual.index].append(cosine_BT[keep_BT] if keep_BT is not None else cosine_BT.flatten())
 
     def note(index: int) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            added[index] = output[0] if isinstance(output, tuple) else output
+            # the block runs a second time with its MLP silenced
+            added.setdefault(index, output[0] if isinstance(output, tuple) else output)
 
         return hook
 
@@ -115,9 +116,8 @@ def mlp_cosines(view: Any, model: nn.Module, data: Iterable[Any], chosen: range,
     try:
         with ExitStack() as stack, torch.no_grad():
             for index in chosen:
-                _, mlp = parts_of(view.blocks[index])
-                if mlp is not None:
-                    stack.enter_context(_removed(mlp.register_forward_hook(note(index))))
+                if parts_of(view.blocks[index])[1] is not None:
+                    stack.enter_context(_removed(added_by(view.blocks[index]).register_forward_hook(note(index))))
             stack.enter_context(residuals(view, seen))
             for batch in data:
                 call = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)

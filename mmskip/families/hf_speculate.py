@@ -21,7 +21,7 @@ from mmskip.families import STATE, Speculator
 from mmskip.families.hf_blocks import CACHE_NAME, given_cache
 from mmskip.families.hf_plan import DROP, RUN, PartState, PlannedPart, parts_of, returned_values
 from mmskip.families.hf_prompt import arguments_of
-from mmskip.families.hf_speculate_tree import DraftTree, kept_slots, tree_inputs, tree_mask, walk
+from mmskip.families.hf_speculate_tree import DraftTree, alternatives, kept_slots, tree_inputs, tree_mask, walk
 from mmskip.ops.speculative import speculative_sample
 from mmskip.swap import Change, state_of
 from mmskip.trace import report_slot, report_visit
@@ -302,7 +302,7 @@ class Decoding:
                 # a tree is compared with what the model draws, so that its own tokens need not be drawn
                 tokens, probs_BV = self._choose(logits_BV, likeliest=bool(self.speculator.branches))
                 distributions.append(probs_BV)
-                beside = self._alternatives(tokens, probs_BV)
+                beside = alternatives(tokens, probs_BV, self.speculator.branches, self.speculator.branch_above)
                 sure = (probs_BV.amax(-1) >= self.speculator.stop_below).tolist()
                 for row in range(batch):
                     if open_rows[row]:
@@ -320,18 +320,6 @@ class Decoding:
         for layer in self.cache.layers:
             if layer.is_initialized and layer.keys.shape[-2] > slots:
                 layer.keys, layer.values = layer.keys[..., :slots, :], layer.values[..., :slots, :]
-
-    def _alternatives(self, tokens: Sequence[int], probs_BV: Tensor) -> list[list[int]]:
-        """Tokens beside each row's draft that are likely enough."""
-        count = min(self.speculator.branches, probs_BV.shape[1] - 1)
-        if not count:
-            return [[] for _ in tokens]
-        best_BK, index_BK = probs_BV.topk(count + 1)
-        likely = (best_BK >= self.speculator.branch_above).tolist()
-        return [
-            [other for other, able in zip(row, enough, strict=True) if able and other != token][:count]
-            for row, enough, token in zip(index_BK.tolist(), likely, tokens, strict=True)
-        ]
 
     def _verify(self, trees: list[DraftTree], distributions: list[Tensor]) -> list[list[int]]:
         """Accept drafts of each row as the whole model would have chosen them, add one token of its own; returns the

@@ -3,7 +3,8 @@
 A tree is a chain of drafts and, beside some of its places, alternatives that nothing follows. The query at place 0 is
 the newest token of the row, the root; draft i stands at place i + 1.
 
-Shape suffixes: B rows, S slots of the cache before the pass, Q queries (the root and the drafts).
+Shape suffixes: B rows, S slots of the cache before the pass, Q queries (the root and the drafts), V vocabulary, K most
+likely tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,6 +47,19 @@ class DraftTree:
         """The draft of this token after `node`, or None."""
         found = (i for i, parent in enumerate(self.parents) if parent == node and self.tokens[i] == token)
         return next(found, None)
+
+
+def alternatives(tokens: Sequence[int], probs_BV: Tensor, most: int, above: float) -> list[list[int]]:
+    """Up to `most` tokens beside the draft of each row that are at least as likely as `above`."""
+    count = min(most, probs_BV.shape[1] - 1)
+    if not count:
+        return [[] for _ in tokens]
+    best_BK, index_BK = probs_BV.topk(count + 1)
+    likely = (best_BK >= above).tolist()
+    return [
+        [other for other, able in zip(row, enough, strict=True) if able and other != token][:count]
+        for row, enough, token in zip(index_BK.tolist(), likely, tokens, strict=True)
+    ]
 
 
 def walk(tree: DraftTree, choose: Callable[[int, list[int]], int]) -> tuple[list[int], list[int]]:

@@ -92,3 +92,5 @@ def test_an_empty_trace_is_refused():
         pass
     with pytest.raises(ValueError, match="empty"):
         mmskip.cost(model, trace)
+    with pytest.raises(TypeError, match=r"got Trace and LlamaForCausalLM; expected.*mmskip.cost\(model, trace\)"):
+        mmskip.cost(trace, model)

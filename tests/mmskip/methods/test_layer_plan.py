@@ -100,11 +100,16 @@ def _assert_cached_equals_uncached(name, plan, attn):
     model = planned(name, plan)
     if name not in ("gemma2", "gpt_oss"):
         model.set_attn_implementation(attn)
-    mask = torch.ones_like(IDS)
-    mask[0, :5] = 0
     call = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     assert_same_generation(model, inputs=IDS, **call)
-    assert_same_generation(model, inputs=IDS, attention_mask=mask, **call)
+    assert_same_generation(model, inputs=IDS, attention_mask=padding(), **call)
+
+
+def padding():
+    """Of a batch whose first row is padded at its start."""
+    mask = torch.ones_like(IDS)
+    mask[0, :5] = 0
+    return mask
 
 
 @pytest.mark.parametrize(("name", "plan"), grid("joint"))
@@ -118,8 +123,9 @@ def test_static_caches_are_exact_or_refused(name, plan):
         with pytest.raises(ValueError, match=r"StaticCache; a plan that repeats blocks.*'dynamic'"):
             model.generate(IDS, cache_implementation="static", **call)
         return
-    static = model.generate(IDS, cache_implementation="static", **call)
-    assert torch.equal(static, model.generate(IDS, use_cache=False, **call))
+    for mask in (None, padding()):
+        static = model.generate(IDS, attention_mask=mask, cache_implementation="static", **call)
+        assert torch.equal(static, model.generate(IDS, attention_mask=mask, use_cache=False, **call))
 
 
 def run_blocks(model, ids, visits):
