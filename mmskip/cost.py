@@ -89,7 +89,7 @@ class _BlockCost:
         products = view.matrix_products(index)
         self.linear = 2.0 * sum(count * rows * columns for rows, columns, count in products)
         self.pair = 4.0 * view.attention_width(index)
-        self.router = 2.0 * sum(p.numel() for p in view.router_parameters(index))
+        self.score, self.gate = view.router_flops(index)
         item = view.item_bytes(index)
         self.view, self.index = view, index
         self.activation = item * sum(count * (rows + columns) for rows, columns, count in products)
@@ -112,7 +112,7 @@ def _forward_cost(blocks: list[_BlockCost], forward: ForwardRecord) -> tuple[flo
             ran += block.planned(layer)
         full += layer.tokens * (block.linear + block.pair * layer.dense_keys)
         if layer.kept is not None:
-            ran += block.router * (layer.tokens + layer.ran)
+            ran += block.score * layer.tokens + block.gate * layer.ran
         kept_bytes += block.activation * layer.ran
         full_bytes += block.activation * layer.tokens
     return ran, full, kept_bytes, full_bytes

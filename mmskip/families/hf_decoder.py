@@ -133,9 +133,10 @@ class DecoderView:
         """Bytes of one number of the hidden states."""
         return next(p.element_size() for p in self.blocks[index].parameters() if p.is_floating_point())
 
-    def router_parameters(self, index: int) -> list[nn.Parameter]:
-        """The weights that mmskip added to a block."""
-        return [p for n, p in self.blocks[index].named_parameters() if n.startswith("mmskip_")]
+    def router_flops(self, index: int) -> tuple[int, int]:
+        """FLOPs per token of the scores and of the gates of a block's router."""
+        router = getattr(self.blocks[index], "mmskip_router", None)
+        return (0, 0) if router is None else router.flops()
 
     def cache_use(self, index: int, cache: Any, length: int) -> tuple[int, int, int]:
         """After a call with `length` tokens: keys a dense block attends over, KV bytes stored, KV bytes a dense block

@@ -17,6 +17,7 @@ from mmskip.families import STATE, TokenView
 from mmskip.registry import register
 from mmskip.routers import (
     GATES,
+    LEARNED,
     ROUTERS,
     TEXT,
     Selection,
@@ -46,20 +47,21 @@ class MoDConfig(MethodConfig):
             attention type stays dense, because transformers reads lengths and masks there; the patterns leave
             it out, indices that claim it are refused unless every block of its type is claimed. Blocks without
             attention (of hybrid models) are never routed.
-        router: `"linear"` (learned, the paper's), or without parameters: `"norm"` (largest hidden states) and the
-            controls `"random"` and `"uniform"` (evenly spaced).
+        router: `"linear"` (learned, the paper's), `"mlp"` (learned, with `router_hidden` units), or without parameters:
+            `"norm"` (largest hidden states) and the controls `"random"` and `"uniform"` (evenly spaced).
         gate: multiplier of a kept vision token's update from its score mu: `"tanh"` (1 + 0.2 tanh mu, zero-initialised:
             safe on pretrained weights), `"linear"` (mu, the paper's), `"sigmoid"`, `"none"` (1: the router gets no
-            gradient); used by the linear router only. `"own"`: 1 + 0.2 tanh(v . x), whose zero-initialised weights v
-            are trained by the loss, beside any router; a linear router's ranking weights then get no gradient, they
+            gradient); used by the learned routers only. `"own"`: 1 + 0.2 tanh(v . x), whose zero-initialised weights
+            v are trained by the loss, beside any router; a learned router's ranking weights then get no gradient, they
             are there to be fitted (`mmskip.methods.mod_fit.fit_routers`).
         always_keep: `"last"`: the last vision token of each frame, where a stream decides to speak, is one of the
             k; `"none"`: it competes like the others.
-        noise: scale of the Gumbel noise added to the linear router's scores in training, >= 0. At 1 the kept tokens are
+        noise: scale of the Gumbel noise added to a learned router's scores in training, >= 0. At 1 the kept tokens are
             a sample without replacement in proportion to exp(mu), so that every token is tried and can be learned
             from; 0 (the paper): always the best k. Evaluation never adds noise.
         keep_floor: least keep ratio of the cosine schedule, in (0, 1].
         seed: of the random router, >= 0.
+        router_hidden: units of the `"mlp"` router, >= 1.
         attention: attention implementation of the routed blocks: None, the model's, or `"mmskip_ragged"`, which packs
             samples without padding and runs xFormers where it loads (`python -m mmskip.env`). The other blocks keep
             the model's.
@@ -74,6 +76,7 @@ class MoDConfig(MethodConfig):
     keep_floor: float = 0.1
     seed: int = 0
     attention: str | None = None
+    router_hidden: int = 32
 
     def __post_init__(self) -> None:
         for name in ("keep", "layers"):
@@ -88,6 +91,9 @@ class MoDConfig(MethodConfig):
         for name, choices in (("router", ROUTERS), ("gate", GATES), ("always_keep", ("none", "last"))):
             check_choice(name, getattr(self, name), choices)
         check_count("seed", self.seed)
+        check_count("router_hidden", self.router_hidden)
+        if self.router_hidden == 0:
+            raise ValueError("router_hidden is 0; expected the units of the 'mlp' router, >= 1.")
         check_choice("attention", self.attention, ATTENTIONS)
 
 
@@ -211,7 +217,7 @@ class MoDPolicy:
 
     def _scores(self, block: nn.Module, x_BTD: Tensor, groups: TokenGroups) -> Tensor:
         kind = self.config.router
-        if kind == "linear":
+        if kind in LEARNED:
             mu_BT = block.mmskip_router(x_BTD)  # type: ignore[operator]
             if self.config.noise and block.training:
                 mu_BT = mu_BT - self.config.noise * torch.empty_like(mu_BT).exponential_().log()
@@ -225,7 +231,7 @@ class MoDPolicy:
     def gate(self, block: nn.Module, x_BSD: Tensor, selection: Selection, groups: TokenGroups) -> Tensor | None:
         """Multiplier [B, S]: of vision tokens from their score, of text 1."""
         gate = self.config.gate
-        if gate == "none" or (gate != "own" and self.config.router != "linear"):
+        if gate == "none" or (gate != "own" and self.config.router not in LEARNED):
             return None
         if block.training and torch.is_grad_enabled():
             _check_learning(block, self.index)
@@ -286,7 +292,7 @@ def route_decoder(config: MoDConfig, view: TokenView) -> list[Change]:
     ratios = keep_ratios(config, routed, len(view.blocks))
     policies = {i: MoDPolicy(config, ratio, i) for i, ratio in zip(routed, ratios, strict=True)}
     children: dict[int, dict[str, nn.Module]] = {i: {} for i in routed}
-    if config.router == "linear" or config.gate == "own":
+    if config.router in LEARNED or config.gate == "own":
         for i in routed:
             children[i]["mmskip_router"] = _router(config, view, i)
     return view.subset_changes(policies, children, config.attention)
@@ -296,9 +302,10 @@ def _router(config: MoDConfig, view: TokenView, index: int) -> TokenRouter:
     block = view.blocks[index]
     # quantized blocks keep scales and norms in dtypes of their own: the hidden states tell
     device = next(block.parameters()).device
-    router = TokenRouter(view.width, config.gate, device, view.dtype, ranks=config.router == "linear")
+    hidden = config.router_hidden if config.router == "mlp" else 0
+    router = TokenRouter(view.width, config.gate, device, view.dtype, config.router in LEARNED, hidden)
     router.train(block.training)
     # without a gate no gradient reaches the scores, and DDP waits for every weight that asks for one
-    if router.weight is not None:
-        router.weight.requires_grad_(config.gate not in ("none", "own"))
+    for weight in router.ranking_weights().values():
+        weight.requires_grad_(config.gate not in ("none", "own"))
     return router

@@ -76,11 +76,14 @@ def test_gates():
     assert torch.equal(gate_of(scores, "linear"), scores)
     assert torch.equal(gate_of(scores, "sigmoid"), scores.sigmoid())
     assert gate_of(torch.zeros(1), "tanh") == 1 and gate_of(scores, "tanh").max() < 1.2
-    assert TokenRouter(4, "tanh").weight.abs().sum() == 0
+    for hidden in (0, 3):
+        router = TokenRouter(4, "tanh", hidden=hidden)
+        assert (router.gate(torch.randn(5, 4)) == 1).all(), "the first step is not that of the model"
 
 
-def test_scores_are_fp32_whatever_the_model():
-    router = TokenRouter(8, "linear", dtype=torch.bfloat16)
+@pytest.mark.parametrize("hidden", [0, 4])
+def test_scores_are_fp32_whatever_the_model(hidden):
+    router = TokenRouter(8, "linear", dtype=torch.bfloat16, hidden=hidden)
     assert router(torch.randn(3, 8, dtype=torch.bfloat16)).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert router(torch.randn(3, 8)).dtype == torch.float32

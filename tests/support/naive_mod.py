@@ -3,13 +3,15 @@
 It calls the blocks of an untouched copy of the model, each with an explicit mask and position embeddings.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 
 def naive_logits(
     base: nn.Module,
-    routers: dict[int, Tensor],
+    routers: dict[int, Tensor | Callable[[Tensor], Tensor]],
     ids: Tensor,
     layout: Tensor,
     keep: float,
@@ -18,7 +20,7 @@ def naive_logits(
     record: dict[int, list[int]] | None = None,
     positions: Tensor | None = None,
 ) -> Tensor:
-    """Logits [T, V] of one row (`ids`, `layout`: [T])."""
+    """Logits [T, V] of one row (`ids`, `layout`: [T]); `routers`: weights [D], or functions [T, D] -> [T]."""
     decoder = base.get_decoder()
     positions = torch.arange(len(ids)) if positions is None else positions
     x = decoder.embed_tokens(ids)[None]
@@ -27,7 +29,8 @@ def naive_logits(
     for index, block in enumerate(decoder.layers):
         kept = list(range(len(ids)))
         if index in routers:
-            scores = x[0].float() @ routers[index].float()
+            router = routers[index]
+            scores = router(x[0]) if callable(router) else x[0].float() @ router.float()
             kept = _kept(scores, layout, keep, force_last)
             if record is not None:
                 record[index] = kept

@@ -172,8 +172,19 @@ def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def routers_of(model: torch.nn.Module) -> dict[int, torch.Tensor]:
-    """Router weights by block index."""
+    """Weights of the linear routers by block index."""
     return {i: b.mmskip_router.weight for i, b in enumerate(blocks_of(model)) if hasattr(b, "mmskip_router")}
+
+
+def mlp_scores(router: torch.nn.Module):
+    """The score of an MLP router, one token at a time."""
+
+    def score(x):
+        x = x.float() / (x.float().square().mean() + 1e-6).sqrt()
+        hidden = router.hidden_weight.float() @ x + router.hidden_bias.float()
+        return (hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))) @ router.weight.float()
+
+    return lambda x_TD: torch.stack([score(x) for x in x_TD])
 
 
 def pad_rows(rows: list[torch.Tensor], value: int, side: str) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from masked_reference import masked_logits
 from mod_cases import CORE, example, families, routed
 from naive_mod import naive_logits
-from tiny_decoders import DECODERS, PLACED, VOCAB, pad_rows, routers_of, stream_layout, tiny_decoder
+from tiny_decoders import DECODERS, PLACED, VOCAB, mlp_scores, pad_rows, routers_of, stream_layout, tiny_decoder
 
 import mmskip
 
@@ -49,6 +49,23 @@ def test_routing_equals_the_naive_reference(name, keep, gate, always):
         out = model(ids, layout=layout).logits[0]
         expected = naive_logits(base, routers_of(model), ids[0], layout[0], keep, gate, always == "last")
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(out, base(ids).logits[0], atol=1e-3), "routing changed nothing: the test shows nothing"
+
+
+@pytest.mark.parametrize("gate", ["tanh", "none"])
+@pytest.mark.parametrize("name", ["llama", "mistral_window"])
+def test_routing_by_an_mlp_equals_the_naive_reference_with_and_without_a_cache(name, gate):
+    model, base = routed(name, 0.3, gate, router="mlp", router_hidden=5)
+    ids, layout = example()
+    routers = {i: mlp_scores(model.model.layers[i].mmskip_router) for i in routers_of(model)}
+    start = int((layout[0] == 3).nonzero()[0])  # a frame stays whole
+    with torch.no_grad():
+        out = model(ids, layout=layout).logits[0]
+        expected = naive_logits(base, routers, ids[0], layout[0], 0.3, gate)
+        first = model(ids[:, :start], layout=layout[:, :start], use_cache=True)
+        rest = model(ids[:, start:], layout=layout[:, start:], past_key_values=first.past_key_values).logits[0]
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rest, out[start:], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(out, base(ids).logits[0], atol=1e-3), "routing changed nothing: the test shows nothing"
 
 

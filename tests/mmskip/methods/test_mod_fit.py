@@ -1,6 +1,8 @@
 """Routers fitted to the attention that tokens receive, and gates with weights of their own."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,8 +11,9 @@ from tiny_decoders import VOCAB, pad_rows, stream_layout, tiny_decoder
 
 import mmskip
 from mmskip.methods.mod import policies
-from mmskip.methods.mod_fit import fit_routers
+from mmskip.methods.mod_fit import _Frames, fit_routers
 from mmskip.ops.hf_attention import register_attention
+from mmskip.routers import token_groups
 
 NAMES = ("llama", "mistral_window", "gemma2", "gpt_oss")
 
@@ -84,14 +87,68 @@ def test_fitting_leaves_nothing_behind_even_after_an_error():
     assert changed == {f"model.layers.{i}.mmskip_router.weight" for i in (1, 3)}
 
 
-def test_a_fitted_router_keeps_more_attention_than_one_that_was_not():
+@pytest.mark.parametrize("name", NAMES)
+def test_mlp_routers_learn_the_attention_and_nothing_else_changes(name):
+    base = tiny_decoder(name)
+    model = mmskip.apply_(copy.deepcopy(base), mmskip.MoDConfig(keep=0.3, router="mlp", gate="own")).train()
+    weights = copy.deepcopy(model.state_dict())
+    few = fit_routers(model, batches(), steps=1)
+    many = fit_routers(model, batches(), steps=200)
+    assert list(many) == [p.index for p in policies(model)] and all(0 <= few[i] < many[i] <= 1 for i in many)
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, weights[key])}
+    ranking = ("weight", "hidden_weight", "hidden_bias")
+    assert changed == {f"model.layers.{i}.mmskip_router.{part}" for i in many for part in ranking}
+
+
+def test_the_frames_held_for_an_mlp_are_a_fair_sample_within_their_bound():
+    groups = token_groups(torch.arange(40).repeat_interleave(3)[None])
+    x = groups.layout_BT[..., None].float()
+    times = torch.zeros(40)
+    for seed in range(200):
+        frames = _Frames(31, torch.Generator().manual_seed(seed))
+        frames.add(x, torch.ones(1, 120), groups)
+        assert len(frames.kept) == 10 and frames.held == 30
+        times += torch.bincount(torch.stack([x[0, 0] for x, _ in frames.kept]).long(), minlength=40)
+    assert times.min() > 25 and times.max() < 80, "50 times each, save for chance"
+
+
+def test_ranks_agree_on_an_mlp_also_where_one_has_no_frames():
+    ids, layout = example(4)
+    queries = layout < 0
+    calls = [[({"input_ids": ids, "layout": given}, queries)] for given in (layout, torch.full_like(layout, -1))]
+    barrier, sums = threading.Barrier(2), {}
+
+    def rank(number):
+        def reduce(value):
+            sums[number] = value
+            barrier.wait()
+            total = sums[0] + sums[1]
+            barrier.wait()
+            return total
+
+        torch.manual_seed(number)
+        fit_routers(models[number], calls[number], reduce=reduce, steps=20)
+
+    models = [mmskip.apply_(tiny_decoder("llama"), mmskip.MoDConfig(router="mlp", gate="own")) for _ in calls]
+    before = copy.deepcopy(models[1].state_dict())
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(rank, range(2)))
+    for key, value in models[0].state_dict().items():
+        assert torch.equal(value, models[1].state_dict()[key]), key
+    assert not torch.equal(
+        before["model.layers.1.mmskip_router.weight"], models[1].model.layers[1].mmskip_router.weight
+    )
+
+
+@pytest.mark.parametrize("router", ["linear", "mlp"])
+def test_a_fitted_router_keeps_more_attention_than_one_that_was_not(router):
     ids, layout = example(6)
     queries = layout < 0
     shares = []
     for fit in (False, True):
-        model, base = routed("llama", gate="own", keep=0.3)
+        model, base = routed("llama", gate="own", keep=0.3, router=router)
         if fit:
-            fit_routers(model, [({"input_ids": ids, "layout": layout}, queries)])
+            fit_routers(model, [({"input_ids": ids, "layout": layout}, queries)], steps=200)
         base.set_attn_implementation("eager")
         with torch.no_grad(), mmskip.trace(model) as trace:
             model(ids, layout=layout)
@@ -101,7 +158,7 @@ def test_a_fitted_router_keeps_more_attention_than_one_that_was_not():
     assert shares[1] > shares[0]
 
 
-@pytest.mark.parametrize("router", ["linear", "random", "norm", "uniform"])
+@pytest.mark.parametrize("router", ["linear", "mlp", "random", "norm", "uniform"])
 def test_a_gate_of_its_own_starts_at_one_and_alone_is_trained_beside_any_router(router, tmp_path):
     base = tiny_decoder("llama")
     ids, layout = example()

@@ -81,7 +81,7 @@ def test_freezing_everything_in_a_block_on_purpose_is_allowed():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("router", ["linear", "random"])
+@pytest.mark.parametrize("router", ["linear", "mlp", "random"])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_checkpointing_gives_the_same_gradients(name, reentrant, router):
     model = mmskip.apply_(tiny_decoder(name), mmskip.MoDConfig(gate="sigmoid", router=router)).train()
@@ -109,9 +109,11 @@ def test_a_batch_without_vision_gives_the_router_a_zero_gradient(name):
     assert len(gradients) == 2 and all(g is not None and g.abs().sum() == 0 for g in gradients.values())
 
 
-@pytest.mark.parametrize("gate", ["linear", "sigmoid", "tanh"])
-def test_training_lowers_the_loss_and_moves_the_router(gate):
-    model = mmskip.apply_(tiny_decoder("llama"), mmskip.MoDConfig(gate=gate)).train()
+@pytest.mark.parametrize(
+    ("gate", "router"), [("linear", "linear"), ("sigmoid", "linear"), ("tanh", "linear"), ("tanh", "mlp")]
+)
+def test_training_lowers_the_loss_and_moves_the_router(gate, router):
+    model = mmskip.apply_(tiny_decoder("llama"), mmskip.MoDConfig(gate=gate, router=router)).train()
     before = copy.deepcopy({n: p.detach() for n, p in model.named_parameters() if "mmskip" in n})
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
