@@ -88,7 +88,7 @@ class VLM(StepLossModule):
         gradient_checkpointing: recompute each layer in the backward pass.
         anneal_steps: optimizer steps in which the keep ratio of MoD falls from 1 to the config's, >= 0. Validation
             during training uses the ratio of the step; everything after training, the config's.
-        router_fit: training batches on which linear routers with gate "own" or "none" are fitted to the attention of
+        router_fit: training batches on which learned routers with gate "own" or "none" are taught the attention of
             the answers before the first step (`mmskip.methods.mod_fit.fit_routers`); 0: they stay random.
         lr: peak learning rate of AdamW, > 0.
         router_lr: the same for the methods' weights; None: `lr`.
