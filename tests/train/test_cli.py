@@ -7,16 +7,19 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from narration_data import LLAMA
 
 from mmskip.train import cli
 from mmskip.train.checkpoints import WholeFileIO, last_checkpoint
 from mmskip.train.cli import main, prepare_arguments
+from mmskip.train.runs import SaveConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = {
@@ -233,6 +236,18 @@ def test_an_interrupted_run_resumes_with_the_loss_curve_of_a_whole_one(here, sav
     assert reports[0]["metrics"] == reports[1]["metrics"]
     config = yaml.safe_load((second / "config.yaml").read_text())
     assert config["ckpt_path"] is None  # run again, it starts from the beginning
+
+
+@pytest.mark.parametrize("ended", [KeyboardInterrupt(), SIGTERMException()])
+def test_a_run_ended_by_its_user_or_scheduler_says_how_it_goes_on(tmp_path, capsys, ended):
+    trainer = SimpleNamespace(default_root_dir=tmp_path, is_global_zero=True)
+    callback = SaveConfig(None, None)
+    callback.on_exception(trainer, None, ended)
+    assert "nothing to go on from" in capsys.readouterr().out
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/last.ckpt").touch()
+    callback.on_exception(trainer, None, ended)
+    assert "--ckpt_path last" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_another_method_is_refused(here, capsys):

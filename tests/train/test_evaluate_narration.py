@@ -256,6 +256,9 @@ def test_a_dense_checkpoint_has_no_learned_router_but_controls():
     own = [mmskip.MoDConfig(keep=0.4)]
     names = [variant.name for variant in plan_variants(own, [0.2, 0.2], ["learned", "learned"], True)]
     assert names == ["dense", "learned-0.2", "trained", "blanked"], "the blanked one has its twin, nothing twice"
+    own = [mmskip.MoDConfig(keep=0.4, router="mlp")]
+    methods = [variant.methods for variant in plan_variants(own, [0.2], ["learned", "random"], False)[1:]]
+    assert [config.router for (config,) in methods] == ["mlp", "random"]
 
 
 def test_checkpoints_that_do_not_fit_are_one_clear_line(trained, tmp_path, capsys):

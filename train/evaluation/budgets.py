@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import mmskip
 from mmskip import MoDConfig
+from mmskip.routers import LEARNED
 from mmskip.save import added_weights
 from mmskip.timing import interleaved_ratio
 
 if TYPE_CHECKING:
     from mmskip.models.video_llm import VideoLLM
 
-ROUTERS = {"learned": "linear", "random": "random", "uniform": "uniform", "norm": "norm"}
+ROUTERS = ("learned", "random", "uniform", "norm")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def plan_variants(
     Args:
         methods: the checkpoint's own configs.
         keep: ratios in (0, 1]; None: the checkpoint's.
-        routers: keys of `ROUTERS`; None: the checkpoint's.
+        routers: some of `ROUTERS`; None: the checkpoint's.
         blank: add the checkpoint's own setting with blanked features.
 
     Raises:
@@ -60,10 +61,9 @@ def plan_variants(
                 "the checkpoint was trained without MoDConfig, so it has no router whose budget --keep could change; "
                 "give --router random uniform to drop tokens of it untrained"
             )
-        names = list(dict.fromkeys(routers or ())) or [
-            next(name for name, kind in ROUTERS.items() if own and kind == own.router)
-        ]
-        if "learned" in names and (own is None or own.router != "linear"):
+        learned = own is not None and own.router in LEARNED
+        names = list(dict.fromkeys(routers or ())) or ["learned" if learned or own is None else own.router]
+        if "learned" in names and not learned:
             told = "no MoDConfig" if own is None else f"router={own.router!r}"
             raise ValueError(f"the checkpoint has no learned router ({told}); give --router random uniform")
         base = own or MoDConfig()
@@ -74,7 +74,7 @@ def plan_variants(
         for name in names:
             for ratio in ratios:
                 if name == "learned" or ratio < 1:
-                    config = dataclasses.replace(base, keep=ratio, router=ROUTERS[name])
+                    config = dataclasses.replace(base, keep=ratio, router=base.router if name == "learned" else name)
                     changed = tuple(config if method is own else method for method in trained) if own else (config,)
                     variants.append(Variant(f"{name}-{ratio:g}", changed, series=name))
     if blank:
