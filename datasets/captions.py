@@ -34,6 +34,7 @@ from mmskip.datasets.samples import UnrepeatedSampler
 from mmskip.datasets.scene_captions import SPLITS, SceneCaptionsConfig, generate_captions, scene_texts
 from mmskip.datasets.snli_ve import LABELS, EntailmentPair, find_pair_images, read_pairs
 from mmskip.datasets.tokenizer import word_tokenizer
+from mmskip.models.pretrained import pretrained
 
 TASKS = ("caption", "entailment")
 ANSWERS = dict(zip(LABELS, ("yes", "maybe", "no"), strict=True))
@@ -321,7 +322,8 @@ class CaptionData(LightningDataModule):
             ValueError: there is no such tokenizer, or no training split to take words from.
         """
         if self._tokenizer is None:
-            self._tokenizer = self._own_words() if self.tokenizer_name is None else _load(self.tokenizer_name)
+            name, load = self.tokenizer_name, AutoTokenizer.from_pretrained
+            self._tokenizer = self._own_words() if name is None else pretrained("tokenizer", name, load)
         return self._tokenizer
 
     def _own_words(self) -> Any:
@@ -468,13 +470,3 @@ def _questions(path: Path) -> dict[str, list[tuple[str, str]]]:
         row = json.loads(line)
         found.setdefault(row["image"], []).append((row["question"], row["answer"]))
     return found
-
-
-def _load(name: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"tokenizer={name!r} is not a local folder with a tokenizer of transformers, not in the local cache and "
-            f"not to be downloaded from here ({str(error).splitlines()[0]})"
-        ) from error

@@ -17,6 +17,7 @@ from mmskip.datasets.chat_labels import ChatLabels
 from mmskip.datasets.resumable import ResumableLoader
 from mmskip.datasets.samples import UnrepeatedSampler
 from mmskip.datasets.scene_chat import CLIP_FPS, SPLITS, SceneChatConfig, generate_chat, scene_processor
+from mmskip.models.pretrained import pretrained
 
 _EMBEDDED = SceneChatConfig()
 _FILE_FPS = 1.0
@@ -129,7 +130,9 @@ class ChatData(LightningDataModule):
             ValueError: there is no such processor, or it has no chat template.
         """
         if self._labels is None:
-            processor = scene_processor(self.generated) if self.processor_name is None else _load(self.processor_name)
+            name = self.processor_name
+            load = AutoProcessor.from_pretrained
+            processor = scene_processor(self.generated) if name is None else pretrained("processor", name, load)
             if self.chat_template is not None:
                 processor.chat_template = self.chat_template
             self._labels = ChatLabels(processor)
@@ -244,16 +247,6 @@ class ChatData(LightningDataModule):
             self.max_frames,
         )
         return self.folder / "lengths" / f"{split}-{key}.json"
-
-
-def _load(name: str) -> Any:
-    try:
-        return AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"processor={name!r} is not a local folder with a processor of transformers, not in the local cache and "
-            f"not to be downloaded from here ({str(error).splitlines()[0]})"
-        ) from error
 
 
 def _template(given: str | None) -> str | None:

@@ -33,6 +33,7 @@ from mmskip.datasets.turns import collate_narration, plan_turns, split_turns
 from mmskip.datasets.video import read_video
 from mmskip.env import pick_device
 from mmskip.files import whole
+from mmskip.models.pretrained import pretrained
 from mmskip.models.vision_tower import VisionTower, check_tower_name, tower_id
 
 # The embedded set's tower: random weights, one patch per cell of the stage, one block.
@@ -378,12 +379,7 @@ class NarrationData(LightningDataModule):
 
     def _make_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer_name is not None:
-            try:
-                return prepare_tokenizer(AutoTokenizer.from_pretrained(self.tokenizer_name))
-            except (OSError, ImportError) as error:
-                raise ValueError(
-                    f"tokenizer {self.tokenizer_name!r} is neither a local folder nor in the local cache: {error}"
-                ) from error
+            return prepare_tokenizer(pretrained("tokenizer", self.tokenizer_name, AutoTokenizer.from_pretrained))
         if self._tokenizer_folder.exists():
             return AutoTokenizer.from_pretrained(self._tokenizer_folder)
         if self.annotations is None:

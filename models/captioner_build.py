@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     PretrainedConfig,
@@ -20,7 +19,8 @@ from transformers import (
 )
 
 from mmskip.families.hf_encoder_decoder import EncoderDecoderView, match
-from mmskip.models.language_model import refuse_unknown, torch_dtype
+from mmskip.models.language_model import torch_dtype
+from mmskip.models.pretrained import config_of, refuse_unknown
 from mmskip.train.schedules import SCHEDULES
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -94,27 +94,9 @@ def text_config(text: str | Mapping[str, Any]) -> PretrainedConfig:
         ValueError: a name that is neither in the local cache nor to be reached, a model that is no encoder-decoder, an
             unknown `model_type` or an unknown key of the dict.
     """
-    if isinstance(text, str):
-        try:
-            config = AutoConfig.from_pretrained(text)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"text={text!r} is not a local folder with a Hugging Face model, not in the local cache and not to be "
-                f"downloaded from here ({str(error).splitlines()[0]}). Give a folder, download it first, or give a "
-                "dict with a model_type for a model from scratch."
-            ) from error
-    else:
-        values = dict(text)
-        model_type = values.pop("model_type", None)
-        try:
-            defaults = AutoConfig.for_model(model_type)
-        except ValueError as error:
-            raise ValueError(
-                f"text has model_type={model_type!r}; expected an encoder-decoder that transformers knows, such as "
-                "'bart', 'mbart', 't5' or 'florence2'"
-            ) from error
-        refuse_unknown("text", values, {*defaults.to_dict(), *getattr(defaults, "attribute_map", {})})
-        config = AutoConfig.for_model(model_type, **copy.deepcopy(values))
+    examples = "an encoder-decoder that transformers knows, such as 'bart', 'mbart', 't5' or 'florence2'"
+    hint = "Give a folder, download it first, or give a dict with a model_type for a model from scratch."
+    config = config_of("text", text, examples, hint)
     if _auto(config) is None:
         raise ValueError(
             f"text has model_type={config.model_type!r}, which is no encoder-decoder with text generation; expected "

@@ -1,15 +1,15 @@
 """Building the language model of a video LLM: by name or from scratch, with LoRA and methods."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import peft
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from mmskip.models.pretrained import config_of, refuse_unknown
 from mmskip.registry import apply_, config_types
 
 # the weights of a decoder block that write into the residual stream, under the names most decoders give them
@@ -41,39 +41,15 @@ def llm_config(llm: str | Mapping[str, Any]) -> PretrainedConfig:
     """The configuration of a causal LM: of a name or folder, or from a dict with `model_type`.
 
     Raises:
-        ValueError: a name that is neither in the local cache nor to be reached, an unknown `model_type` or an
-            unknown key of the dict.
+        ValueError: see `config_of`.
     """
-    if isinstance(llm, str):
-        try:
-            return AutoConfig.from_pretrained(llm)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"llm={llm!r} is not a local folder with a Hugging Face model, not in the local cache and not to be "
-                f"downloaded from here ({str(error).splitlines()[0]}). Give a folder, download it first (a gated model "
-                "needs its licence accepted and a login), or give a dict with a model_type for a model from scratch."
-            ) from error
-    values = dict(llm)
-    model_type = values.pop("model_type", None)
-    try:
-        defaults = AutoConfig.for_model(model_type)
-    except ValueError as error:
-        raise ValueError(
-            f"llm has model_type={model_type!r}; expected a causal LM that transformers knows, such as 'llama', "
-            "'qwen3' or 'mistral'"
-        ) from error
-    known = {*defaults.to_dict(), *getattr(defaults, "attribute_map", {})}
-    refuse_unknown("llm", values, known)
-    return AutoConfig.for_model(model_type, **values)
-
-
-def refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise ValueError if `given` holds a name that is not in `known`, with the nearest ones."""
-    known = sorted(known)
-    for key in given:
-        if key not in known:
-            near = get_close_matches(key, known) or known
-            raise ValueError(f"{what} has the unknown key {key!r}; did you mean {', '.join(near)}?")
+    return config_of(
+        "llm",
+        llm,
+        "a causal LM that transformers knows, such as 'llama', 'qwen3' or 'mistral'",
+        "Give a folder, download it first (a gated model needs its licence accepted and a login), or give a dict with "
+        "a model_type for a model from scratch.",
+    )
 
 
 def build_llm(

@@ -10,11 +10,12 @@ from typing import Any
 import peft
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 import mmskip
 from mmskip.files import whole
-from mmskip.models.language_model import LoRA, refuse_unknown, torch_dtype
+from mmskip.models.language_model import LoRA, torch_dtype
+from mmskip.models.pretrained import config_of, refuse_unknown
 
 TRAINABLE = ("all", "router", "lora", "router+lora")
 ROUTER, ADAPTER = "mmskip_", "lora_"
@@ -28,28 +29,14 @@ def vlm_config(vlm: str | Mapping[str, Any]) -> PretrainedConfig:
         ValueError: a name that is neither in the local cache nor to be reached, a model that is no VLM, an unknown
             `model_type` or an unknown key of the dict.
     """
-    if isinstance(vlm, str):
-        try:
-            config = AutoConfig.from_pretrained(vlm)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"vlm={vlm!r} is not a local folder with a Hugging Face model, not in the local cache and not to be "
-                f"downloaded from here ({str(error).splitlines()[0]}). Give a folder, download it first, or give a "
-                "dict with a model_type for a model from scratch. (The folder data/vlm_base of the recipes is written "
-                "by training vlm_dense.yaml.)"
-            ) from error
-    else:
-        values = dict(vlm)
-        model_type = values.pop("model_type", None)
-        try:
-            defaults = AutoConfig.for_model(model_type)
-        except ValueError as error:
-            raise ValueError(
-                f"vlm has model_type={model_type!r}; expected a VLM that transformers knows, such as "
-                "'llava_onevision', 'qwen2_5_vl' or 'smolvlm'"
-            ) from error
-        refuse_unknown("vlm", values, {*defaults.to_dict(), *getattr(defaults, "attribute_map", {})})
-        config = AutoConfig.for_model(model_type, **copy.deepcopy(values))
+    examples = "a VLM that transformers knows, such as 'llava_onevision', 'qwen2_5_vl' or 'smolvlm'"
+    config = config_of(
+        "vlm",
+        vlm,
+        examples,
+        "Give a folder, download it first, or give a dict with a model_type for a model from scratch. (The folder "
+        "data/vlm_base of the recipes is written by training vlm_dense.yaml.)",
+    )
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise ValueError(
             f"vlm has model_type={config.model_type!r}, which has no AutoModelForImageTextToText; expected a VLM such "

@@ -125,7 +125,7 @@ def test_answers_that_cannot_be_told_apart_are_refused():
         ({"image_size": None}, "image_size"),
         ({"tasks": ["vqa"]}, "expected some of caption, entailment"),
         ({"batch_size": 0}, "batch_size must be >= 1"),
-        ({"tokenizer": "no/such_tokenizer"}, "not a local folder with a tokenizer"),
+        ({"tokenizer": "no/such_tokenizer"}, "not a local folder with files of transformers"),
     ],
 )
 def test_bad_settings_are_refused(folder, changed, told):

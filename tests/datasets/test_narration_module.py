@@ -271,7 +271,7 @@ def test_sources_are_checked_before_any_work(ego4d, tmp_path):
 def test_hugging_face_tokenizers_by_folder_and_missing_ones(root, tmp_path):
     make(root).tokenizer.save_pretrained(tmp_path / "mine")
     assert make(root, tokenizer=str(tmp_path / "mine")).vocab_size == make(root).vocab_size
-    with pytest.raises(ValueError, match="neither a local folder nor in the local cache"):
+    with pytest.raises(ValueError, match="not a local folder with files of transformers"):
         _ = make(root, tokenizer=str(tmp_path / "nothing")).tokenizer
 
 
