@@ -10,6 +10,7 @@ the cross entropy between its softmax over a frame and the frame's attention.
 Shape suffixes: B batch, T tokens, D width, G groups (frames), N tokens of the largest group.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +29,8 @@ from mmskip.swap import swap_all, unswap
 
 OWN = ("own", "none")
 """Gates that share no weights with the ranking."""
-STEP_TOKENS = 4608
+STEP_TOKENS, LEAST_STEPS = 4608, 4
+"""Tokens of an optimizer step, and steps of an epoch at least."""
 LEARNING_RATE = 3e-3
 
 
@@ -135,21 +137,24 @@ class _Frames:
 
 
 def _trained(
-    frames: _Frames, start: dict[str, Tensor], steps: int, reduce: Callable[[Tensor], Tensor]
+    frames: _Frames, start: dict[str, Tensor], epochs: int, reduce: Callable[[Tensor], Tensor]
 ) -> tuple[dict[str, Tensor], float]:
     """The weights of an MLP router trained on the frames of all ranks by AdamW with linear decay, and the share of the
     variance of the attention within frames that they explain."""
     device = next(iter(start.values())).device
     ranks = float(reduce(torch.ones((), device=device)))
-    if float(reduce(torch.tensor(float(frames.seen), device=device))) == 0:
+    held = float(reduce(torch.tensor(float(frames.held), device=device)))
+    if held == 0:
         raise ValueError("the calls have no vision tokens, on which routers could be fitted.")
+    batch = min(STEP_TOKENS, math.ceil(held / ranks / LEAST_STEPS))
+    steps = round(epochs * held / ranks / batch)
     flat = nn.Parameter(reduce(torch.cat([value.flatten().float() for value in start.values()])) / ranks)
     optimizer = torch.optim.AdamW([flat], LEARNING_RATE, weight_decay=0.01)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for _ in range(steps):
         flat.grad = torch.zeros_like(flat)
         if frames.kept:
-            x_GND, share_GN, token_GN = (value.to(device) for value in frames.batch(STEP_TOKENS))
+            x_GND, share_GN, token_GN = (value.to(device) for value in frames.batch(batch))
             with torch.enable_grad():
                 scores_GN = token_scores(x_GND, _named(flat, start)).masked_fill(~token_GN, -1e9)
                 loss = -(share_GN * scores_GN.log_softmax(1)).sum(1).mean()
@@ -184,7 +189,7 @@ def fit_routers(
     calls: Iterable[tuple[Mapping[str, Any], Tensor]],
     ridge: float = 0.01,
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
-    steps: int = 1500,
+    epochs: int = 45,
     tokens: int = 160_000,
 ) -> dict[int, float]:
     """Teach the learned routers of `model` the attention that tokens receive.
@@ -198,7 +203,7 @@ def fit_routers(
             an answer is predicted, or all text.
         ridge: of linear routers: weight of the penalty, relative to the variance of each hidden dimension, > 0.
         reduce: sums a tensor over the ranks of a distributed run, each of which passes calls of its own.
-        steps: optimizer steps of each MLP router, each on about 4,600 tokens, >= 1.
+        epochs: of MLP routers: passes over the hidden states held, >= 1.
         tokens: vision tokens per rank and MLP router whose hidden states are held in host memory at a time, in the
             model's dtype, >= 1; beyond that, a uniform sample of the frames.
 
@@ -210,7 +215,7 @@ def fit_routers(
     """
     if not ridge > 0:
         raise ValueError(f"ridge is {ridge!r}; expected a number > 0.")
-    for name, value in (("steps", steps), ("tokens", tokens)):
+    for name, value in (("epochs", epochs), ("tokens", tokens)):
         if value < 1:
             raise ValueError(f"{name} is {value!r}; expected an integer >= 1.")
     family = next((r.family for r in applied(model, details=True) if isinstance(r.config, MoDConfig)), None)
@@ -236,7 +241,7 @@ def fit_routers(
             w_D, explained = seen.reduced(reduce, weights["weight"]).solve(ridge)
             solved[index] = {"weight": w_D}, explained
         else:
-            solved[index] = _trained(seen, weights, steps, reduce)
+            solved[index] = _trained(seen, weights, epochs, reduce)
     for index, (found, _) in solved.items():
         for name, weight in _ranking_weights(view.blocks[index]).items():
             weight.copy_(found[name])

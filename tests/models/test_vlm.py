@@ -3,7 +3,6 @@
 import copy
 import csv
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ import mmskip
 from mmskip.datasets.chat import ChatData
 from mmskip.datasets.scene_chat import scene_processor
 from mmskip.methods.mod import anneal, keep_in_use
-from mmskip.methods.mod_fit import fit_routers
 from mmskip.models.language_model import LoRA
 from mmskip.models.vlm import VLM
 from mmskip.models.vlm_build import load_tuned, save_base, save_tuned, token_ids
@@ -300,8 +298,7 @@ def test_router_tuning_starts_exactly_at_the_loss_of_the_base_model(data, tmp_pa
 
 
 @pytest.mark.parametrize("router", ["linear", "mlp"])
-def test_routers_are_fitted_before_the_first_step_and_not_again_when_a_run_goes_on(data, tmp_path, router, monkeypatch):
-    monkeypatch.setattr("mmskip.models.vlm.fit_routers", partial(fit_routers, steps=20))
+def test_routers_are_fitted_before_the_first_step_and_not_again_when_a_run_goes_on(data, tmp_path, router):
     torch.manual_seed(0)
     save_base(VLM(TINY_VLM, tokens=TOKENS).llm, tmp_path / "base", data.processor)
     own, settings = (

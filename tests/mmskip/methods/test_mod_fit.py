@@ -92,8 +92,8 @@ def test_mlp_routers_learn_the_attention_and_nothing_else_changes(name):
     base = tiny_decoder(name)
     model = mmskip.apply_(copy.deepcopy(base), mmskip.MoDConfig(keep=0.3, router="mlp", gate="own")).train()
     weights = copy.deepcopy(model.state_dict())
-    few = fit_routers(model, batches(), steps=1)
-    many = fit_routers(model, batches(), steps=200)
+    few = fit_routers(model, batches(), epochs=1)
+    many = fit_routers(model, batches(), epochs=50)
     assert list(many) == [p.index for p in policies(model)] and all(0 <= few[i] < many[i] <= 1 for i in many)
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, weights[key])}
     ranking = ("weight", "hidden_weight", "hidden_bias")
@@ -127,7 +127,7 @@ def test_ranks_agree_on_an_mlp_also_where_one_has_no_frames():
             return total
 
         torch.manual_seed(number)
-        fit_routers(models[number], calls[number], reduce=reduce, steps=20)
+        fit_routers(models[number], calls[number], reduce=reduce, epochs=5)
 
     models = [mmskip.apply_(tiny_decoder("llama"), mmskip.MoDConfig(router="mlp", gate="own")) for _ in calls]
     before = copy.deepcopy(models[1].state_dict())
@@ -148,7 +148,7 @@ def test_a_fitted_router_keeps_more_attention_than_one_that_was_not(router):
     for fit in (False, True):
         model, base = routed("llama", gate="own", keep=0.3, router=router)
         if fit:
-            fit_routers(model, [({"input_ids": ids, "layout": layout}, queries)], steps=200)
+            fit_routers(model, [({"input_ids": ids, "layout": layout}, queries)], epochs=150)
         base.set_attn_implementation("eager")
         with torch.no_grad(), mmskip.trace(model) as trace:
             model(ids, layout=layout)
