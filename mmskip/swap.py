@@ -53,6 +53,27 @@ def bind(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> dict
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
+def bind_call(
+    module: nn.Module, key: str, told: str, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """What the changed model handed to its block under `key`, and the block's other arguments by name.
+
+    Args:
+        told: which block got no what, for the error.
+
+    Raises:
+        RuntimeError: it handed down nothing.
+    """
+    bound = bind(module, args, kwargs)
+    call = bound.pop(key, None)
+    if call is None:
+        raise RuntimeError(
+            f"{told}: {type(module).__name__} was called outside the model that mmskip was "
+            "applied to, or a module in between drops unknown keywords."
+        )
+    return call, bound
+
+
 def check_swappable(module: nn.Module, site: str) -> None:
     """Raise if swapping the class of `module` would have no effect on its calls.
 

@@ -28,7 +28,7 @@ from mmskip.families.hf_blocks import CACHE_ARGUMENTS, attention_of, given_cache
 from mmskip.families.hf_plan_entries import check_plan, entries_of
 from mmskip.families.hf_prompt import arguments_of, only_new_tokens
 from mmskip.families.hf_stream import StreamCache
-from mmskip.swap import Change, bind, state_of
+from mmskip.swap import Change, bind, bind_call, state_of
 from mmskip.trace import report_slot, report_visit
 
 PLAN_KEY = "mmskip_plan"
@@ -188,13 +188,8 @@ class PlannedBlock(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state: SlotState = state_of(self, PlannedBlock)
-        bound = bind(self, args, kwargs)
-        call: PlanCall | None = bound.pop(PLAN_KEY, None)
-        if call is None:
-            raise RuntimeError(
-                f"{state.site} got no plan: {type(self).__name__} was called outside the model that mmskip was applied "
-                "to, or a module in between drops unknown keywords."
-            )
+        call: PlanCall
+        call, bound = bind_call(self, PLAN_KEY, f"{state.site} got no plan", args, kwargs)
         x_BTD = bound.pop("hidden_states")
         call.ran.add(state.index)
         report_slot(state.index)

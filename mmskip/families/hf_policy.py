@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmskip.families import STATE, MlpRule, VoidRule
 from mmskip.families.hf_blocks import given_cache
 from mmskip.families.hf_plan import added_by, parts_of
-from mmskip.swap import Change, bind, state_of
+from mmskip.swap import Change, bind, bind_call, state_of
 from mmskip.trace import report_slot, report_visit
 
 POLICY_KEY = "mmskip_policy"
@@ -83,13 +83,8 @@ class PolicyBlock(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state: MlpState = state_of(self, PolicyBlock)
-        bound = bind(self, args, kwargs)
-        call: PolicyCall | None = bound.pop(POLICY_KEY, None)
-        if call is None:
-            raise RuntimeError(
-                f"block {state.index} was called outside the model that mmskip was applied to, or a module in between "
-                "drops unknown keywords."
-            )
+        call: PolicyCall
+        call, bound = bind_call(self, POLICY_KEY, f"block.{state.index} got no tokens", args, kwargs)
         x_BTD = bound.pop("hidden_states")
         done_BT = call.came.setdefault(state.index, call.done_BT).to(x_BTD.device)
         state.done_BT = done_BT
@@ -183,13 +178,8 @@ class VoidBlock(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         rule, index = state_of(self, VoidBlock)
-        bound = bind(self, args, kwargs)
-        call: VoidCall | None = bound.pop(POLICY_KEY, None)
-        if call is None:
-            raise RuntimeError(
-                f"block {index} was called outside the model that mmskip was applied to, or a module in between drops "
-                "unknown keywords."
-            )
+        call: VoidCall
+        call, bound = bind_call(self, POLICY_KEY, f"block.{index} got no tokens", args, kwargs)
         x_BTD = bound.pop("hidden_states")
         output = super().forward(x_BTD, **bound)
         y_BTD = output[0] if isinstance(output, tuple) else output

@@ -28,7 +28,7 @@ from mmskip.ops.hf_attention import Packings
 from mmskip.ops.tokens import merge_tokens, select_tokens
 from mmskip.replay import replayed
 from mmskip.routers import PADDING, TEXT, Selection, TokenGroups, token_groups
-from mmskip.swap import bind, state_of
+from mmskip.swap import bind, bind_call, state_of
 from mmskip.trace import begin_forward, report
 
 FORWARD_KEY = "mmskip_forward"
@@ -282,13 +282,8 @@ class SubsetBlock(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state: BlockState = state_of(self, SubsetBlock)
-        bound = bind(self, args, kwargs)
-        call: Forward | None = bound.pop(FORWARD_KEY, None)
-        if call is None:
-            raise RuntimeError(
-                f"{state.site} got no layout: {type(self).__name__} was called outside the model that mmskip was "
-                "applied to, or a module in between drops unknown keywords."
-            )
+        call: Forward
+        call, bound = bind_call(self, FORWARD_KEY, f"{state.site} got no layout", args, kwargs)
         for name in ABSENT_ARGUMENTS:
             if bound.get(name) is not None:
                 raise ValueError(f"{name} is given, but routed blocks have no cross-attention; leave it out.")
