@@ -13,9 +13,8 @@ run frame by frame in turns, so that drift of the machine hits all alike. Parts:
   prefill   600 frames x 10 tokens (and a separator each) in one call, against dense and the counted ideal
   grid      MoD against dense at 1 to 64 tokens per frame, 1 to 8 frames per call, 1 to 8 streams
 
-`--clock cpu` counts the seconds this process computes, over its threads, instead of those that pass: for a machine on
-which others work too, with one thread (OMP_NUM_THREADS=1). `prefill` always takes the time that passes.
-
+`--clock cpu` counts the seconds that this process computes, over its threads: for a machine on which others work too,
+with OMP_NUM_THREADS=1. `prefill` always takes the time that passes.
 Each part is written to the result file as soon as it is measured, each cell of the grid too. What was measured of the
 same commit, machine and settings is taken from there when the command is given again (`--fresh`: it is not).
 """
@@ -492,7 +491,7 @@ def main() -> None:
     result = results.whole
     measured = result.get("prefill") or result.get("position") or _median_cell(result)
     result |= {"speedup": measured["speedup"], "ideal": measured["ideal"]}
-    if "position" in result or "grid" in result:
+    if result.keys() & {"position", "grid"}:
         save_png(picture(result), path.with_suffix(".png"))
     emit(result, path)
 

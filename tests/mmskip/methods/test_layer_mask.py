@@ -1,4 +1,4 @@
-"""`mmskip.masked`: exactness, gradients, batches, settings, and what it refuses."""
+"""`mmskip.masked`: exactness, gradients, batches, settings."""
 
 import copy
 import json
@@ -7,49 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cnn_zoo import images, patch_mask, shake, varied_mask
+from masked_nets import KINDS, SIZE, net, run
 from naive_layer_mask import Naive, masked_like, naive_masked, neighbour_pad
-from timm.layers import BlurPool2d
-from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 from torchvision.models import resnet18
-from torchvision.models.densenet import _DenseBlock, _Transition
-from torchvision.models.resnet import BasicBlock
 
 import mmskip
-from mmskip.ops.masked import Mask, UnmaskableOperation, fills
-
-SIZE = 32
-
-
-def head(channels: int) -> nn.Sequential:
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 5))
-
-
-def stem(channels: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(3, channels, 3, 2, 1), nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
-
-
-def net(kind: str) -> nn.Module:
-    torch.manual_seed(0)
-    if kind in ("resnet", "dilated"):  # ResNet-50's blocks, thin and one per stage
-        stride = 32 if kind == "resnet" else 8
-        return shake(ResNet(Bottleneck, (1, 1, 1, 1), 5, output_stride=stride, channels=(4, 8, 16, 16)), SIZE)
-    middle, width = {
-        "basic": (nn.Sequential(BasicBlock(16, 16), BasicBlock(16, 16)), 16),
-        "grouped": (nn.Sequential(nn.Conv2d(16, 24, 3, padding=1, groups=4), nn.SiLU(), nn.MaxPool2d(3, 2, 1)), 24),
-        "depthwise": (nn.Sequential(nn.Conv2d(16, 16, 5, 2, 2, groups=16), nn.Hardswish(), nn.Conv2d(16, 32, 1)), 32),
-        "dense": (nn.Sequential(_DenseBlock(3, 16, 2, 8, 0.0), _Transition(40, 20)), 20),
-        "blur": (nn.Sequential(BlurPool2d(16), nn.Conv2d(16, 16, (1, 5), padding="same"), nn.GELU()), 16),
-    }[kind]
-    return shake(nn.Sequential(stem(16), middle, head(width)), SIZE)
-
-
-KINDS = ("resnet", "basic", "grouped", "depthwise", "dilated", "dense", "blur")
-
-
-def run(model, x, mask, config=None):
-    with mmskip.masked(model, mask, config):
-        return model(x)
+from mmskip.ops.masked import Mask, fills
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -383,103 +347,6 @@ def test_the_config_round_trips_through_json_and_cannot_be_changed():
 def test_bad_settings_name_field_value_and_range(values, message):
     with pytest.raises(ValueError, match=message):
         mmskip.LayerMaskConfig(**values)
-
-
-# --- what is refused ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("mask", "message"),
-    [
-        ("half", r"mask is str; expected a torch\.Tensor"),
-        (torch.ones(2, 3, 8, 8), r"mask has shape \(2, 3, 8, 8\); expected \[B, 1, H, W\]"),
-        (torch.ones(8), r"mask has shape \(8,\)"),
-        (torch.ones(0, 1, 8, 8), "mask has shape"),
-        (torch.full((8, 8), 2.0), "mask has values from 2 to 2; expected 0"),
-        (torch.full((8, 8), float("nan")), "mask has values from nan"),
-        (torch.full((8, 8), 0.5), "soft=True"),
-        (torch.ones(8, 8, dtype=torch.complex64), "mask has dtype torch.complex64"),
-    ],
-)
-def test_bad_masks_are_refused_before_anything_runs(mask, message):
-    model = net("basic")
-    with pytest.raises(ValueError, match=message), mmskip.masked(model, mask):
-        pytest.fail("the context was entered")
-
-
-def test_bad_calls_are_refused():
-    model, mask = net("basic"), patch_mask(2, SIZE, 8, 0.5)
-    with pytest.raises(ValueError, match="config is 'neighbour'; expected a LayerMaskConfig"):
-        run(model, images(2, SIZE), mask, "neighbour")
-    with pytest.raises(ValueError, match="is scripted or traced"):
-        run(torch.jit.trace(nn.Conv2d(3, 4, 3), images(2, SIZE)), images(2, SIZE), mask)
-    with pytest.raises(ValueError, match="the images are on meta and the mask on cpu"):
-        run(model, images(2, SIZE).to("meta"), mask)
-    with pytest.raises(ValueError, match=r"expected one floating point batch of images"):
-        run(model, images(2, SIZE)[0], mask)
-    with pytest.raises(RuntimeError, match="nothing was masked"), mmskip.masked(model, mask):
-        pass
-
-
-@pytest.mark.parametrize("other", ["llama", "linear", "vit"])
-def test_a_network_that_is_no_cnn_is_told_what_to_use(other):
-    if other == "llama":
-        from tiny_decoders import tiny_decoder
-
-        model, message = tiny_decoder("llama"), "no 2-d convolutions|has none|hold"
-    elif other == "linear":
-        model, message = nn.Linear(2, 2), "2-d convolutions"
-    else:
-        import timm
-
-        model, message = timm.create_model("vit_tiny_patch16_224", depth=1), "drop those of hidden patches"
-    with pytest.raises(ValueError, match=message), mmskip.masked(model, torch.ones(8, 8)):
-        pytest.fail("the context was entered")
-
-
-def test_an_operation_without_a_rule_is_named_with_its_module():
-    class Odd(nn.Module):
-        def forward(self, x):
-            return torch.fft.fft2(x).real
-
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), Odd())
-    with pytest.raises(UnmaskableOperation, match=r"fft_fft2 has no rule \(in module '1', Odd\)"):
-        run(model, images(1, SIZE), patch_mask(1, SIZE, 8, 0.5))
-
-
-@pytest.mark.parametrize(
-    "leak",
-    [
-        lambda x: x.sum(),
-        lambda x: x.flip(-1),
-        lambda x: x.roll(1, -1),
-        lambda x: x.transpose(2, 3),
-        lambda x: x.mean(3),
-        lambda x: x.softmax(-1),
-        lambda x: x.cumsum(-1),
-        lambda x: x.sort(-1).values,
-        lambda x: x.numpy(),
-        lambda x: x.tolist(),
-        lambda x: x.permute(1, 0, 2, 3),
-        lambda x: F.pixel_unshuffle(x, 2),
-        lambda x: x[0],
-        lambda x: x.reshape(-1),
-        lambda x: torch.cat([x, x], 2),
-        lambda x: x @ x.mT,
-        lambda x: x[..., 0],
-        lambda x: x.view(x.shape[0], 4, 5, 6, 5, 6),
-        lambda x: torch.zeros_like(x).copy_(x),
-        lambda x: F.unfold(x, 3),
-    ],
-)
-def test_nothing_leaks_through_operations_that_mix_positions(leak):
-    class Leak(nn.Module):
-        def forward(self, x):
-            return leak(x)
-
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), Leak())
-    with pytest.raises(UnmaskableOperation):
-        run(model, images(2, SIZE), varied_mask(SIZE, 8)[:2])
 
 
 def test_a_whole_network_of_torchvision_trains_under_masks():
