@@ -1,10 +1,11 @@
 """The embedded set of captions and entailment pairs: pictures of the generated scenes, made on first use.
 
-Captions name the objects in reading order with their places. A pair asks about the thing at a place, which is named
-directly or by way of one or two other things ("a blue thing is below the thing right of the red ring"): the number of
-steps is the difficulty of a sample. A thing that would be where the wall is cannot be seen, so that the label is
-"neutral". Labels are balanced whatever the words, so neither task can be done without the picture. Training pictures
-have questions as well ("what is below the red ring?"), from which a small model learns sooner where to look.
+Captions name the objects in reading order with their places; a shape that was named before is "another" one. A pair
+claims a colour or a shape for the thing at a place, which is named directly ("red at top left") or by way of one or two
+other things ("blue below right of red ring": below the thing that is right of the red ring): the number of steps is the
+difficulty of a sample. A thing that would be where the wall is cannot be seen, so that the label is "neutral". Labels
+are balanced whatever the words, so neither task can be done without the picture. Training pictures have questions of
+the same form as well ("colour below right of red ring"), from which a small model learns sooner where to look.
 
 The files have the formats of COCO and SNLI-VE:
 
@@ -35,7 +36,7 @@ from mmskip.files import write_json, write_text
 SPLITS = ("train", "val", "test")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 RELATIONS = {"left of": SIDES["left"], "right of": SIDES["right"], "above": SIDES["top"], "below": SIDES["bottom"]}
-_FORMAT = 2  # raised when the same settings give other files
+_FORMAT = 3  # raised when the same settings give other files
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class SceneCaptionsConfig:
     test: int = 800
     pairs: int = 4
     questions: int = 4
-    steps: tuple[float, ...] = (0.3, 0.35, 0.35)
+    steps: tuple[float, ...] = (0.35, 0.35, 0.3)
     seed: int = 0
     image_size: int = 48
     colours: int = 4
@@ -144,7 +145,7 @@ def _world(config: SceneCaptionsConfig, rng: np.random.Generator) -> World:
         thing = Thing(colour, shape, list(SIZES)[rng.integers(len(SIZES))], cell)
         thing.path[0] = cell
         things.append(thing)
-    scene = SceneConfig(ticks=8, colours=config.colours, shapes=config.shapes, rest=0.9)
+    scene = SceneConfig(ticks=8, colours=config.colours, shapes=config.shapes, rest=1.0, texture=0.03, specks=0)
     return World(tuple(things), cells[0], (), scene)
 
 
@@ -154,8 +155,12 @@ def _place(cell: Cell) -> str:
 
 
 def _caption(world: World) -> str:
-    things = sorted(world.things, key=lambda thing: thing.cell[::-1])
-    return " and ".join(f"at {_place(thing.cell)} a {thing.kind}" for thing in things)
+    said: set[str] = set()
+    parts = []
+    for thing in sorted(world.things, key=lambda thing: thing.cell[::-1]):
+        parts.append(f"{_place(thing.cell)} {'another' if thing.shape in said else 'a'} {thing.kind}")
+        said.add(thing.shape)
+    return " ".join(parts)
 
 
 # --- statements -----------------------------------------------------------------------------------------------------
@@ -169,10 +174,10 @@ def _chains(world: World, steps: int) -> list[tuple[str, Cell]]:
         return [(f"at {_place(cell)}", cell) for cell in (*at, world.wall)]
     found = []
     for thing in world.things:
-        ways: list[tuple[str, tuple[Cell, ...]]] = [(f"the {thing.kind}", (thing.cell,))]
-        for step in range(steps):
+        ways: list[tuple[str, tuple[Cell, ...]]] = [(thing.kind, (thing.cell,))]
+        for _ in range(steps):
             ways = [
-                (f"{name} {'the thing ' if step else ''}{text}", (*path, target))
+                (f"{name} {text}", (*path, target))
                 for text, path in ways
                 if path[-1] in at
                 for name, (x, y) in RELATIONS.items()
@@ -193,24 +198,29 @@ def _draw(config: SceneCaptionsConfig, world: World, hidden: bool, rng: np.rando
     return text, cell, steps
 
 
+def _asked(config: SceneCaptionsConfig, world: World, cell: Cell, by_colour: bool) -> tuple[str | None, list[str]]:
+    """Colour or shape of the thing in a cell (None: the wall is there), and all that there are."""
+    known = list(COLOURS)[: config.colours] if by_colour else list(SHAPES[: config.shapes])
+    thing = next((thing for thing in world.things if thing.cell == cell), None)
+    return (None if thing is None else thing.colour if by_colour else thing.shape), known
+
+
 def _statement(config: SceneCaptionsConfig, world: World, rng: np.random.Generator) -> Statement:
     """One statement: its label is drawn before its words."""
     label = LABELS[rng.integers(len(LABELS))]
     text, cell, steps = _draw(config, world, label == "neutral", rng)
-    by_colour = rng.random() < 0.5
-    known = list(COLOURS)[: config.colours] if by_colour else list(SHAPES[: config.shapes])
-    thing = next((thing for thing in world.things if thing.cell == cell), None)
-    true = None if thing is None else thing.colour if by_colour else thing.shape
+    true, known = _asked(config, world, cell, bool(rng.random() < 0.5))
     others = [word for word in known if word != true]
     word = true if label == "entailment" else others[rng.integers(len(others))]
-    return Statement(f"a {f'{word} thing' if by_colour else word} is {text}", label, steps)
+    return Statement(f"{word} {text}", label, steps)
 
 
 def _question(config: SceneCaptionsConfig, world: World, rng: np.random.Generator) -> tuple[str, str]:
-    """One question and its answer; a fifth of them are about the wall."""
+    """One question and its answer, one word; a fifth of them are about the wall."""
     text, cell, _ = _draw(config, world, rng.random() < 0.2, rng)
-    thing = next((thing for thing in world.things if thing.cell == cell), None)
-    return f"what is {text}?", "a wall" if thing is None else f"a {thing.kind}"
+    by_colour = bool(rng.random() < 0.5)
+    true, _ = _asked(config, world, cell, by_colour)
+    return f"{'colour' if by_colour else 'shape'} {text}", true or "wall"
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -283,4 +293,4 @@ def _write_picture(
 def scene_texts() -> Iterator[str]:
     """Texts that hold every word of the set."""
     yield from (*COLOURS, *SHAPES, *ROWS, *COLUMNS, *RELATIONS)
-    yield "a and at is the thing what wall ?"
+    yield "a another at colour of shape wall"

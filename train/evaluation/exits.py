@@ -221,6 +221,7 @@ def compute(
     calls: Sequence[Callable[[Captioner], Any]],
     pairs: int,
     clock: Callable[[], float] = time.perf_counter,
+    ready: Callable[[Any], None] = lambda llm: None,
 ) -> dict[str, float]:
     """Counted and measured cost of some calls with exits, as shares of the same calls at full depth.
 
@@ -230,6 +231,7 @@ def compute(
         calls: one per sample, run one by one: an exited token then costs nothing but its keys and values.
         pairs: paired, interleaved runs of all calls, at least 2.
         clock: see `mmskip.timing.interleaved_ratio`.
+        ready: called with the encoder-decoder once it has its exits.
 
     Returns:
         `counted` (FLOPs), `measured` (time; median ratio with its quartiles `low` and `high`), `seconds` per call.
@@ -240,6 +242,7 @@ def compute(
     own = model.llm
     weights = {id(tensor): tensor for tensor in (*own.parameters(), *own.buffers())}
     left = mmskip.apply_(copy.deepcopy(own, weights), config)  # shares all weights
+    ready(left)
 
     def runs(llm: Any) -> Callable[[], None]:
         def run() -> None:
