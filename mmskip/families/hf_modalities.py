@@ -27,12 +27,12 @@ class Modalities:
     Attributes:
         pending: boolean [B, T], told by the model for its next encoding; None: nothing.
         given: the same for all encodings, told from outside.
-        places: of the forward under way, the indices [B, N] of each modality's tokens.
+        places: of the forward under way, the indices [B, N] of each modality's tokens; None: it has them all.
     """
 
     pending: Tensor | None = None
     given: Tensor | None = None
-    places: dict[str, Tensor] = field(default_factory=dict)
+    places: dict[str, Tensor | None] = field(default_factory=dict)
 
     def start(self, x_BTD: Tensor) -> None:
         """Find the tokens of each modality.
@@ -43,7 +43,8 @@ class Modalities:
         mask_BT = self.given if self.given is not None else self.pending
         self.pending = None
         if mask_BT is None:
-            mask_BT = torch.zeros(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device)
+            self.places = {"text": None}
+            return
         if mask_BT.shape != x_BTD.shape[:2]:
             raise ValueError(
                 f"the mask of image tokens is {tuple(mask_BT.shape)}, the encoder gets {tuple(x_BTD.shape[:2])} tokens."
@@ -55,6 +56,9 @@ class Modalities:
                 f"rows have {counts.tolist()} image tokens; images that run the encoder apart need equally many in "
                 "every row of a batch."
             )
+        if count in (0, x_BTD.shape[1]):  # a call of one modality alone is not taken apart
+            self.places = {"image" if count else "text": None}
+            return
         order_BT = torch.sort((~mask_BT).to(torch.uint8), dim=1, stable=True).indices
         self.places = {"image": order_BT[:, :count], "text": order_BT[:, count:]}
 
@@ -78,15 +82,14 @@ class SplitEncoder:
         x_BTD = values["hidden_states"]
         if state.index == 0:
             state.modalities.start(x_BTD)
-        y_BTD = x_BTD
-        for name, places_BN in state.modalities.places.items():
-            run, rule = state.told[name], state.rules[name]
-            if not places_BN.shape[1]:
+        y_BTD, places = x_BTD, state.modalities.places
+        for name, run in state.told.items():
+            if name not in places:
                 run.exits = None
                 continue
-            whole = places_BN.shape[1] == x_BTD.shape[1]  # a call of one modality alone is not taken apart
-            index_BND, part = places_BN[..., None].expand(-1, -1, x_BTD.shape[2]), values
-            if not whole:
+            places_BN, rule, part = places[name], state.rules[name], values
+            if places_BN is not None:
+                index_BND = places_BN[..., None].expand(-1, -1, x_BTD.shape[2])
                 part = {**values, "hidden_states": x_BTD.gather(1, index_BND)}
                 part["attention_mask"] = _mask_of(values.get("attention_mask"), places_BN)
             if self.training:  # type: ignore[attr-defined]
@@ -98,7 +101,7 @@ class SplitEncoder:
                 found = encode(super().forward, run, rule, state.index, part)  # type: ignore[misc]
             if state.index + 1 == run.depth:
                 run.finish()
-            y_BTD = found if whole else y_BTD.scatter(1, index_BND, found)
+            y_BTD = found if places_BN is None else y_BTD.scatter(1, index_BND, found)
         return y_BTD
 
 
