@@ -120,37 +120,15 @@ class Captioner(StepLossModule):
         val_captions: int = 200,
         tokens: dict[str, Any] | None = None,
     ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        self._set_hparams(
-            {
-                "text": text if isinstance(text, str) else dict(text),
-                "tower": tower,
-                "tower_kwargs": dict(tower_kwargs or {}),
-                "tower_pretrained": tower_pretrained,
-                "tower_size": tower_size,
-                "grid": grid,
-                "train_tower": train_tower,
-                "separate": separate,
-                "layer_loss": layer_loss,
-                "random_exits": random_exits,
-                "caption_weight": caption_weight,
-                "label_smoothing": label_smoothing,
-                "residual_init": residual_init,
-                "dtype": dtype,
-                "attention": attention,
-                "lr": lr,
-                "tower_lr": tower_lr,
-                "weight_decay": weight_decay,
-                "betas": list(betas),
-                "schedule": schedule,
-                "warmup": warmup,
-                "num_beams": num_beams,
-                "max_new_tokens": max_new_tokens,
-                "no_repeat_ngram": no_repeat_ngram,
-                "val_captions": val_captions,
-                "tokens": tokens,
-            }
-        )
+        # dicts and lists only: anything else in the hyper-parameters breaks weights-only loading of the checkpoint
+        plain = {
+            "text": text if isinstance(text, str) else dict(text),
+            "tower_kwargs": dict(tower_kwargs or {}),
+            "betas": list(betas),
+        }
+        self._set_hparams(given | plain)
         check_settings(self.hparams)
         self._config = text_config(text)
         if (tower is None) != sees(self._config):
@@ -205,6 +183,10 @@ class Captioner(StepLossModule):
                 trained=settings["train_tower"],
             )
             self.connector = nn.Linear(self.tower.dim, llm.get_input_embeddings().embedding_dim)
+            # the tower's tokens have unit variance; louder than words, they would drown their positions
+            words = llm.get_input_embeddings().weight
+            nn.init.normal_(self.connector.weight, std=words.std().item() / self.tower.dim**0.5)
+            nn.init.zeros_(self.connector.bias)
         self.llm = llm
         self.train()
         total = sum(p.numel() for p in self.parameters())
