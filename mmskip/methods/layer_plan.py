@@ -7,7 +7,7 @@ out the blocks, attentions or MLPs that change their input least; CoLa (arXiv 25
 import logging
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -34,8 +34,8 @@ _log = logging.getLogger(__name__)
 class LayerPlanConfig(MethodConfig):
     """A static plan of which blocks run, and in which order.
 
-    The default is the identity. `LayerPlanConfig.unified`, `.random`, `.llm_drop` and `.cola` make the plans of the
-    literature.
+    The default is the identity. `LayerPlanConfig.unified`, `.random`, `.llm_drop`, `.greedy` and `.cola` make the
+    plans of the literature.
 
     Args:
         drop: indices of blocks that are left out.
@@ -157,6 +157,31 @@ class LayerPlanConfig(MethodConfig):
             layers=table.layers,
             made_for=table.model,
         )
+
+
+    @classmethod
+    def greedy(
+        cls,
+        model: nn.Module,
+        data: Iterable[Any],
+        n: int,
+        kind: str = "block",
+        phase: str = "both",
+        kv: str = "compact",
+    ) -> Self:
+        """`n` blocks, attentions or MLPs left out one after another, each time the one whose absence raises the loss on
+        `data` least beside those that are gone: as many passes over the data as there are candidates, `n` times. See
+        `mmskip.methods.greedy_drops`, which also tells the order and the losses.
+
+        Raises:
+            ValueError: as `greedy_drops`.
+        """
+        from mmskip.methods.greedy_drops import greedy_drops, plan_of
+
+        view = families.find(model, ("hf_decoder", "hf_vlm"))
+        chosen = greedy_drops(model, data, n, kind, phase, kv)
+        plan = plan_of(chosen, phase, kv, layers=len(view.blocks), made_for=fingerprint(view))
+        return cls(**plan.to_dict())
 
 
 def _indices(name: str, values: Any, repeats: bool) -> tuple[int, ...]:
