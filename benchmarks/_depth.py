@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from deep_lm import DATA, TEXTS, folder_of, parts
 
 import mmskip
 from mmskip import LayerBitsConfig, LayerPlanConfig, SelfSpeculationConfig, SkipPolicyConfig
+from mmskip.methods.greedy_drops import Drop, greedy_drops, plan_of
+from mmskip.methods.layer_plan import KINDS
 from mmskip.train.evaluation.lm import text_windows
 
 MODELS = {
@@ -16,7 +19,7 @@ MODELS = {
     "deep_plain": folder_of("plain"),
     "deep_skipped": folder_of("skipped"),
 }
-RANDOM_SEEDS = 5
+RANDOM_SEEDS = 20
 MOST_WINDOWS = 12
 """Of each text."""
 BITS = ((8, 3), (4, 2))
@@ -45,7 +48,7 @@ def texts(name: str, tokenizer: Any) -> dict[str, dict[str, list[torch.Tensor]]]
     and the deeper models were not trained on it."""
     if tokenizer is None:
         source = torch.Generator().manual_seed(0)
-        rows = [torch.randint(3, 512, (24,), generator=source) for _ in range(4)]
+        rows = [torch.randint(3, 512, (40,), generator=source) for _ in range(4)]
         return {"calibrate": {"random": rows[:2]}, "report": {"random": rows[2:]}}
     unseen = (DATA / "text" / "tinystories_valid_5stories.txt").read_text(encoding="utf-8").replace("<|endoftext|>", "")
     known = TEXTS if name.startswith("deep") else TEXTS[:1]
@@ -60,24 +63,45 @@ def sizes(layers: int) -> list[int]:
     return list(range(1, layers // 2 + 2)) if layers < 8 else [2, 4, 6, 8]
 
 
-def plans(table: Any) -> Configs:
-    """Static plans: by importance, at random, evenly spaced, LAC's."""
+def plans(table: Any, chosen: dict[str, list[list[Any]]]) -> Configs:
+    """Static plans: by importance, by greedy choices (of `greedy_of`), at random, evenly spaced, LAC's.
+
+    Random plans are drawn twice: among all parts (the first block is never dropped as a whole), and among those of the
+    inner blocks, which is what anyone would do who knows no more than that the first and the last block matter.
+    """
     count = table.layers
     found: Configs = {}
     for n in sizes(count):
-        found[f"llm_drop block {n}"] = lambda n=n: LayerPlanConfig.llm_drop(table, n)
-        for kind in ("attn", "mlp", "joint"):
+        for kind in KINDS:
             found[f"llm_drop {kind} {n}"] = lambda n=n, kind=kind: LayerPlanConfig.llm_drop(table, n, kind)
+            drops = [Drop(*one) for one in chosen[kind][:n]]
+            found[f"greedy {kind} {n}"] = lambda d=drops: plan_of(d)
         for seed in range(RANDOM_SEEDS):
             found[f"random block {n} seed {seed}"] = lambda n=n, seed=seed: LayerPlanConfig.random(n, seed)
-            for kind in ("attn", "mlp"):
-                drawn = tuple(random.Random(seed).sample(range(count), n))
-                found[f"random {kind} {n} seed {seed}"] = lambda f=f"drop_{kind}", d=drawn: LayerPlanConfig(**{f: d})
+            for kind in ("block", "attn", "mlp"):
+                place = "drop" if kind == "block" else f"drop_{kind}"
+                for label, among in (("random", range(count)), ("random inner", range(1, count - 1))):
+                    drawn = tuple(random.Random(seed).sample(among, min(n, len(among))))
+                    if (label, kind) != ("random", "block") and len(drawn) == n:
+                        found[f"{label} {kind} {n} seed {seed}"] = lambda p=place, d=drawn: LayerPlanConfig(**{p: d})
     for speedup in (1.25, 1.5, 2.0):
         found[f"unified balanced {speedup}"] = lambda s=speedup: LayerPlanConfig.unified(s, "balanced")
         found[f"unified released {speedup}"] = lambda s=speedup: LayerPlanConfig.unified(s)
     found["lac static"] = lambda: LayerPlanConfig.lac(table)
     return found
+
+
+def greedy_of(model: Any, calibrate: dict[str, list[torch.Tensor]]) -> dict[str, list[list[Any]]]:
+    """Greedy choices on the calibration texts, of every kind, as many as the largest plan needs: part, block, loss."""
+    windows = [window for part in calibrate.values() for window in part if len(window) == len(part[0])]
+    most = max(sizes(len(blocks_of(model))))
+    batches = torch.stack(windows).split(8)
+    return {kind: [list(astuple(drop)) for drop in greedy_drops(model, batches, most, kind)] for kind in KINDS}
+
+
+def blocks_of(model: Any) -> Any:
+    """The decoder layers."""
+    return model.get_decoder().layers
 
 
 def token_policies(model: Any, windows: list[torch.Tensor]) -> Configs:

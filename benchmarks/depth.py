@@ -25,12 +25,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _depth import MODELS, RANDOM_SEEDS, bit_widths, importance_of, load, plans, speculations, texts, token_policies
+from _depth import (
+    MODELS,
+    RANDOM_SEEDS,
+    bit_widths,
+    greedy_of,
+    importance_of,
+    load,
+    plans,
+    speculations,
+    texts,
+    token_policies,
+)
+from _depth_pictures import bits_picture, picture
 from _measure import RESULTS, emit, interleaved_ratio, summary
 
 import mmskip
 from mmskip import ImportanceTable, LayerPlanConfig
-from mmskip.files import whole, write_json
+from mmskip.files import write_json
 from mmskip.methods.layer_plan import report
 from mmskip.methods.self_speculation import speculation
 from mmskip.train.evaluation.lm import perplexity
@@ -101,13 +113,18 @@ def quality(kept: Kept, model: Any, found: dict[str, Any], table: ImportanceTabl
         return known[key]
 
     kept.once("quality", "dense", lambda: told(None))
-    for name, config_of in {**plans(table), **token_policies(model, windows), **bit_widths(table)}.items():
+    for name, config_of in {
+        **plans(table, kept.values["greedy"]),
+        **token_policies(model, windows),
+        **bit_widths(table),
+    }.items():
         kept.once("quality", name, lambda c=config_of: applied_or_refused(model, c, told))
 
 
 def speed(kept: Kept, model: Any, base: Any, found: dict[str, Any], table: ImportanceTable, arguments: Any) -> None:
-    """Speed of decoding of every policy against the untouched copy. Random plans run as many parts as the guided one of
-    their size and are not timed again; nor are bits, which are stored one byte each and computed in floats."""
+    """Speed of decoding of every policy against the untouched copy. Random and greedy plans run as many parts as the
+    plan by importance of their size and are not timed again; nor are bits, which are stored one byte each and computed
+    in floats."""
     windows = [window for part in found["calibrate"].values() for window in part]
     ids = next(iter(found["report"].values()))[0][None, :16]
 
@@ -127,8 +144,8 @@ def speed(kept: Kept, model: Any, base: Any, found: dict[str, Any], table: Impor
             return {**summary(ratio, ideal), "report": str(report(model, config))}
         return summary(ratio, ideal)
 
-    for name, config_of in {**plans(table), **token_policies(model, windows)}.items():
-        if not name.startswith("random"):
+    for name, config_of in {**plans(table, kept.values["greedy"]), **token_policies(model, windows)}.items():
+        if not name.startswith(("random", "greedy")):
             kept.once(timed_part("speed", arguments), name, lambda c=config_of: applied_or_refused(model, c, told))
 
 
@@ -266,91 +283,6 @@ def half_dropped(arguments: argparse.Namespace, kept: Kept) -> dict[str, Any]:
     return {"width": width, "layers": layers, "prompt": 2, "new_tokens": arguments.new_tokens}
 
 
-def speed_of(name: str, speeds: dict[str, Any]) -> float | None:
-    """The measured speed-up of a policy; that of the guided plan of its size for a random one."""
-    if name.startswith("random"):
-        name = name.replace("random", "llm_drop").partition(" seed ")[0]
-    return speeds.get(name, {}).get("speedup")
-
-
-def picture(models: dict[str, dict[str, Any]], path: Path) -> None:
-    """Perplexity of a report text against measured speed, one mark per policy, one panel per model."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.5 * len(models), 5.2), dpi=110, layout="constrained")
-    kinds = (
-        "llm_drop block",
-        "llm_drop attn",
-        "llm_drop mlp",
-        "llm_drop joint",
-        "random block",
-        "random attn",
-        "random mlp",
-        "unified balanced",
-        "unified released",
-        "lac static",
-        "lac per token",
-        "ffn_skip",
-    )
-    for axis, (model, values) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
-        text = next(iter(values["quality"]["dense"]))
-        speeds = values.get("speed") or values["speed_cpu"]
-        axis.plot(1, values["quality"]["dense"][text], "k*", ms=13, label="dense")
-        for place, kind in enumerate(kinds):
-            points = [
-                (fast, told[text])
-                for name, told in values["quality"].items()
-                if name.startswith(kind) and text in told and (fast := speed_of(name, speeds)) is not None
-            ]
-            if points:
-                style = {"marker": "x", "alpha": 0.6} if kind.startswith("random") else {"marker": "o"}
-                colour = f"C{place - 4}" if kind.startswith("random") else f"C{place}" if place < 4 else f"C{place - 3}"
-                axis.scatter(*zip(*points, strict=True), s=28, label=kind, color=colour, **style)
-        drafts = values.get("speculation") or values.get("speculation_cpu", {})
-        drafts = [v for v in drafts.values() if "report" in v]
-        if drafts:
-            best = max(v["speedup"] for v in drafts)
-            axis.plot(best, values["quality"]["dense"][text], "P", ms=10, color="tab:red", label="self-speculation")
-        clock = "" if values.get("speed") else " (CPU seconds)"
-        axis.set(
-            xlabel=f"measured speed-up of decoding{clock}", ylabel=f"perplexity, {text}", yscale="log", title=model
-        )
-        axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize=7)
-    with whole(path) as partial:
-        figure.savefig(partial, format="png")
-
-
-def bits_picture(models: dict[str, dict[str, Any]], path: Path) -> None:
-    """Perplexity of bits by importance beside bits at random, by average."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.5 * len(models), 4.8), dpi=110, layout="constrained")
-    for axis, (model, values) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
-        rows = {
-            name: told for name, told in values["quality"].items() if name.startswith("bits") and "refused" not in told
-        }
-        text = next(iter(values["quality"]["dense"]))
-        groups = sorted({name.split(" average ")[0] + " average " + name.split()[3] for name in rows})
-        for place, group in enumerate(groups):
-            for name, told in rows.items():
-                if name.startswith(group + " "):
-                    column = name.removeprefix(group + " ").split()[0]
-                    style = {"marker": "x", "color": "grey"} if column == "random" else {"marker": "o"}
-                    known = ("bi", "lim", "drop_block", "drop_attn", "drop_mlp", "zd", "activity")
-                    if column in known:
-                        style["color"] = f"C{known.index(column)}"
-                    axis.scatter(place, told[text], s=30, label=column if place == 0 else None, **style)
-        axis.axhline(values["quality"]["dense"][text], color="k", lw=0.8, ls=":")
-        axis.set_xticks(range(len(groups)), [g.removeprefix("bits ") for g in groups], rotation=20, fontsize=8)
-        axis.set(ylabel=f"perplexity, {text}", yscale="log", title=model)
-        handles, labels = axis.get_legend_handles_labels()
-        unique = dict(zip(labels, handles, strict=True))
-        axis.legend(unique.values(), unique.keys(), fontsize=7)
-    with whole(path) as partial:
-        figure.savefig(partial, format="png")
-
-
 def measured(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One model in the parts asked for."""
     kept = Kept(folder / f"depth_{name}{'_tiny' * arguments.tiny}.json")
@@ -361,11 +293,15 @@ def measured(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str
     if "table" not in kept.values:
         kept.put({"table": importance_of(model, found["calibrate"]).to_dict()})
     table = ImportanceTable.from_dict(kept.values["table"])
+    if "greedy" not in kept.values:
+        kept.put({"greedy": greedy_of(model, found["calibrate"])})
     base = load(name, arguments.tiny)[0]
     if "quality" in arguments.part:
         quality(kept, model, found, table)
         rows = kept.values["quality"]
-        kept.put({"drops_guided_against_random": guided(rows, "llm_drop", "random {drop} seed")})
+        for name, drawn in (("random", "random {drop} seed"), ("inner_random", "random inner {drop} seed")):
+            told = {**guided(rows, "llm_drop", drawn), **guided(rows, "greedy", drawn)}
+            kept.put({f"drops_guided_against_{name}": told})
         kept.put({"bits_guided_against_random": guided(rows, "bits", "{bits} random seed")})
     if "speed" in arguments.part:
         speed(kept, model, base, found, table, arguments)

@@ -158,7 +158,6 @@ class LayerPlanConfig(MethodConfig):
             made_for=table.model,
         )
 
-
     @classmethod
     def greedy(
         cls,

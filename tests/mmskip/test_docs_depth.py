@@ -23,7 +23,7 @@ def test_snippets_run(snippet, tmp_path, monkeypatch):
 
 
 def test_the_page_has_snippets_and_names_every_policy():
-    assert len(SNIPPETS) == 5
+    assert len(SNIPPETS) == 6
     for name in (
         "LayerPlanConfig",
         "SkipPolicyConfig",
