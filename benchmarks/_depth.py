@@ -20,6 +20,10 @@ MODELS = {
     "deep_skipped": folder_of("skipped"),
 }
 RANDOM_SEEDS = 20
+"""Random plans of every size."""
+RANDOM_BITS = 10
+"""Random assignments of every average."""
+GREEDY = ("block", "attn", "mlp")
 MOST_WINDOWS = 12
 """Of each text."""
 BITS = ((8, 3), (4, 2))
@@ -74,11 +78,12 @@ def plans(table: Any, chosen: dict[str, list[list[Any]]]) -> Configs:
     for n in sizes(count):
         for kind in KINDS:
             found[f"llm_drop {kind} {n}"] = lambda n=n, kind=kind: LayerPlanConfig.llm_drop(table, n, kind)
-            drops = [Drop(*one) for one in chosen[kind][:n]]
+        for kind, order in chosen.items():
+            drops = [Drop(*one) for one in order[:n]]
             found[f"greedy {kind} {n}"] = lambda d=drops: plan_of(d)
         for seed in range(RANDOM_SEEDS):
             found[f"random block {n} seed {seed}"] = lambda n=n, seed=seed: LayerPlanConfig.random(n, seed)
-            for kind in ("block", "attn", "mlp"):
+            for kind in GREEDY:
                 place = "drop" if kind == "block" else f"drop_{kind}"
                 for label, among in (("random", range(count)), ("random inner", range(1, count - 1))):
                     drawn = tuple(random.Random(seed).sample(among, min(n, len(among))))
@@ -91,17 +96,12 @@ def plans(table: Any, chosen: dict[str, list[list[Any]]]) -> Configs:
     return found
 
 
-def greedy_of(model: Any, calibrate: dict[str, list[torch.Tensor]]) -> dict[str, list[list[Any]]]:
-    """Greedy choices on the calibration texts, of every kind, as many as the largest plan needs: part, block, loss."""
+def greedy_of(model: Any, calibrate: dict[str, list[torch.Tensor]], kind: str) -> list[list[Any]]:
+    """Greedy choices on the calibration texts, as many as the largest plan needs: part, block, loss."""
     windows = [window for part in calibrate.values() for window in part if len(window) == len(part[0])]
-    most = max(sizes(len(blocks_of(model))))
-    batches = torch.stack(windows).split(8)
-    return {kind: [list(astuple(drop)) for drop in greedy_drops(model, batches, most, kind)] for kind in KINDS}
-
-
-def blocks_of(model: Any) -> Any:
-    """The decoder layers."""
-    return model.get_decoder().layers
+    batches = torch.stack(windows[:: len(calibrate)]).split(8)
+    most = max(sizes(len(model.get_decoder().layers)))
+    return [list(astuple(drop)) for drop in greedy_drops(model, batches, most, kind)]
 
 
 def token_policies(model: Any, windows: list[torch.Tensor]) -> Configs:
@@ -124,7 +124,7 @@ def bit_widths(table: Any) -> Configs:
                 found[f"{name} {column}"] = lambda c=column, a=average, h=high, b=low: LayerBitsConfig.by_importance(
                     table, c, a, h, b
                 )
-            for seed in range(RANDOM_SEEDS):
+            for seed in range(RANDOM_BITS):
                 found[f"{name} random seed {seed}"] = lambda s=seed, a=average, h=high, b=low: LayerBitsConfig.random(
                     table.layers, a, h, b, s
                 )

@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 from _depth import (
+    GREEDY,
     MODELS,
-    RANDOM_SEEDS,
     bit_widths,
     greedy_of,
     importance_of,
@@ -144,7 +144,7 @@ def speed(kept: Kept, model: Any, base: Any, found: dict[str, Any], table: Impor
             return {**summary(ratio, ideal), "report": str(report(model, config))}
         return summary(ratio, ideal)
 
-    for name, config_of in {**plans(table, kept.values["greedy"]), **token_policies(model, windows)}.items():
+    for name, config_of in {**plans(table, {}), **token_policies(model, windows)}.items():
         if not name.startswith(("random", "greedy")):
             kept.once(timed_part("speed", arguments), name, lambda c=config_of: applied_or_refused(model, c, told))
 
@@ -293,10 +293,10 @@ def measured(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str
     if "table" not in kept.values:
         kept.put({"table": importance_of(model, found["calibrate"]).to_dict()})
     table = ImportanceTable.from_dict(kept.values["table"])
-    if "greedy" not in kept.values:
-        kept.put({"greedy": greedy_of(model, found["calibrate"])})
     base = load(name, arguments.tiny)[0]
     if "quality" in arguments.part:
+        for kind in GREEDY:
+            kept.once("greedy", kind, lambda k=kind: greedy_of(model, found["calibrate"], k))
         quality(kept, model, found, table)
         rows = kept.values["quality"]
         for name, drawn in (("random", "random {drop} seed"), ("inner_random", "random inner {drop} seed")):
@@ -337,7 +337,7 @@ def main() -> None:
     rows = kept.values.get("half_dropped") or kept.values.get("half_dropped_cpu")
     if rows:
         half = rows["half"]
-        own = {"name": "depth", "speedup": half["speedup"], "ideal": half["ideal"], "random_seeds": RANDOM_SEEDS}
+        own = {"name": "depth", "speedup": half["speedup"], "ideal": half["ideal"]}
         rest = {key: value for key, value in kept.values.items() if key not in ("environment", "device")}
         emit({**rest, **own}, kept.path)
 
