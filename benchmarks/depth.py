@@ -338,7 +338,8 @@ def main() -> None:
     if rows:
         half = rows["half"]
         own = {"name": "depth", "speedup": half["speedup"], "ideal": half["ideal"]}
-        rest = {key: value for key, value in kept.values.items() if key not in ("environment", "device")}
+        where = ("environment", "device") if "half" in arguments.part else ()  # of the run that timed it
+        rest = {key: value for key, value in kept.values.items() if key not in where}
         emit({**rest, **own}, kept.path)
 
 

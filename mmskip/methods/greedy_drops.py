@@ -94,8 +94,7 @@ def greedy_drops(
 def plan_of(drops: Sequence[Drop], phase: str = "both", kv: str = "compact", **checks: Any) -> LayerPlanConfig:
     """The plan that leaves out some choices; `checks` are `layers` and `made_for` of the config."""
     lost = {part: tuple(sorted(d.index for d in drops if d.part == part)) for part in ("block", "attn", "mlp")}
-    parts = {"drop": lost["block"], "drop_attn": lost["attn"], "drop_mlp": lost["mlp"]}
-    return LayerPlanConfig(**parts, phase=phase, kv=kv, **checks)
+    return LayerPlanConfig(lost["block"], lost["attn"], lost["mlp"], phase=phase, kv=kv, **checks)
 
 
 def _loss_without(model: nn.Module, batches: Sequence[dict[str, Any]], config: LayerPlanConfig) -> float:
