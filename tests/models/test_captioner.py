@@ -133,7 +133,7 @@ def test_image_and_prompt_have_thresholds_of_their_own(kind, given, batch):
 @pytest.mark.parametrize("settings", [{"image": None, "text": 1.0}, {"encoder": None}])
 def test_depths_of_one_sequence_are_those_of_its_row(settings, given, batch):
     model, texts = captioner("bart", given, separate=False).eval(), batch["entailment"]
-    for parameter in model.llm.parameters():
+    for parameter in (*model.llm.parameters(), *model.connector.parameters()):
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
     seen = set()
