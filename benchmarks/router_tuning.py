@@ -4,8 +4,9 @@ For each seed a base model is trained densely (configs/vlm_dense.yaml) on a set 
 taught the attention of the base, and its keep ratios are chosen on samples that the report never sees: along `LADDER`,
 the last before one that may cost more than `ALLOWED` of the loss. Then the routers alone are tuned at these
 (vlm_router_only.yaml), or routers and LoRA at a smaller keep ratio (vlm_mod_lora.yaml). Beside each, at the same keep
-ratios: random tokens, the same weights trained as long. With nothing trained: fitted, random (mean of three draws), evenly spaced and largest-norm tokens, and tokens
-dropped by the attention they receive (FastV); and the base with blanked pictures. Losses are those of the test split.
+ratios: random tokens, the same weights trained as long. With nothing trained: fitted, random (mean of three draws),
+evenly spaced and largest-norm tokens, and tokens dropped by the attention they receive (FastV); and the base with
+blanked pictures. Losses are those of the test split.
 
 Compute is that of the language model; the vision tower runs whole.
 
@@ -341,9 +342,9 @@ def run_of(seed: int, split: str, names: list[str], every: int) -> dict[str, Any
 
 
 def chosen_keep(seed: int) -> dict[str, Any]:
-    """The keep ratios of a base: the last of `LADDER` before one whose loss, with fitted routers, may exceed that of the
-    base by more than `ALLOWED`. Going on only while each holds keeps the confidence of one test (fixed-sequence testing,
-    Learn then Test, arXiv 2110.01052); judged on the validation split and on a set of its own."""
+    """The keep ratios of a base: the last of `LADDER` before one whose loss, with fitted routers, may exceed that of
+    the base by more than `ALLOWED`. Going on only while each holds keeps the confidence of one test (fixed-sequence
+    testing, Learn then Test, arXiv 2110.01052); judged on the validation split and on a set of its own."""
     folder = base_model(seed)
     kept = FOLDER / f"keep-{folder.name}.json"
     if kept.exists():
