@@ -175,8 +175,8 @@ def main() -> None:
     emit(
         {
             "name": "masking_checkpoints",
-            "speedup": 1.0,
-            "ideal": 1.0,
+            "speedup": None,
+            "ideal": None,
             "shape": {"images": args.limit, "fractions": args.fractions, "orders": args.orders},
             "recommended": {name: report["recommended"] for name, report in results.items()},
             "reports": results,
