@@ -13,7 +13,7 @@ Compute is that of the language model; the vision tower runs whole.
     python benchmarks/router_tuning.py            # report: test split of other seeds
     python benchmarks/router_tuning.py --search   # of the router, on the base of the search seed
 
-Trained models are kept under runs/router_tuning; delete a folder there to train anew. The report writes
+Trained models are kept under runs/router_tuning; delete what is there to do it anew. The report writes
 docs/router_tuning.png; both print one JSON line.
 """
 
@@ -323,7 +323,8 @@ def run_of(seed: int, split: str, names: list[str], every: int) -> dict[str, Any
     curves, ends = {}, {}
     for name in names:
         settings = settings_of(name, keep)
-        key = hashlib.sha256(json.dumps([*settings, (CONFIGS / settings[0]).read_text()]).encode()).hexdigest()[:10]
+        told = json.dumps([*settings, (CONFIGS / settings[0]).read_text(), every, SIZES])
+        key = hashlib.sha256(told.encode()).hexdigest()[:10]
         kept = FOLDER / f"{name}-{folder.name}-{split}-{key}.json"
         if not kept.exists():
             write_json(tune(name, folder, seed, split, every, keep), kept)
@@ -346,7 +347,8 @@ def chosen_keep(seed: int) -> dict[str, Any]:
     the base by more than `ALLOWED`. Going on only while each holds keeps the confidence of one test (fixed-sequence
     testing, Learn then Test, arXiv 2110.01052); judged on the validation split and on a set of its own."""
     folder = base_model(seed)
-    kept = FOLDER / f"keep-{folder.name}.json"
+    settings = [(CONFIGS / TUNED["router"][0]).read_text(), LADDER, ALLOWED, SIZES]
+    kept = FOLDER / f"keep-{folder.name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:10]}.json"
     if kept.exists():
         return dict(json.loads(kept.read_text()))
     sets = [data_of(seed, "val"), data_of(seed + 1000, "test")]

@@ -65,7 +65,7 @@ def cost(model: nn.Module, trace: Trace) -> Cost:
         )
     if not trace.forwards:
         raise ValueError("the trace is empty; run the model inside `with mmskip.trace(model) as trace:`.")
-    view = families.find(model)
+    view = families.find(model, ("hf_decoder", "hf_vlm"))
     blocks = [_BlockCost(view, index) for index in range(len(view.blocks))]
     head = view.head_flops()
     flops = dense = 0.0

@@ -184,8 +184,9 @@ class Captioner(StepLossModule):
             )
             self.connector = nn.Linear(self.tower.dim, llm.get_input_embeddings().embedding_dim)
             # the tower's tokens have unit variance; louder than words, they would drown their positions
-            words = llm.get_input_embeddings().weight
-            nn.init.normal_(self.connector.weight, std=words.std().item() / self.tower.dim**0.5)
+            words = llm.get_input_embeddings()
+            loudness = words.weight.std().item() * float(getattr(words, "embed_scale", 1.0))
+            nn.init.normal_(self.connector.weight, std=loudness / self.tower.dim**0.5)
             nn.init.zeros_(self.connector.bias)
         self.llm = llm
         self.train()

@@ -24,17 +24,22 @@ def pretrained(what: str, name: str, load: Callable[..., T], hint: str = "") -> 
     Raises:
         ValueError: it is neither a local folder, nor in the local cache, nor to be downloaded.
     """
-    first = Path(name).expanduser().parts[:1]
-    meant_here = name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and Path(*first).is_dir())
-    here = meant_here and not Path(name).expanduser().exists()
+    if name.startswith("~"):
+        raise ValueError(f"{what}={name!r} begins with '~', which is not expanded here; give the whole path.")
+    first = Path(name).parts[:1]
+    meant_here = name.startswith((".", "/")) or name.count("/") > 1 or ("/" in name and Path(*first).is_dir())
+    here = meant_here and not Path(name).exists()
     try:
         return load(name, local_files_only=True) if here else load(name)
-    except (OSError, ValueError, ImportError) as error:
-        told = "the hub was not asked, for the name looks like a folder's" if here else str(error).splitlines()[0]
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        told = "the hub was not asked, for the name looks like a folder's" if here else reason
         where = "and not in the local cache" if here else "not in the local cache and not to be downloaded from here"
         raise ValueError(
             f"{what}={name!r} is not a local folder with files of transformers, {where} ({told}).{hint and ' ' + hint}"
         ) from error
+    except ImportError as error:
+        raise ValueError(f"{what}={name!r} needs a package that is not installed: {str(error).strip()}") from error
 
 
 def config_of(what: str, given: str | Mapping[str, Any], expected: str, hint: str = "") -> PretrainedConfig:

@@ -9,7 +9,7 @@ Shape suffixes: B batch, T tokens.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,7 +49,8 @@ def greedy_drops(
     Args:
         model: a transformers decoder (or VLM) that nothing is applied to.
         data: batches of ids [B, T], or dictionaries of the model's arguments; what `attention_mask` leaves out is not
-            predicted, `labels` [B, T] say otherwise. Losses are those of the plan in the prompt.
+            predicted, `labels` [B, T] say otherwise (needed with pictures and with `inputs_embeds`). Losses are those
+            of the plan in the prompt.
         n: how many.
         kind: `"block"`, `"attn"`, `"mlp"` or `"joint"` (attentions and MLPs together).
         phase, kv: of the plan: parts that it could not leave out are no candidates.
@@ -69,7 +70,7 @@ def greedy_drops(
     parts = ("attn", "mlp") if kind == "joint" else (kind,)
     left = [(part, index) for part in parts for index in range(len(view.blocks))]
     chosen: list[Drop] = []
-    training = model.training
+    training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         while len(chosen) < n:
@@ -87,7 +88,8 @@ def greedy_drops(
             chosen.append(min(tried, key=lambda drop: (drop.loss, -drop.index)))
             left.remove((chosen[-1].part, chosen[-1].index))
     finally:
-        model.train(training)
+        for module, mode in training:
+            module.training = mode
     return chosen
 
 
@@ -98,7 +100,8 @@ def plan_of(drops: Sequence[Drop], phase: str = "both", kv: str = "compact", **c
 
 
 def _loss_without(model: nn.Module, batches: Sequence[dict[str, Any]], config: LayerPlanConfig) -> float:
-    apply_(model, LayerPlanConfig(config.drop, config.drop_attn, config.drop_mlp))
+    # the prompt alone runs here, in which a plan for decoding would leave out nothing
+    apply_(model, replace(config, phase="both"))
     try:
         return _loss(model, batches)
     finally:
@@ -113,6 +116,11 @@ def _loss(model: nn.Module, batches: Sequence[dict[str, Any]]) -> float:
         call = {**batch, "use_cache": False}
         labels_BT = call.pop("labels", None)
         if labels_BT is None:
+            if "input_ids" not in call or any(name.startswith("pixel_values") for name in call):
+                raise ValueError(
+                    f"a batch has {', '.join(batch)}; expected labels [B, T] with it, for the ids do not tell which "
+                    "tokens are text to be predicted."
+                )
             labels_BT = call["input_ids"]
             if call.get("attention_mask") is not None:
                 real_BT = call["attention_mask"].bool()

@@ -10,6 +10,7 @@ the cross entropy between its softmax over a frame and the frame's attention.
 Shape suffixes: B batch, T tokens, D width, G groups (frames), N tokens of the largest group.
 """
 
+import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from mmskip.swap import swap_all, unswap
 
 OWN = ("own", "none")
 """Gates that share no weights with the ranking."""
+NOTHING_SEEN = "the calls have no vision tokens that the queries attend to, on which routers could be fitted."
 STEP_TOKENS, LEAST_STEPS = 4608, 4
 """Tokens of an optimizer step, and steps of an epoch at least."""
 LEARNING_RATE = 3e-3
@@ -70,8 +72,8 @@ class _Moments:
         empty = torch.zeros(len(weight) + 1, len(weight) + 1, dtype=torch.float64, device=weight.device)
         sums = reduce(empty if self.sums is None else self.sums)
         count = float(reduce(torch.tensor(self.count, dtype=torch.float64, device=weight.device)))
-        if count == 0:
-            raise ValueError("the calls have no vision tokens, on which routers could be fitted.")
+        if count == 0 or not sums[-1, -1] > 0:
+            raise ValueError(NOTHING_SEEN)
         return _Moments(sums, count)
 
     def solve(self, ridge: float) -> tuple[Tensor, float]:
@@ -88,20 +90,24 @@ class _Moments:
 
 @dataclass
 class _Frames:
-    """A sample of the frames of one block, as many as fit into `tokens`: every frame is as likely to be among them.
+    """A sample of the frames of one block within a bound: those that drew the least random numbers, whatever their size
+    and order.
 
     Attributes:
-        tokens: most vision tokens kept.
-        kept: hidden states [N, D] and share of the attention [N] of each frame, on the CPU.
+        tokens: most vision tokens kept; a single frame may have more.
+        kept: a heap with the negative draw and the number of each frame, its hidden states [N, D] and its share of the
+            attention [N], on the CPU.
         held: tokens of those.
         seen: frames seen so far.
+        limit: least draw of a frame that was given up.
     """
 
     tokens: int
     generator: torch.Generator
-    kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    kept: list[tuple[float, int, Tensor, Tensor]] = field(default_factory=list)
     held: int = 0
     seen: int = 0
+    limit: float = 1.0
 
     def add(self, x_BTD: Tensor, received_BT: Tensor, groups: TokenGroups) -> None:
         """Take in a call."""
@@ -116,23 +122,24 @@ class _Frames:
 
     def _keep(self, x_ND: Tensor, share_N: Tensor) -> None:
         self.seen += 1
-        if self.held + len(x_ND) <= self.tokens or not self.kept:
-            self.kept.append((x_ND, share_N))
-            self.held += len(x_ND)
+        draw = float(torch.rand((), generator=self.generator))
+        if draw >= self.limit:
             return
-        place = int(torch.randint(self.seen, (), generator=self.generator))
-        if place < len(self.kept):
-            self.held += len(x_ND) - len(self.kept[place][0])
-            self.kept[place] = (x_ND, share_N)
+        heapq.heappush(self.kept, (-draw, self.seen, x_ND, share_N))
+        self.held += len(x_ND)
+        while self.held > self.tokens and len(self.kept) > 1:
+            least, _, given_up, _ = heapq.heappop(self.kept)
+            self.held -= len(given_up)
+            self.limit = -least
 
     def batch(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """Frames drawn with replacement, about `tokens` tokens: hidden states [G, N, D] in fp32, shares of the
         attention [G, N], and which entries are tokens [G, N]."""
-        longest = max(len(share_N) for _, share_N in self.kept)
+        longest = max(len(share_N) for *_, share_N in self.kept)
         count = max(1, tokens // longest)
         drawn = [self.kept[i] for i in torch.randint(len(self.kept), (count,), generator=self.generator)]
-        x_GND = pad_sequence([x.float() for x, _ in drawn], batch_first=True)
-        share_GN = pad_sequence([share for _, share in drawn], batch_first=True, padding_value=-1.0)
+        x_GND = pad_sequence([x.float() for _, _, x, _ in drawn], batch_first=True)
+        share_GN = pad_sequence([share for *_, share in drawn], batch_first=True, padding_value=-1.0)
         return x_GND, share_GN.clamp(min=0), share_GN >= 0
 
 
@@ -145,7 +152,7 @@ def _trained(
     ranks = float(reduce(torch.ones((), device=device)))
     held = float(reduce(torch.tensor(float(frames.held), device=device)))
     if held == 0:
-        raise ValueError("the calls have no vision tokens, on which routers could be fitted.")
+        raise ValueError(NOTHING_SEEN)
     batch = min(STEP_TOKENS, math.ceil(held / ranks / LEAST_STEPS))
     steps = round(epochs * held / ranks / batch)
     flat = nn.Parameter(reduce(torch.cat([value.flatten().float() for value in start.values()])) / ranks)
@@ -172,16 +179,16 @@ def _named(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _explained(frames: _Frames, weights: dict[str, Tensor], reduce: Callable[[Tensor], Tensor]) -> float:
-    """Squared correlation of scores and attention within frames."""
+    """Squared correlation of scores and attention within frames; 0 where it is negative."""
     device = next(iter(weights.values())).device
     sums_3 = torch.zeros(3, dtype=torch.float64, device=device)
-    for x_ND, share_N in frames.kept:
+    for _, _, x_ND, share_N in frames.kept:
         scores_N = token_scores(x_ND.to(device), weights).double()
         pair_2N = torch.stack([scores_N, share_N.to(device).double()])
         pair_2N = pair_2N - pair_2N.mean(1, keepdim=True)
         sums_3 += torch.stack([pair_2N[0] @ pair_2N[0], pair_2N[0] @ pair_2N[1], pair_2N[1] @ pair_2N[1]])
     scored, both, paid = reduce(sums_3).tolist()
-    return both**2 / max(scored * paid, 1e-30)
+    return max(both, 0.0) ** 2 / max(scored * paid, 1e-30)
 
 
 def fit_routers(
@@ -205,13 +212,15 @@ def fit_routers(
         reduce: sums a tensor over the ranks of a distributed run, each of which passes calls of its own.
         epochs: of MLP routers: passes over the hidden states held, >= 1.
         tokens: vision tokens per rank and MLP router whose hidden states are held in host memory at a time, in the
-            model's dtype, >= 1; beyond that, a uniform sample of the frames.
+            model's dtype, >= 1; beyond that, a random sample of the frames.
 
     Returns:
-        By block index, the share of the variance of the attention within frames that the router explains.
+        By block index, the share of the variance of the attention within frames that the router explains; of MLP
+        routers, whose frames weigh alike, its squared correlation with the scores.
 
     Raises:
-        ValueError: no router to be fitted, packed attention, or no vision tokens in the calls. Nothing is changed then.
+        ValueError: no router to be fitted, packed attention, or no vision tokens that the queries attend to. Nothing is
+            changed then.
     """
     if not ridge > 0:
         raise ValueError(f"ridge is {ridge!r}; expected a number > 0.")

@@ -17,7 +17,7 @@ class Hub:
         raise OSError("We couldn't connect\nand more")
 
 
-@pytest.mark.parametrize("name", ["data/vlm_base", "./model", "/no/such/model", "a/b/model", "~/model"])
+@pytest.mark.parametrize("name", ["data/vlm_base", "./model", "/no/such/model", "a/b/model"])
 def test_the_hub_is_not_asked_for_a_folder_that_is_not_there(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
@@ -34,6 +34,21 @@ def test_the_hub_is_asked_for_a_name(name, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=f"llm='{name}' is not a local folder.*We couldn't connect"):
         pretrained("llm", name, hub)
     assert hub.asked == [name]
+
+
+def test_reasons_are_told_whatever_the_error_looks_like():
+    def failing(error):
+        def load(name):
+            raise error
+
+        return load
+
+    with pytest.raises(ValueError, match=r"whole path"):
+        pretrained("llm", "~/model", failing(OSError("never asked")))
+    with pytest.raises(ValueError, match=r"\(OSError\)"):
+        pretrained("llm", "org/model", failing(OSError("")))
+    with pytest.raises(ValueError, match="needs a package that is not installed: sentencepiece"):
+        pretrained("llm", "org/model", failing(ImportError("\nsentencepiece is not here")))
 
 
 def test_what_is_there_is_loaded(tmp_path, monkeypatch):

@@ -103,3 +103,26 @@ def test_parts_that_cannot_go_are_no_candidates_and_the_model_is_left_as_it_was(
         LayerPlanConfig.greedy(model, [IDS], 1, "head")
     with pytest.raises(ValueError, match="untouched model"):
         LayerPlanConfig.greedy(mmskip.apply_(model, LayerPlanConfig(drop=(1,))), [IDS], 1)
+
+
+def test_losses_are_those_of_the_plan_that_was_asked_for():
+    model = loud("llama")
+    with pytest.raises(ValueError, match="can be left out"):
+        greedy_drops(model, [IDS], 4, "attn")
+    chosen = greedy_drops(model, [IDS], 4, "attn", kv="fill")
+    assert sorted(drop.index for drop in chosen) == [0, 1, 2, 3]
+    mmskip.apply_(model, LayerPlanConfig(drop_attn=(0, 1, 2, 3), kv="fill"))
+    with torch.no_grad():
+        assert chosen[-1].loss == pytest.approx(float(model(IDS, labels=IDS).loss), rel=1e-4)
+
+
+def test_modes_of_single_modules_come_back_and_ids_that_do_not_tell_are_refused():
+    model = loud("llama").train()
+    model.model.layers[1].eval()
+    before = [module.training for module in model.modules()]
+    embeds = model.get_input_embeddings()(IDS).detach()
+    greedy_drops(model, [{"inputs_embeds": embeds, "labels": IDS}], 1)
+    for batch in ({"inputs_embeds": embeds}, {"input_ids": IDS, "pixel_values": torch.zeros(1)}):
+        with pytest.raises(ValueError, match="expected labels"):
+            greedy_drops(model, [batch], 1)
+    assert [module.training for module in model.modules()] == before

@@ -108,8 +108,23 @@ def test_the_frames_held_for_an_mlp_are_a_fair_sample_within_their_bound():
         frames = _Frames(31, torch.Generator().manual_seed(seed))
         frames.add(x, torch.ones(1, 120), groups)
         assert len(frames.kept) == 10 and frames.held == 30
-        times += torch.bincount(torch.stack([x[0, 0] for x, _ in frames.kept]).long(), minlength=40)
+        times += torch.bincount(torch.stack([x[0, 0] for _, _, x, _ in frames.kept]).long(), minlength=40)
     assert times.min() > 25 and times.max() < 80, "50 times each, save for chance"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_frames_of_any_size_stay_within_the_bound_and_are_kept_alike(order):
+    sizes = [2, 30][::order]
+    layouts = [torch.arange(60).repeat_interleave(size)[None] for size in sizes]
+    kept = torch.zeros(2)
+    for seed in range(100):
+        frames = _Frames(200, torch.Generator().manual_seed(seed))
+        for layout in layouts:
+            frames.add(torch.zeros(1, layout.shape[1], 1), torch.ones(1, layout.shape[1]), token_groups(layout))
+            assert frames.held == sum(len(x) for _, _, x, _ in frames.kept) <= 200
+        for place, size in enumerate(sizes):
+            kept[place] += sum(len(x) == size for _, _, x, _ in frames.kept)
+    assert kept.min() > 0.7 * kept.max(), "one size or the later frames are favoured"
 
 
 def test_ranks_agree_on_an_mlp_also_where_one_has_no_frames():
