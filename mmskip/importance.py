@@ -27,7 +27,7 @@ from torch.nn.functional import cosine_similarity
 
 from mmskip import families
 from mmskip.families import STATE
-from mmskip.families.hf_residuals import Residual, residuals
+from mmskip.families.hf_residuals import Residual, calls_of, residuals
 from mmskip.files import whole, write_json
 
 LAC_ALPHA = 0.8
@@ -152,8 +152,7 @@ def importance(model: nn.Module, data: Iterable[Any]) -> ImportanceTable:
     model.eval()
     try:
         with torch.no_grad(), residuals(view, sums.add):
-            for batch in data:
-                call = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+            for call in calls_of(data):
                 sums.begin(call)
                 model(**{**call, "use_cache": False})
     finally:
@@ -234,7 +233,7 @@ def lac_activity(model: nn.Module, batch: Any) -> Tensor:
         void_BT, seen_range = lac_voids(grown_BT, seen_range)
         active.append(~void_BT)
 
-    call = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    (call,) = calls_of([batch])
     with torch.no_grad(), residuals(view, seen):
         model(**{**call, "use_cache": False})
     return torch.stack(active)

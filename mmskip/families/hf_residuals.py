@@ -4,7 +4,7 @@ leaves it.
 Shape suffixes: B batch, T tokens of a call, D width.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +78,21 @@ def entering(view: Any, index: int, edit: Callable[[Tensor], Tensor]) -> Iterato
         yield
 
 
+def calls_of(data: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """Arguments of the model for each batch of calibration data: ids [B, T], or a dictionary.
+
+    Raises:
+        ValueError: `data` are no batches.
+    """
+    if isinstance(data, (Tensor, Mapping, str)) or not isinstance(data, Iterable):
+        raise ValueError(f"data is one {type(data).__name__}; expected a list of batches, ids [B, T] or dictionaries.")
+    for batch in data:
+        if not (isinstance(batch, Mapping) or (isinstance(batch, Tensor) and batch.dim() == 2)):
+            told = f"a tensor of shape {list(batch.shape)}" if isinstance(batch, Tensor) else f"{batch!r:.80}"
+            raise ValueError(f"data holds {told}; expected ids [B, T], or dictionaries of the model's arguments.")
+        yield {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+
+
 def mlp_cosines(view: Any, model: nn.Module, data: Iterable[Any], chosen: range, warmup: int) -> Tensor:
     """Cosines [blocks, tokens] between the states before and after the MLP of some blocks, for every real token of the
     data past the warm-up, by the blocks' own arithmetic: the output minus what the MLP, or the norm after it, added.
@@ -119,8 +134,7 @@ def mlp_cosines(view: Any, model: nn.Module, data: Iterable[Any], chosen: range,
                 if parts_of(view.blocks[index])[1] is not None:
                     stack.enter_context(_removed(added_by(view.blocks[index]).register_forward_hook(note(index))))
             stack.enter_context(residuals(view, seen))
-            for batch in data:
-                call = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+            for call in calls_of(data):
                 real = call.get("attention_mask", torch.ones_like(call["input_ids"]))
                 keep_BT = real.bool() & (real.cumsum(-1) > warmup)
                 model(**{**call, "use_cache": False})

@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from mmskip import families
 from mmskip.config import check_choice, check_count
+from mmskip.families.hf_residuals import calls_of
 from mmskip.methods.layer_plan import KINDS, LayerPlanConfig, resolve
 from mmskip.registry import applied, apply_, remove_
 
@@ -64,7 +65,7 @@ def greedy_drops(
     view = families.find(model, ("hf_decoder", "hf_vlm"))
     if applied(model):
         raise ValueError(f"drops are chosen on the untouched model, but it carries {applied(model)}; remove_ that.")
-    batches = [{"input_ids": batch} if isinstance(batch, Tensor) else dict(batch) for batch in data]
+    batches = list(calls_of(data))
     if not batches:
         raise ValueError("data is empty; expected batches of token ids.")
     parts = ("attn", "mlp") if kind == "joint" else (kind,)

@@ -184,6 +184,8 @@ class LayerPlanConfig(MethodConfig):
 
 
 def _indices(name: str, values: Any, repeats: bool) -> tuple[int, ...]:
+    if not isinstance(values, Iterable) or isinstance(values, str):
+        raise ValueError(f"{name} is {values!r}; expected a list of block indices.")
     values = tuple(values)
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:

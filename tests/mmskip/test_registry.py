@@ -137,7 +137,7 @@ def test_a_change_by_another_tool_on_top_blocks_remove():
         ({"layers": [1, -2]}, "holds -2"),
         ({"layers": ["1"]}, "holds '1'; expected block indices, integers >= 0"),
         ({"layers": [1, 1]}, "once"),
-        ({"router": "best"}, "linear, norm, random, uniform"),
+        ({"router": "best"}, "linear, mlp, norm, random, uniform"),
         ({"gate": "relu"}, "linear, sigmoid, tanh, own, none"),
         ({"always_keep": "first"}, "none, last"),
         ({"keep_floor": 0}, "keep_floor is 0"),

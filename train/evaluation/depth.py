@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mmskip.files import write_json
+from mmskip.models.pretrained import pretrained
 from mmskip.train.evaluation import depth_pictures as pictures
-from mmskip.train.evaluation.lm import text_windows
+from mmskip.train.evaluation.lm import BESIDE, text_windows
 from mmskip.train.metrics import depth as measure
 
 PARTS = ("contributions", "effects", "lens", "erasure", "gradients", "maps")
@@ -39,7 +40,13 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _check(arguments)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
+    tokenizer = pretrained("--model", arguments.model, AutoTokenizer.from_pretrained, BESIDE)
+    if arguments.other is not None and "maps" in arguments.parts:
+        theirs = pretrained("--other", arguments.other, AutoTokenizer.from_pretrained, BESIDE)
+        if theirs.get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                f"{arguments.other} has another tokenizer than {arguments.model}; states cannot be paired."
+            )
     model = _load(AutoModelForCausalLM, arguments.model, arguments.device)
     texts = [path.read_text(encoding="utf-8") for path in arguments.text]
     batches = batches_of(tokenizer, texts, arguments.windows, arguments)
@@ -55,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
                 continue
             other = _load(AutoModelForCausalLM, arguments.other, arguments.device)
             many = batches_of(tokenizer, texts, arguments.map_windows, arguments)
-            found |= {"other": arguments.other, "maps": _maps(model, other, tokenizer, arguments, many)}
+            found |= {"other": arguments.other, "maps": _maps(model, other, many)}
         else:
             found[part] = _measured(part, model, batches, prompt_T, arguments.steps)
         getattr(pictures, part)(found, arguments.out / f"{part}.png")
@@ -119,11 +126,7 @@ def _measured(part: str, model: Any, batches: list[Tensor], prompt_T: Tensor, st
     return measure.integrated_gradients(model, prompt_T, steps).tolist()
 
 
-def _maps(model: Any, other: Any, tokenizer: Any, arguments: argparse.Namespace, batches: list[Tensor]) -> Any:
-    from transformers import AutoTokenizer
-
-    if AutoTokenizer.from_pretrained(arguments.other, local_files_only=True).get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"{arguments.other} has another tokenizer than {arguments.model}; states cannot be paired.")
+def _maps(model: Any, other: Any, batches: list[Tensor]) -> Any:
     return measure.linear_maps(measure.states(model, batches), measure.states(other, batches)).tolist()
 
 

@@ -22,6 +22,10 @@ import mmskip
 from mmskip import families
 from mmskip.families.hf_plan import decode_from
 from mmskip.files import write_json
+from mmskip.models.pretrained import pretrained
+from mmskip.save import CONFIG_FILE
+
+BESIDE = "The tokenizer has to lie beside the weights: tokenizer.save_pretrained(folder)."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,7 +166,7 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _check(arguments)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
+    tokenizer = pretrained("--model", str(arguments.model), AutoTokenizer.from_pretrained, BESIDE)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, local_files_only=True).to(arguments.device)
     windows = {
         str(path): text_windows(tokenizer, path.read_text(encoding="utf-8")[: arguments.limit], arguments.window)
@@ -217,6 +221,8 @@ def _check(arguments: argparse.Namespace) -> None:
     for path in (Path(arguments.model), *arguments.text, *further):
         if not path.exists():
             raise ValueError(f"{path} does not exist.")
+    if arguments.adapter is not None and not (arguments.adapter / CONFIG_FILE).is_file():
+        raise ValueError(f"--adapter {arguments.adapter} holds no {CONFIG_FILE}; expected a folder of mmskip.save.")
     for name, least in (
         ("window", 2),
         ("batch", 1),

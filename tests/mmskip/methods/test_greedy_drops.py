@@ -126,3 +126,21 @@ def test_modes_of_single_modules_come_back_and_ids_that_do_not_tell_are_refused(
         with pytest.raises(ValueError, match="expected labels"):
             greedy_drops(model, [batch], 1)
     assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (IDS, "data is one Tensor"),
+        (["a text"], "data holds 'a text'"),
+        ([IDS[0]], r"data holds a tensor of shape \[\d+\]"),
+        (None, "data is one NoneType"),
+    ],
+)
+def test_data_that_are_no_batches_are_named(data, message):
+    model = loud("llama")
+    for measured in (mmskip.importance, lambda model, data: greedy_drops(model, data, 1)):
+        with pytest.raises(ValueError, match=message):
+            measured(model, data)
+    with pytest.raises(ValueError, match="drop is 2; expected a list of block indices"):
+        LayerPlanConfig(drop=2)
