@@ -82,6 +82,17 @@ class Bench:
         return [self.distance(nfe, seed, config) for seed in seeds]
 
 
+def open_bench(options: argparse.Namespace) -> Bench:
+    """The network and the judge that the command line names, with what was measured with these weights before."""
+    device = device_of(options.device)
+    net = open_feature_net(options.features, device)
+    opened = open_drawer(options.checkpoint, options.guidance, device)
+    judge = Judge(net, reference_features(net, options, opened))
+    file = Path("runs") / "skip_tuning_bench" / f"{opened.name}-{net.name}-{len(judge.real_NF)}.json".replace(":", "_")
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    return Bench(opened, judge, options.samples, options.sampler, options.batch_size, file, known)
+
+
 def searched(bench: Bench, nfe: int, seed: int, grid: Sequence[float], rounds: int) -> tuple[float, dict[float, float]]:
     """The best rho on one seed, and all scores: the grid, then the middles beside the best."""
 
@@ -235,14 +246,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 def main(given: Sequence[str] | None = None) -> None:
     """Measure, draw, print."""
     options = arguments(given)
-    device = device_of(options.device)
-    net = open_feature_net(options.features, device)
-    opened = open_drawer(options.checkpoint, options.guidance, device)
-    judge = Judge(net, reference_features(net, options, opened))
-    # what was measured with these weights before
-    file = Path("runs") / "skip_tuning_bench" / f"{opened.name}-{net.name}-{len(judge.real_NF)}.json".replace(":", "_")
-    known = json.loads(file.read_text()) if file.is_file() else {}
-    bench = Bench(opened, judge, options.samples, options.sampler, options.batch_size, file, known)
+    bench = open_bench(options)
+    opened, judge = bench.opened, bench.judge
     by_nfe = {nfe: judged(bench, nfe, options) for nfe in options.nfe}
     picture(by_nfe, options.out / f"{options.name}.png")
     caching = cached(bench, options)
@@ -261,7 +266,7 @@ def main(given: Sequence[str] | None = None) -> None:
             "features": judge.real_NF.shape[1],
         },
         "network": opened.name,
-        "feature_network": net.name,
+        "feature_network": judge.net.name,
         "sampler": options.sampler,
         "search_seed": options.search_seed,
         "seeds": options.seeds,

@@ -1,0 +1,309 @@
+"""When does a scale on the skips help? One network and one thing changed at a time.
+
+    python benchmarks/skip_effect.py [CASE ...]      # all of them: about two hours on one core
+
+Every case is a trained network and a sampler; a run that is missing is trained first (`skip_tuning.yaml` with a few
+settings changed). Per number of evaluations, as in skip_tuning.py: rho searched on seed 100, reported on seeds 0 to 2
+beside random scales of equal size and FreeU. And a control without any skip: the predicted noise times a constant s,
+D' = x + s (D - x), searched in the same way. Per network: the share of each skip's channels whose scale the next
+normalisation cancels, what rho = 0.9 does to D at several noise levels, and how far the samples are from converged.
+Resumable; ends with one JSON line, a JSON file and a picture in benchmarks/results.
+
+Shapes: B images, C channels, H and W pixels.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import _measure
+import torch
+from ddpm_unets import DATA
+from skip_tuning import Bench, judged, open_bench, verdict
+from skip_tuning import arguments as tuning_arguments
+from torch import Tensor, nn
+
+import mmskip
+from mmskip.families import find
+from mmskip.files import whole, write_json
+from mmskip.models.diffusion import Diffusion
+from mmskip.models.samplers import Denoiser, Drawer, steps_of
+from mmskip.train.cli import main as train
+from mmskip.train.evaluation.drawing import pixels, real_images
+from mmskip.train.metrics.frechet import FeatureStatistics, frechet_distance
+
+MNIST, FASHION = DATA / "mnist" / "mnist_test_first6667.npz", DATA / "fashion_mnist" / "fashion_mnist_sprite_600.npz"
+CIFAR_FEATURES = "benchmarks/cifar_features.py:resnet20"
+SIGMAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+GREY = ("unet.sample_size=28", "unet.in_channels=1", "unet.out_channels=1", "unet.num_class_embeds=10")
+DIGITS = (f"data.source={MNIST}", "data.image_size=28", "data.channels=1", "data.flip=false", "sigma_data=0.61")
+
+
+class NoisePrediction(Diffusion):
+    """The same network as a DDPM: it predicts the noise, D(x, sigma) = x - sigma F(c_in x), with equal weight at every
+    noise level."""
+
+    def denoise(self, unet: nn.Module, x_BCHW: Tensor, sigma_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+        """D(x, sigma), as far as an image goes."""
+        sigma = sigma_B.view(-1, 1, 1, 1)
+        extra = {} if label_B is None else {"class_labels": label_B}
+        noise = unet(x_BCHW / (1 + sigma**2).sqrt(), sigma_B.log() / 4, **extra).sample
+        denoised = x_BCHW - sigma * noise
+        return denoised if self.training else denoised.clamp(-1, 1)
+
+    def _loss(self, unet: nn.Module, batch: dict[str, Tensor], noise: Tensor, log_sigma_B: Tensor) -> Tensor:
+        sigma_B, clean = log_sigma_B.exp(), batch["image"]
+        label_B = self._labels(batch, training=unet.training)
+        denoised = self.denoise(unet, clean + sigma_B.view(-1, 1, 1, 1) * noise, sigma_B, label_B)
+        return ((denoised - clean).square().mean((1, 2, 3)) / sigma_B**2).mean()
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A network and a sampler.
+
+    Attributes:
+        about: what is changed.
+        checkpoint: a run, trained by `recipe` where it is missing, or FILE.py:FUNCTION.
+        recipe: settings of skip_tuning.yaml that differ.
+        features, real: as for evaluate.py fid.
+        sampler, nfe, samples: of the distances.
+    """
+
+    about: str
+    checkpoint: str
+    recipe: tuple[str, ...] = ()
+    features: str = CIFAR_FEATURES
+    real: Path | None = None
+    sampler: str = "dpm++"
+    nfe: tuple[int, ...] = (5, 9)
+    samples: int = 240
+    noise: bool = False
+
+
+def _ddpm(name: str, real: Path, **changed: Any) -> Case:
+    network = f"benchmarks/ddpm_unets.py:{name}"
+    return Case(f"DDPM, {name}", network, (), f"runs/{name}_features", real, samples=300, **changed)
+
+
+_EMBEDDED = Case("as in the recipe", "runs/skip_tuning")
+_EIGHT = ("max_epochs=8",)
+_MNIST = Case("EDM, MNIST", "runs/skip_mnist", (*GREY, *DIGITS, *_EIGHT), "runs/mnist_features", samples=300)
+CASES = {
+    "embedded": dataclasses.replace(_EMBEDDED, nfe=(3, 5, 9)),
+    "heun": dataclasses.replace(_EMBEDDED, about="Heun", sampler="heun"),
+    "euler": dataclasses.replace(_EMBEDDED, about="Euler", sampler="euler"),
+    "epochs2": Case("2 epochs", "runs/skip_epochs2", ("max_epochs=2",)),
+    "epochs8": Case("8 epochs", "runs/skip_epochs8", _EIGHT),
+    "half": Case("half width, 32 epochs", "runs/skip_half", ("unet.block_out_channels=[8,16,24]",)),
+    "double": Case("double width, 8 epochs", "runs/skip_double", ("unet.block_out_channels=[32,64,96]", *_EIGHT)),
+    "one_group": Case("one group, 8 epochs", "runs/skip_one_group", ("unet.norm_num_groups=1", *_EIGHT)),
+    "noise": Case("noise prediction, 8 epochs", "runs/skip_noise", _EIGHT, noise=True),
+    "mnist": dataclasses.replace(_MNIST, nfe=(3, 5, 9)),
+    "mnist_noise": dataclasses.replace(
+        _MNIST, about="noise prediction, MNIST", checkpoint="runs/skip_mnist_noise", noise=True
+    ),
+    "ddpm_mnist": _ddpm("mnist", MNIST, nfe=(3, 5, 9, 15, 25)),
+    "ddpm_fashion": _ddpm("fashion", FASHION, nfe=(3, 5, 9, 15, 25)),
+    "ddpm_fashion_heun": _ddpm("fashion", FASHION, sampler="heun"),
+    "ddpm_fashion_euler": _ddpm("fashion", FASHION, sampler="euler"),
+}
+
+
+def trained(case: Case) -> None:
+    """Train the run of a case if it is missing."""
+    if case.checkpoint.endswith(".py") or ".py:" in case.checkpoint or Path(case.checkpoint).is_dir():
+        return
+    given = ["--config", "skip_tuning.yaml", "--name", Path(case.checkpoint).name]
+    if case.noise:
+        given.append("--model=skip_effect.NoisePrediction")
+    for setting in case.recipe:
+        part = "" if setting.startswith("data.") else "trainer." if setting.startswith("max_") else "model."
+        given.append(f"--{part}{setting}")
+    epochs = [setting for setting in case.recipe if setting.startswith("max_epochs")]
+    given += [f"--trainer.check_val_every_n_epoch={s.partition('=')[2]}" for s in epochs]
+    train([*given, "--trainer.enable_progress_bar=false"])
+
+
+def opened(case: Case) -> tuple[Bench, argparse.Namespace]:
+    """The bench of a case and the settings of its search."""
+    given = ["--checkpoint", case.checkpoint, "--features", case.features, "--sampler", case.sampler]
+    given += ["--real", str(case.real)] if case.real else []
+    options = tuning_arguments([*given, "--samples", str(case.samples), "--rounds", "2", "--randoms", "4"])
+    options.grid = [0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3]
+    bench = open_bench(options)
+    if case.noise:
+        assert bench.opened.run is not None
+        model = NoisePrediction.load_from_checkpoint(bench.opened.run.checkpoint, "cpu", weights_only=True)
+        bench.opened = dataclasses.replace(bench.opened, drawer=model.eval().drawer())
+    return bench, options
+
+
+def with_noise_scale(drawer: Drawer, s: float) -> Drawer:
+    """The same network with its predicted noise times s: D' = x + s (D - x)."""
+
+    def denoiser(number_B: Tensor) -> Denoiser:
+        denoise = drawer.denoiser(number_B)
+        return lambda x, sigma: torch.lerp(x, denoise(x, sigma), s)
+
+    return dataclasses.replace(drawer, denoiser=denoiser)
+
+
+def noise_scaled(bench: Bench, nfe: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The control without skips: the best s on the search seed, and its distances on the others."""
+
+    def distance(s: float, seed: int) -> float:
+        key = f"{nfe} {seed} {bench.samples} {bench.sampler} noise times {s}"
+        if s == 1:
+            return bench.distance(nfe, seed)
+        if key not in bench.known:
+            drawer = with_noise_scale(bench.opened.drawer, s)
+            images, _ = drawer.draw(bench.samples, seed, bench.sampler, steps_of(bench.sampler, nfe), bench.batch_size)
+            bench.known[key] = bench.judge.frechet(images)
+            write_json(bench.known, bench.file)
+        return float(bench.known[key])
+
+    found = mmskip.search(lambda s: distance(s, options.search_seed), 0.8, 1.2, 5, 3, also=(1.0,))
+    return {"best_s": found.best, "noise_scale": [distance(found.best, seed) for seed in options.seeds]}
+
+
+# --- what rho does to the network -----------------------------------------------------------------------------------
+
+
+def cancelled(unet: nn.Module) -> list[float | None]:
+    """Per skip, the share of its channels in groups of the next normalisation that hold no other channels, where a
+    scale is cancelled; None where no GroupNorm follows directly."""
+    shares: list[float | None] = []
+    for skip in find(unet, ("diffusers_unet",)).skips:
+        if not isinstance(skip.norm, nn.GroupNorm):
+            shares.append(None)
+            continue
+        size = skip.channels // skip.norm.num_groups
+        first, last = -(-skip.start // size), skip.stop // size
+        shares.append(max(0, last - first) * size / (skip.stop - skip.start))
+    return shares
+
+
+@torch.no_grad()
+def reach(bench: Bench, options: argparse.Namespace, rho: float = 0.9, count: int = 60) -> dict[str, dict[str, float]]:
+    """What rho does to D on noisy real images, by sigma: `shift`, |D_rho - D| beside the error |D - clean|;
+    `squared_error`, that of D_rho beside that of D; `along`, the cosine of the shift and the predicted noise."""
+    drawer = bench.opened.drawer
+    images, _, resize = real_images(options, bench.opened)
+    clean = pixels(images, list(range(count)), drawer.image_shape, resize)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    denoise, rows = drawer.denoiser(torch.tensor(images.labels[:count])), {}
+    for sigma in SIGMAS:
+        x, level_B = clean + sigma * noise, torch.full((count,), sigma)
+        plain = denoise(x, level_B)
+        mmskip.apply_(drawer.unet, mmskip.SkipScaleConfig(scale=rho))
+        scaled = denoise(x, level_B)
+        mmskip.remove_(drawer.unet)
+        shift, error = scaled - plain, plain - clean
+        rows[str(sigma)] = {
+            "shift": float(shift.norm() / error.norm()),
+            "squared_error": float((scaled - clean).square().sum() / error.square().sum()),
+            "along": float(torch.cosine_similarity(shift.flatten(), (plain - x).flatten(), 0)),
+        }
+    return rows
+
+
+def unconverged(bench: Bench, nfe: int, rho: float, count: int = 60) -> dict[str, float]:
+    """How far samples are from those of the same noise after 65 evaluations, in their spread: `plain`, and with the
+    found rho; and `moved`, how far rho moves them."""
+    drawer = bench.opened.drawer
+
+    def draw(evaluations: int) -> Tensor:
+        return drawer.draw(count, 0, bench.sampler, steps_of(bench.sampler, evaluations), bench.batch_size)[0]
+
+    exact, plain = draw(65), draw(nfe)
+    mmskip.apply_(drawer.unet, mmskip.SkipScaleConfig(scale=rho))
+    scaled = draw(nfe)
+    mmskip.remove_(drawer.unet)
+    spread = (exact - exact.mean(0)).norm()
+    pairs = {"plain": (plain, exact), "scaled": (scaled, exact), "moved": (scaled, plain)}
+    return {name: float((one - other).norm() / spread) for name, (one, other) in pairs.items()}
+
+
+def studied(case: Case) -> dict[str, Any]:
+    """Everything about a case."""
+    trained(case)
+    bench, options = opened(case)
+    by_nfe: dict[int, dict[str, Any]] = {}
+    for nfe in case.nfe:
+        found = {**judged(bench, nfe, options), **noise_scaled(bench, nfe, options)}
+        found["unconverged"] = unconverged(bench, nfe, found["best_rho"] if found["best_rho"] != 1 else 0.9)
+        by_nfe[nfe] = found
+    real_NF = bench.judge.real_NF
+    few = FeatureStatistics.of(real_NF[: case.samples])
+    return {
+        **{k: v for k, v in dataclasses.asdict(case).items() if k in ("about", "sampler", "samples", "nfe")},
+        "network": bench.opened.name,
+        "parameters": sum(p.numel() for p in bench.opened.drawer.unet.parameters()),
+        "feature_network": bench.judge.net.name,
+        "real_against_real": frechet_distance(bench.judge.statistics, few),
+        "cancelled": cancelled(bench.opened.drawer.unet),
+        "reach": reach(bench, options),
+        "by_nfe": {str(nfe): found for nfe, found in by_nfe.items()},
+        "verdict": verdict(by_nfe),
+    }
+
+
+# --- report ---------------------------------------------------------------------------------------------------------
+
+
+def changes(found: dict[str, Any], name: str) -> list[float]:
+    """Relative change of the distance by seed."""
+    return [value / plain - 1 for value, plain in zip(found[name], found["plain"], strict=True)]
+
+
+def picture(cases: dict[str, dict[str, Any]], path: Path) -> None:
+    """The change of the distance of every case, by what brought it."""
+    from matplotlib.figure import Figure
+
+    rows = [(f"{c['about']}, NFE {nfe}", found) for c in cases.values() for nfe, found in c["by_nfe"].items()]
+    figure = Figure(figsize=(9, 1.2 + 0.27 * len(rows)), dpi=110, layout="constrained")
+    axis = figure.subplots()
+    names = {"skip_scale": "found rho", "random": "random scales", "noise_scale": "predicted noise times s"}
+    for shift, (key, name) in zip((-0.2, 0, 0.2), names.items(), strict=True):
+        for row, (_, found) in enumerate(rows):
+            values = [100 * min(change, 1.0) for change in changes(found, key)]
+            style = {"color": f"C{list(names).index(key)}", "label": name if row == 0 else None}
+            axis.plot([min(values), max(values)], [row + shift] * 2, lw=1.5, color=style["color"])
+            axis.plot(statistics.fmean(values), row + shift, "o", ms=4, **style)
+    axis.axvline(0, color="grey", lw=0.8)
+    axis.axvline(-10, color="grey", lw=0.8, ls=":")
+    told = [f"{name}, rho {found['best_rho']:.2f}" for name, found in rows]
+    axis.set_yticks(range(len(rows)), told, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("change of the Frechet distance on seeds never searched, % (cut at 100)")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    with whole(path) as partial:
+        figure.savefig(partial, format="png")
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Study the cases; what was known of the others is kept."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)} (default: all)")
+    parser.add_argument("--out", type=Path, default=_measure.RESULTS, help="folder of the results")
+    options = parser.parse_args(given)
+    if unknown := set(options.cases) - set(CASES):
+        parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    file = options.out / "skip_effect.json"
+    cases = json.loads(file.read_text())["cases"] if file.is_file() else {}
+    for name in options.cases or CASES:
+        cases[name] = studied(CASES[name])
+        ordered = {name: cases[name] for name in CASES if name in cases}
+        picture(ordered, options.out / "skip_effect.png")
+        result = {"name": "skip_effect", "speedup": 1.0, "ideal": 1.0, "shape": {"cases": len(ordered)}}
+        _measure.emit({**result, "cases": ordered}, file)
+
+
+if __name__ == "__main__":
+    main()
