@@ -21,24 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import _measure
-import torch
+from _skip_probes import cancelled, courses, noise_scaled, reach, unconverged
 from ddpm_unets import DATA
 from skip_tuning import Bench, judged, open_bench, verdict
 from skip_tuning import arguments as tuning_arguments
 from torch import Tensor, nn
 
-import mmskip
-from mmskip.families import find
-from mmskip.files import whole, write_json
+from mmskip.files import whole
 from mmskip.models.diffusion import Diffusion
-from mmskip.models.samplers import Denoiser, Drawer, steps_of
 from mmskip.train.cli import main as train
-from mmskip.train.evaluation.drawing import pixels, real_images
 from mmskip.train.metrics.frechet import FeatureStatistics, frechet_distance
 
 MNIST, FASHION = DATA / "mnist" / "mnist_test_first6667.npz", DATA / "fashion_mnist" / "fashion_mnist_sprite_600.npz"
 CIFAR_FEATURES = "benchmarks/cifar_features.py:resnet20"
-SIGMAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 GREY = ("unet.sample_size=28", "unet.in_channels=1", "unet.out_channels=1", "unet.num_class_embeds=10")
 DIGITS = (f"data.source={MNIST}", "data.image_size=28", "data.channels=1", "data.flip=false", "sigma_data=0.61")
 
@@ -72,6 +67,8 @@ class Case:
         recipe: settings of skip_tuning.yaml that differ.
         features, real: as for evaluate.py fid.
         sampler, nfe, samples: of the distances.
+        noise: the network predicts the noise.
+        ways: other ways to scale are tried as well.
     """
 
     about: str
@@ -83,6 +80,7 @@ class Case:
     nfe: tuple[int, ...] = (5, 9)
     samples: int = 240
     noise: bool = False
+    ways: bool = False
 
 
 def _ddpm(name: str, real: Path, **changed: Any) -> Case:
@@ -94,15 +92,21 @@ _EMBEDDED = Case("as in the recipe", "runs/skip_tuning")
 _EIGHT = ("max_epochs=8",)
 _MNIST = Case("EDM, MNIST", "runs/skip_mnist", (*GREY, *DIGITS, *_EIGHT), "runs/mnist_features", samples=300)
 CASES = {
-    "embedded": dataclasses.replace(_EMBEDDED, nfe=(3, 5, 9)),
+    "embedded": dataclasses.replace(_EMBEDDED, nfe=(3, 5, 9), ways=True),
     "heun": dataclasses.replace(_EMBEDDED, about="Heun", sampler="heun"),
     "euler": dataclasses.replace(_EMBEDDED, about="Euler", sampler="euler"),
     "epochs2": Case("2 epochs", "runs/skip_epochs2", ("max_epochs=2",)),
     "epochs8": Case("8 epochs", "runs/skip_epochs8", _EIGHT),
     "half": Case("half width, 32 epochs", "runs/skip_half", ("unet.block_out_channels=[8,16,24]",)),
     "double": Case("double width, 8 epochs", "runs/skip_double", ("unet.block_out_channels=[32,64,96]", *_EIGHT)),
-    "one_group": Case("one group, 8 epochs", "runs/skip_one_group", ("unet.norm_num_groups=1", *_EIGHT)),
+    "one_group": Case("one group, 8 epochs", "runs/skip_one_group", ("unet.norm_num_groups=1", *_EIGHT), ways=True),
     "noise": Case("noise prediction, 8 epochs", "runs/skip_noise", _EIGHT, noise=True),
+    "noise_group": Case(
+        "noise prediction, one group, 8 epochs",
+        "runs/skip_noise_group",
+        ("unet.norm_num_groups=1", *_EIGHT),
+        noise=True,
+    ),
     "mnist": dataclasses.replace(_MNIST, nfe=(3, 5, 9)),
     "mnist_noise": dataclasses.replace(
         _MNIST, about="noise prediction, MNIST", checkpoint="runs/skip_mnist_noise", noise=True
@@ -143,92 +147,6 @@ def opened(case: Case) -> tuple[Bench, argparse.Namespace]:
     return bench, options
 
 
-def with_noise_scale(drawer: Drawer, s: float) -> Drawer:
-    """The same network with its predicted noise times s: D' = x + s (D - x)."""
-
-    def denoiser(number_B: Tensor) -> Denoiser:
-        denoise = drawer.denoiser(number_B)
-        return lambda x, sigma: torch.lerp(x, denoise(x, sigma), s)
-
-    return dataclasses.replace(drawer, denoiser=denoiser)
-
-
-def noise_scaled(bench: Bench, nfe: int, options: argparse.Namespace) -> dict[str, Any]:
-    """The control without skips: the best s on the search seed, and its distances on the others."""
-
-    def distance(s: float, seed: int) -> float:
-        key = f"{nfe} {seed} {bench.samples} {bench.sampler} noise times {s}"
-        if s == 1:
-            return bench.distance(nfe, seed)
-        if key not in bench.known:
-            drawer = with_noise_scale(bench.opened.drawer, s)
-            images, _ = drawer.draw(bench.samples, seed, bench.sampler, steps_of(bench.sampler, nfe), bench.batch_size)
-            bench.known[key] = bench.judge.frechet(images)
-            write_json(bench.known, bench.file)
-        return float(bench.known[key])
-
-    found = mmskip.search(lambda s: distance(s, options.search_seed), 0.8, 1.2, 5, 3, also=(1.0,))
-    return {"best_s": found.best, "noise_scale": [distance(found.best, seed) for seed in options.seeds]}
-
-
-# --- what rho does to the network -----------------------------------------------------------------------------------
-
-
-def cancelled(unet: nn.Module) -> list[float | None]:
-    """Per skip, the share of its channels in groups of the next normalisation that hold no other channels, where a
-    scale is cancelled; None where no GroupNorm follows directly."""
-    shares: list[float | None] = []
-    for skip in find(unet, ("diffusers_unet",)).skips:
-        if not isinstance(skip.norm, nn.GroupNorm):
-            shares.append(None)
-            continue
-        size = skip.channels // skip.norm.num_groups
-        first, last = -(-skip.start // size), skip.stop // size
-        shares.append(max(0, last - first) * size / (skip.stop - skip.start))
-    return shares
-
-
-@torch.no_grad()
-def reach(bench: Bench, options: argparse.Namespace, rho: float = 0.9, count: int = 60) -> dict[str, dict[str, float]]:
-    """What rho does to D on noisy real images, by sigma: `shift`, |D_rho - D| beside the error |D - clean|;
-    `squared_error`, that of D_rho beside that of D; `along`, the cosine of the shift and the predicted noise."""
-    drawer = bench.opened.drawer
-    images, _, resize = real_images(options, bench.opened)
-    clean = pixels(images, list(range(count)), drawer.image_shape, resize)
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
-    denoise, rows = drawer.denoiser(torch.tensor(images.labels[:count])), {}
-    for sigma in SIGMAS:
-        x, level_B = clean + sigma * noise, torch.full((count,), sigma)
-        plain = denoise(x, level_B)
-        mmskip.apply_(drawer.unet, mmskip.SkipScaleConfig(scale=rho))
-        scaled = denoise(x, level_B)
-        mmskip.remove_(drawer.unet)
-        shift, error = scaled - plain, plain - clean
-        rows[str(sigma)] = {
-            "shift": float(shift.norm() / error.norm()),
-            "squared_error": float((scaled - clean).square().sum() / error.square().sum()),
-            "along": float(torch.cosine_similarity(shift.flatten(), (plain - x).flatten(), 0)),
-        }
-    return rows
-
-
-def unconverged(bench: Bench, nfe: int, rho: float, count: int = 60) -> dict[str, float]:
-    """How far samples are from those of the same noise after 65 evaluations, in their spread: `plain`, and with the
-    found rho; and `moved`, how far rho moves them."""
-    drawer = bench.opened.drawer
-
-    def draw(evaluations: int) -> Tensor:
-        return drawer.draw(count, 0, bench.sampler, steps_of(bench.sampler, evaluations), bench.batch_size)[0]
-
-    exact, plain = draw(65), draw(nfe)
-    mmskip.apply_(drawer.unet, mmskip.SkipScaleConfig(scale=rho))
-    scaled = draw(nfe)
-    mmskip.remove_(drawer.unet)
-    spread = (exact - exact.mean(0)).norm()
-    pairs = {"plain": (plain, exact), "scaled": (scaled, exact), "moved": (scaled, plain)}
-    return {name: float((one - other).norm() / spread) for name, (one, other) in pairs.items()}
-
-
 def studied(case: Case) -> dict[str, Any]:
     """Everything about a case."""
     trained(case)
@@ -236,6 +154,8 @@ def studied(case: Case) -> dict[str, Any]:
     by_nfe: dict[int, dict[str, Any]] = {}
     for nfe in case.nfe:
         found = {**judged(bench, nfe, options), **noise_scaled(bench, nfe, options)}
+        if case.ways:
+            found["ways"] = courses(bench, nfe, options)
         found["unconverged"] = unconverged(bench, nfe, found["best_rho"] if found["best_rho"] != 1 else 0.9)
         by_nfe[nfe] = found
     real_NF = bench.judge.real_NF

@@ -1,0 +1,134 @@
+"""What a scale on the skips does inside a network, and what else would do it (skip_effect.py).
+
+Shapes: B images.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from skip_tuning import Bench
+from torch import Tensor, nn
+
+import mmskip
+from mmskip.families import find
+from mmskip.files import write_json
+from mmskip.models.samplers import Denoiser, Drawer, steps_of
+from mmskip.train.evaluation.drawing import pixels, real_images
+
+# the paper's linear course, its reverse, and its ablation of the two paths behind a concatenation
+WAYS: dict[str, list[dict[str, Any]]] = {
+    "deepest least": [{"deepest": rho, "shallowest": 1.0} for rho in (0.5, 0.7, 0.9)],
+    "shallowest least": [{"deepest": 1.0, "shallowest": rho} for rho in (0.5, 0.7, 0.9)],
+    **{t: [{"scale": rho, "target": t} for rho in (0.7, 0.8, 0.9, 1.1, 1.2)] for t in ("norm", "residual")},
+}
+SIGMAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+
+
+@contextlib.contextmanager
+def changed(unet: nn.Module, config: Any) -> Iterator[None]:
+    """A method on a network, for a while."""
+    mmskip.apply_(unet, config)
+    try:
+        yield
+    finally:
+        mmskip.remove_(unet)
+
+
+def with_noise_scale(drawer: Drawer, s: float) -> Drawer:
+    """The same network with its predicted noise times s: D' = x + s (D - x)."""
+
+    def denoiser(number_B: Tensor) -> Denoiser:
+        denoise = drawer.denoiser(number_B)
+        return lambda x, sigma: torch.lerp(x, denoise(x, sigma), s)
+
+    return dataclasses.replace(drawer, denoiser=denoiser)
+
+
+def noise_scaled(bench: Bench, nfe: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The control without skips: the best s on the search seed, and its distances on the others."""
+
+    def distance(s: float, seed: int) -> float:
+        key = f"{nfe} {seed} {bench.samples} {bench.sampler} noise times {s}"
+        if s == 1:
+            return bench.distance(nfe, seed)
+        if key not in bench.known:
+            drawer = with_noise_scale(bench.opened.drawer, s)
+            images, _ = drawer.draw(bench.samples, seed, bench.sampler, steps_of(bench.sampler, nfe), bench.batch_size)
+            bench.known[key] = bench.judge.frechet(images)
+            write_json(bench.known, bench.file)
+        return float(bench.known[key])
+
+    found = mmskip.search(lambda s: distance(s, options.search_seed), 0.8, 1.2, 5, 3, also=(1.0,))
+    return {"best_s": found.best, "noise_scale": [distance(found.best, seed) for seed in options.seeds]}
+
+
+def courses(bench: Bench, nfe: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Other ways to scale: the best of each kind on the search seed, and its distances on the others."""
+    ways = {kind: [mmskip.SkipScaleConfig(**settings) for settings in given] for kind, given in WAYS.items()}
+    best = {kind: min(ways[kind], key=lambda c: bench.distance(nfe, options.search_seed, c)) for kind in ways}
+    return {
+        kind: {"config": config.to_dict(), "distances": bench.mean(nfe, options.seeds, config)}
+        for kind, config in best.items()
+    }
+
+
+def cancelled(unet: nn.Module) -> list[float | None]:
+    """Per skip, the share of its channels in groups of the next normalisation that hold no other channels, where a
+    scale is cancelled; None where no GroupNorm follows directly."""
+    shares: list[float | None] = []
+    for skip in find(unet, ("diffusers_unet",)).skips:
+        if not isinstance(skip.norm, nn.GroupNorm):
+            shares.append(None)
+            continue
+        size = skip.channels // skip.norm.num_groups
+        first, last = -(-skip.start // size), skip.stop // size
+        shares.append(max(0, last - first) * size / (skip.stop - skip.start))
+    return shares
+
+
+@torch.no_grad()
+def reach(bench: Bench, options: argparse.Namespace, count: int = 60) -> dict[str, dict[str, float]]:
+    """What rho = 0.9 does to D on noisy real images, by sigma: `shift`, |D_rho - D| beside the error |D - clean| (and
+    by the path it acts on, where there are paths); `squared_error`, that of D_rho beside that of D; `along`, the cosine
+    of the shift and the predicted noise."""
+    drawer = bench.opened.drawer
+    images, _, resize = real_images(options, bench.opened)
+    clean = pixels(images, list(range(count)), drawer.image_shape, resize)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    denoise, rows = drawer.denoiser(torch.tensor(images.labels[:count])), {}
+    targets = ("both", "norm", "residual") if None not in cancelled(drawer.unet) else ("both",)
+    for sigma in SIGMAS:
+        x, level_B = clean + sigma * noise, torch.full((count,), sigma)
+        plain = denoise(x, level_B)
+        error, scaled = plain - clean, {}
+        for target in targets:
+            with changed(drawer.unet, mmskip.SkipScaleConfig(scale=0.9, target=target)):
+                scaled[target] = denoise(x, level_B)
+        shift = scaled["both"] - plain
+        rows[str(sigma)] = {
+            "shift": float(shift.norm() / error.norm()),
+            **{f"shift_{t}": float((scaled[t] - plain).norm() / error.norm()) for t in targets[1:]},
+            "squared_error": float((scaled["both"] - clean).square().sum() / error.square().sum()),
+            "along": float(torch.cosine_similarity(shift.flatten(), (plain - x).flatten(), 0)),
+        }
+    return rows
+
+
+def unconverged(bench: Bench, nfe: int, rho: float, count: int = 60) -> dict[str, float]:
+    """How far samples are from those of the same noise after 65 evaluations, in their spread: `plain`, and with the
+    found rho; and `moved`, how far rho moves them."""
+    drawer = bench.opened.drawer
+
+    def draw(evaluations: int) -> Tensor:
+        return drawer.draw(count, 0, bench.sampler, steps_of(bench.sampler, evaluations), bench.batch_size)[0]
+
+    exact, plain = draw(65), draw(nfe)
+    with changed(drawer.unet, mmskip.SkipScaleConfig(scale=rho)):
+        scaled = draw(nfe)
+    spread = (exact - exact.mean(0)).norm()
+    pairs = {"plain": (plain, exact), "scaled": (scaled, exact), "moved": (scaled, plain)}
+    return {name: float((one - other).norm() / spread) for name, (one, other) in pairs.items()}
