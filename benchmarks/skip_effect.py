@@ -111,8 +111,8 @@ CASES = {
     "mnist_noise": dataclasses.replace(
         _MNIST, about="noise prediction, MNIST", checkpoint="runs/skip_mnist_noise", noise=True
     ),
-    "ddpm_mnist": _ddpm("mnist", MNIST, nfe=(3, 5, 9, 15, 25)),
-    "ddpm_fashion": _ddpm("fashion", FASHION, nfe=(3, 5, 9, 15, 25)),
+    "ddpm_mnist": _ddpm("mnist", MNIST),
+    "ddpm_fashion": _ddpm("fashion", FASHION),
     "ddpm_fashion_heun": _ddpm("fashion", FASHION, sampler="heun"),
     "ddpm_fashion_euler": _ddpm("fashion", FASHION, sampler="euler"),
 }
