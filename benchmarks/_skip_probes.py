@@ -62,7 +62,7 @@ def noise_scaled(bench: Bench, nfe: int, options: argparse.Namespace) -> dict[st
             write_json(bench.known, bench.file)
         return float(bench.known[key])
 
-    found = mmskip.search(lambda s: distance(s, options.search_seed), 0.8, 1.2, 5, 3, also=(1.0,))
+    found = mmskip.search(lambda s: distance(s, options.search_seed), 0.8, 1.2, 5, 2, also=(1.0,))
     return {"best_s": found.best, "noise_scale": [distance(found.best, seed) for seed in options.seeds]}
 
 
