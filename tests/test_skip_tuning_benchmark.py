@@ -10,6 +10,7 @@ from drawing import diffusion_run, own_nets
 
 import mmskip
 from mmskip.families import find
+from mmskip.models.samplers import Drawer
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -108,3 +109,74 @@ def test_the_trained_networks_predict_noise_as_their_source_says(name, expected,
     assert float((found - noise).square().mean()) == pytest.approx(expected, rel=0.1)
     images, evaluations = drawer.draw(2, sampler="dpm++", steps=3)
     assert evaluations == 3 and images.min() == -1 and images.max() == 1
+
+
+@pytest.mark.parametrize(("groups", "expected"), [(1, [0.0, 0.0, 0.0, 0.0]), (4, [1.0, 1.0, 1.0, 1.0]), (3, None)])
+def test_the_share_of_a_skip_that_the_next_normalisation_cancels(benchmark_module, groups, expected):
+    from diffusers import UNet2DModel
+
+    probes = benchmark_module("_skip_probes")
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(12, 12),
+        layers_per_block=1,
+        norm_num_groups=groups,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    ).eval()
+    shares = probes.cancelled(unet)
+    # three groups of 24 channels, skips of 12: the one that begins with the skip has 8 of its 12 channels
+    assert shares == (expected or [pytest.approx(2 / 3)] * 4)
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor(0.3)
+    with torch.no_grad():
+        plain = unet(x, t).sample
+        with probes.changed(unet, mmskip.SkipScaleConfig(scale=0.5, target="norm")):
+            moved = float((unet(x, t).sample - plain).abs().max())
+        assert torch.equal(unet(x, t).sample, plain)
+    assert moved < 1e-2 if groups == 4 else moved > 1e-2
+
+
+def test_the_study_reports_a_case_and_keeps_the_others(benchmark_module, monkeypatch, tmp_path, capsys):
+    study = benchmark_module("skip_effect")
+    run, nets = diffusion_run(tmp_path), own_nets(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    case = study.Case("tiny", str(run), features=f"{nets}:corners", nfe=(3,), samples=8, ways=True)
+    monkeypatch.setattr(study, "CASES", {"one": case, "two": study.dataclasses.replace(case, noise=True, ways=False)})
+    study.main(["two", "--out", str(tmp_path)])
+    study.main(["one", "--out", str(tmp_path)])
+    cases = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["cases"]
+    assert list(cases) == ["one", "two"]
+    found = cases["one"]["by_nfe"]["3"]
+    assert all(len(found[name]) == 3 for name in ("plain", "skip_scale", "random", "noise_scale"))
+    assert set(found["ways"]) == set(benchmark_module("_skip_probes").WAYS)
+    assert found["unconverged"]["moved"] > 0 and cases["one"]["reach"]["1.0"]["shift_residual"] > 0
+    assert (tmp_path / "skip_effect.png").stat().st_size > 1000
+
+
+def test_the_noise_scale_moves_between_the_image_and_its_denoised_form(benchmark_module):
+    probes = benchmark_module("_skip_probes")
+    drawer = Drawer(torch.nn.Identity(), lambda number: lambda x, sigma: 0 * x, (1, 2, 2), 0.1, 1.0)
+    x, numbers = torch.randn(3, 1, 2, 2), torch.arange(3)
+    for s in (0.0, 0.5, 1.0):
+        assert torch.allclose(probes.with_noise_scale(drawer, s).denoiser(numbers)(x, torch.ones(3)), (1 - s) * x)
+
+
+def test_noise_prediction_learns_the_noise_with_equal_weight(benchmark_module):
+    model = benchmark_module("skip_effect").NoisePrediction(
+        {
+            "sample_size": 8,
+            "block_out_channels": [8],
+            "norm_num_groups": 4,
+            "down_block_types": ["DownBlock2D"],
+            "up_block_types": ["UpBlock2D"],
+        }
+    )
+
+    class Zero(torch.nn.Module):
+        def forward(self, x, t):
+            return type("Output", (), {"sample": torch.zeros_like(x)})
+
+    images = torch.rand(4, 3, 8, 8)
+    noise = torch.randn(images.shape)
+    loss = model._loss(Zero().train(), {"image": images}, noise, torch.tensor([-2.0, -1.0, 0.0, 2.0]))
+    assert float(loss) == pytest.approx(float(noise.square().mean()), rel=1e-4)
