@@ -19,12 +19,6 @@ from mmskip.files import write_json
 from mmskip.models.samplers import Denoiser, Drawer, steps_of
 from mmskip.train.evaluation.drawing import pixels, real_images
 
-# the paper's linear course, its reverse, and its ablation of the two paths behind a concatenation
-WAYS: dict[str, list[dict[str, Any]]] = {
-    "deepest least": [{"deepest": rho, "shallowest": 1.0} for rho in (0.5, 0.7, 0.9)],
-    "shallowest least": [{"deepest": 1.0, "shallowest": rho} for rho in (0.5, 0.7, 0.9)],
-    **{t: [{"scale": rho, "target": t} for rho in (0.7, 0.8, 0.9, 1.1, 1.2)] for t in ("norm", "residual")},
-}
 SIGMAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
@@ -66,14 +60,30 @@ def noise_scaled(bench: Bench, nfe: int, options: argparse.Namespace) -> dict[st
     return {"best_s": found.best, "noise_scale": [distance(found.best, seed) for seed in options.seeds]}
 
 
-def courses(bench: Bench, nfe: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Other ways to scale: the best of each kind on the search seed, and its distances on the others."""
-    ways = {kind: [mmskip.SkipScaleConfig(**settings) for settings in given] for kind, given in WAYS.items()}
-    best = {kind: min(ways[kind], key=lambda c: bench.distance(nfe, options.search_seed, c)) for kind in ways}
-    return {
-        kind: {"config": config.to_dict(), "distances": bench.mean(nfe, options.seeds, config)}
-        for kind, config in best.items()
+def ways(drawer: Drawer) -> dict[str, list[dict[str, Any]]]:
+    """Other ways to scale: only at high or at low noise, the paper's linear course and its reverse, and its ablation
+    of the two paths behind a concatenation."""
+    scales = (0.7, 0.8, 0.9, 1.1, 1.2)
+    windows = {"sigma above 1": (1.0, drawer.sigma_max), "sigma below 1": (drawer.sigma_min, 1.0)}
+    noise = {**drawer.levels, "schedule": "window"}
+    kinds: dict[str, list[dict[str, Any]]] = {
+        name: [{"scale": rho, "window": window, **noise} for rho in scales] for name, window in windows.items()
     }
+    kinds["deepest least"] = [{"deepest": rho, "shallowest": 1.0} for rho in (0.5, 0.7, 0.9)]
+    kinds["shallowest least"] = [{"deepest": 1.0, "shallowest": rho} for rho in (0.5, 0.7, 0.9)]
+    if None not in cancelled(drawer.unet):
+        kinds |= {target: [{"scale": rho, "target": target} for rho in scales] for target in ("norm", "residual")}
+    return kinds
+
+
+def other_ways(bench: Bench, nfe: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The best of each kind of `ways` on the search seed, and its distances on the others."""
+    found = {}
+    for kind, given in ways(bench.opened.drawer).items():
+        configs = [mmskip.SkipScaleConfig(**settings) for settings in given]
+        best = min(configs, key=lambda c: bench.distance(nfe, options.search_seed, c))
+        found[kind] = {"config": best.to_dict(), "distances": bench.mean(nfe, options.seeds, best)}
+    return found
 
 
 def cancelled(unet: nn.Module) -> list[float | None]:
@@ -92,9 +102,9 @@ def cancelled(unet: nn.Module) -> list[float | None]:
 
 @torch.no_grad()
 def reach(bench: Bench, options: argparse.Namespace, count: int = 60) -> dict[str, dict[str, float]]:
-    """What rho = 0.9 does to D on noisy real images, by sigma: `shift`, |D_rho - D| beside the error |D - clean| (and
-    by the path it acts on, where there are paths); `squared_error`, that of D_rho beside that of D; `along`, the cosine
-    of the shift and the predicted noise."""
+    """What rho = 0.9 does to D on noisy real images, by sigma, as root mean squares in the spread of the images:
+    `error`, D - clean; `shift`, D_rho - D (and by the path it acts on, where there are paths). `of_noise`: the shift
+    beside the predicted noise sigma eps; `along`: their cosine; `squared_error`: that of D_rho beside that of D."""
     drawer = bench.opened.drawer
     images, _, resize = real_images(options, bench.opened)
     clean = pixels(images, list(range(count)), drawer.image_shape, resize)
@@ -108,12 +118,14 @@ def reach(bench: Bench, options: argparse.Namespace, count: int = 60) -> dict[st
         for target in targets:
             with changed(drawer.unet, mmskip.SkipScaleConfig(scale=0.9, target=target)):
                 scaled[target] = denoise(x, level_B)
-        shift = scaled["both"] - plain
+        shift, spread = scaled["both"] - plain, (clean - clean.mean()).norm()
         rows[str(sigma)] = {
-            "shift": float(shift.norm() / error.norm()),
-            **{f"shift_{t}": float((scaled[t] - plain).norm() / error.norm()) for t in targets[1:]},
+            "error": float(error.norm() / spread),
+            "shift": float(shift.norm() / spread),
+            **{f"shift_{t}": float((scaled[t] - plain).norm() / spread) for t in targets[1:]},
+            "of_noise": float(shift.norm() / (plain - x).norm()),
+            "along": float(torch.cosine_similarity(shift.flatten(), (x - plain).flatten(), 0)),
             "squared_error": float((scaled["both"] - clean).square().sum() / error.square().sum()),
-            "along": float(torch.cosine_similarity(shift.flatten(), (plain - x).flatten(), 0)),
         }
     return rows
 

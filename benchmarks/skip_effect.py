@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import _measure
-from _skip_probes import cancelled, courses, noise_scaled, reach, unconverged
+from _skip_probes import cancelled, noise_scaled, other_ways, reach, unconverged
 from ddpm_unets import DATA
 from skip_tuning import Bench, judged, open_bench, verdict
 from skip_tuning import arguments as tuning_arguments
@@ -90,6 +90,8 @@ def _ddpm(name: str, real: Path, **changed: Any) -> Case:
 
 _EMBEDDED = Case("as in the recipe", "runs/skip_tuning")
 _EIGHT = ("max_epochs=8",)
+# a DDPM learns from all noise levels alike
+_WIDE = ("log_sigma_mean=0.0", "log_sigma_std=1.7")
 _ONE = ("unet.norm_num_groups=1",)
 CASES = {
     "embedded": dataclasses.replace(_EMBEDDED, nfe=(3, 5, 9), ways=True),
@@ -102,11 +104,11 @@ CASES = {
         "double width, 8 epochs", "runs/skip_double", ("unet.block_out_channels=[32,64,96]", *_EIGHT), nfe=(5,)
     ),
     "one_group": Case("one group, 8 epochs", "runs/skip_one_group", (*_ONE, *_EIGHT), nfe=(5,), ways=True),
-    "noise": Case("noise prediction, 8 epochs", "runs/skip_noise", _EIGHT, nfe=(5,), noise=True),
-    "noise_group": Case("noise prediction, one group, 8 epochs", "runs/skip_noise_group", (*_ONE, *_EIGHT), noise=True),
-    "mnist": Case("EDM, MNIST", "runs/skip_mnist", (*GREY, *DIGITS, *_EIGHT), "runs/mnist_features", samples=300),
-    "ddpm_mnist": _ddpm("mnist", MNIST),
-    "ddpm_fashion": _ddpm("fashion", FASHION),
+    "noise": Case("noise prediction, one group", "runs/skip_noise", (*_ONE, *_WIDE), nfe=(5, 9), noise=True, ways=True),
+    "noise8": Case("noise prediction, one group, 8 epochs", "runs/skip_noise_group", (*_ONE, *_EIGHT), noise=True),
+    "mnist": Case("EDM, MNIST", "runs/skip_mnist", (*GREY, *DIGITS, *_EIGHT), "runs/mnist_features", nfe=(5,)),
+    "ddpm_mnist": _ddpm("mnist", MNIST, ways=True),
+    "ddpm_fashion": _ddpm("fashion", FASHION, ways=True),
     "ddpm_fashion_heun": _ddpm("fashion", FASHION, sampler="heun"),
     "ddpm_fashion_euler": _ddpm("fashion", FASHION, sampler="euler"),
 }
@@ -149,7 +151,7 @@ def studied(case: Case) -> dict[str, Any]:
     for nfe in case.nfe:
         found = {**judged(bench, nfe, options), **noise_scaled(bench, nfe, options)}
         if case.ways:
-            found["ways"] = courses(bench, nfe, options)
+            found["ways"] = other_ways(bench, nfe, options)
         found["unconverged"] = unconverged(bench, nfe, found["best_rho"] if found["best_rho"] != 1 else 0.9)
         by_nfe[nfe] = found
     real_NF = bench.judge.real_NF
