@@ -104,10 +104,10 @@ CASES = {
         "double width, 8 epochs", "runs/skip_double", ("unet.block_out_channels=[32,64,96]", *_EIGHT), nfe=(5,)
     ),
     "one_group": Case("one group, 8 epochs", "runs/skip_one_group", (*_ONE, *_EIGHT), nfe=(5,), ways=True),
-    "noise": Case("noise prediction, one group", "runs/skip_noise", (*_ONE, *_WIDE), nfe=(5, 9), noise=True, ways=True),
+    "noise": Case("noise prediction, one group", "runs/skip_noise", (*_ONE, *_WIDE), noise=True),
     "noise8": Case("noise prediction, one group, 8 epochs", "runs/skip_noise_group", (*_ONE, *_EIGHT), noise=True),
     "mnist": Case("EDM, MNIST", "runs/skip_mnist", (*GREY, *DIGITS, *_EIGHT), "runs/mnist_features", nfe=(5,)),
-    "ddpm_mnist": _ddpm("mnist", MNIST, ways=True),
+    "ddpm_mnist": _ddpm("mnist", MNIST),
     "ddpm_fashion": _ddpm("fashion", FASHION, ways=True),
     "ddpm_fashion_heun": _ddpm("fashion", FASHION, sampler="heun"),
     "ddpm_fashion_euler": _ddpm("fashion", FASHION, sampler="euler"),
