@@ -157,7 +157,8 @@ def studied(case: Case) -> dict[str, Any]:
     real_NF = bench.judge.real_NF
     few = FeatureStatistics.of(real_NF[: case.samples])
     return {
-        **{k: v for k, v in dataclasses.asdict(case).items() if k in ("about", "sampler", "samples", "nfe")},
+        **{k: v for k, v in dataclasses.asdict(case).items() if k in ("about", "sampler", "samples")},
+        "noise": case.noise or case.checkpoint.startswith("benchmarks/"),
         "network": bench.opened.name,
         "parameters": sum(p.numel() for p in bench.opened.drawer.unet.parameters()),
         "feature_network": bench.judge.net.name,
@@ -178,29 +179,45 @@ def changes(found: dict[str, Any], name: str) -> list[float]:
 
 
 def picture(cases: dict[str, dict[str, Any]], path: Path) -> None:
-    """The change of the distance of every case, by what brought it."""
+    """The change of the distance of every case, by what brought it, and how far a scale reaches in every network."""
     from matplotlib.figure import Figure
 
-    rows = [(f"{c['about']}, NFE {nfe}", found) for c in cases.values() for nfe, found in c["by_nfe"].items()]
-    figure = Figure(figsize=(9, 1.2 + 0.27 * len(rows)), dpi=110, layout="constrained")
-    axis = figure.subplots()
-    names = {"skip_scale": "found rho", "random": "random scales", "noise_scale": "predicted noise times s"}
-    for shift, (key, name) in zip((-0.2, 0, 0.2), names.items(), strict=True):
-        for row, (_, found) in enumerate(rows):
-            values = [100 * min(change, 1.0) for change in changes(found, key)]
-            style = {"color": f"C{list(names).index(key)}", "label": name if row == 0 else None}
-            axis.plot([min(values), max(values)], [row + shift] * 2, lw=1.5, color=style["color"])
-            axis.plot(statistics.fmean(values), row + shift, "o", ms=4, **style)
-    axis.axvline(0, color="grey", lw=0.8)
-    axis.axvline(-10, color="grey", lw=0.8, ls=":")
-    told = [f"{name}, rho {found['best_rho']:.2f}" for name, found in rows]
-    axis.set_yticks(range(len(rows)), told, fontsize=8)
-    axis.invert_yaxis()
-    axis.set_xlabel("change of the Frechet distance on seeds never searched, % (cut at 100)")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    count = sum(len(case["by_nfe"]) for case in cases.values())
+    figure = Figure(figsize=(14, 1.6 + 0.27 * count), dpi=100, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    _draw_changes(left, cases)
+    networks = {case["network"]: case for case in cases.values()}
+    for number, case in enumerate(networks.values()):
+        reached = {float(sigma): row["shift"] for sigma, row in case["reach"].items()}
+        line = "-" if case["noise"] else "--"
+        label = case["about"] + ("" if case["noise"] else " (EDM)")
+        right.plot(list(reached), list(reached.values()), line, marker="o", ms=3, color=f"C{number}", label=label)
+    right.set_xscale("log")
+    right.set_yscale("log")
+    right.set_xlabel("sigma")
+    right.set_title("what rho = 0.9 moves of D, in the spread of the images", fontsize=10)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
     with whole(path) as partial:
         figure.savefig(partial, format="png")
+
+
+def _draw_changes(axis: Any, cases: dict[str, dict[str, Any]]) -> None:
+    rows = [(f"{c['about']}, NFE {nfe}", found) for c in cases.values() for nfe, found in c["by_nfe"].items()]
+    names = {"skip_scale": "found rho", "random": "random scales", "noise_scale": "predicted noise times s"}
+    for number, (key, name) in enumerate(names.items()):
+        for row, (_, found) in enumerate(rows):
+            values, height = [100 * min(c, 0.3) for c in changes(found, key)], row + 0.2 * (number - 1)
+            axis.plot([min(values), max(values)], [height] * 2, lw=1.5, color=f"C{number}")
+            label = name if row == 0 else None
+            axis.plot(statistics.fmean(values), height, "o", ms=4, color=f"C{number}", label=label)
+    axis.axvline(0, color="grey", lw=0.8)
+    axis.axvline(-10, color="grey", lw=0.8, ls=":")
+    axis.set_yticks(range(len(rows)), [f"{name}, rho {found['best_rho']:.2f}" for name, found in rows], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("change of the Frechet distance, %")
+    axis.set_title("seeds never searched (mean and range; cut at +30)", fontsize=10)
 
 
 def main(given: Sequence[str] | None = None) -> None:
