@@ -6,11 +6,13 @@ Shapes: B images.
 import argparse
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import math
+import statistics
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from skip_tuning import Bench
+from skip_tuning import Bench, random_scales
 from torch import Tensor, nn
 
 import mmskip
@@ -60,29 +62,47 @@ def noise_scaled(bench: Bench, nfe: int, options: argparse.Namespace) -> dict[st
     return {"best_s": found.best, "noise_scale": [distance(found.best, seed) for seed in options.seeds]}
 
 
-def ways(drawer: Drawer) -> dict[str, list[dict[str, Any]]]:
-    """Other ways to scale: only at high or at low noise, the paper's linear course and its reverse, and its ablation
-    of the two paths behind a concatenation."""
-    scales = (0.7, 0.8, 0.9, 1.1, 1.2)
-    windows = {"sigma above 1": (1.0, drawer.sigma_max), "sigma below 1": (drawer.sigma_min, 1.0)}
-    noise = {**drawer.levels, "schedule": "window"}
-    kinds: dict[str, list[dict[str, Any]]] = {
-        name: [{"scale": rho, "window": window, **noise} for rho in scales] for name, window in windows.items()
+def ways(drawer: Drawer) -> dict[str, Callable[[float], mmskip.SkipScaleConfig]]:
+    """Other courses of one dial rho: over the noise level, over depth as in the paper or reversed, over both, and the
+    paper's ablation of the two paths behind a concatenation."""
+
+    def scale(**settings: Any) -> mmskip.SkipScaleConfig:
+        return mmskip.SkipScaleConfig(**{**drawer.levels, **settings})
+
+    low, high = drawer.sigma_min, drawer.sigma_max
+    kinds = {
+        "sigma above 1": lambda rho: scale(scale=rho, schedule="window", window=(1.0, high)),
+        "sigma below 1": lambda rho: scale(scale=rho, schedule="window", window=(low, 1.0)),
+        "decreasing": lambda rho: scale(scale=rho, schedule="decreasing"),
+        "deepest least": lambda rho: scale(deepest=rho, shallowest=1.0),
+        "shallowest least": lambda rho: scale(deepest=1.0, shallowest=rho),
+        "deepest least, decreasing": lambda rho: scale(deepest=rho, shallowest=1.0, schedule="decreasing"),
     }
-    kinds["deepest least"] = [{"deepest": rho, "shallowest": 1.0} for rho in (0.5, 0.7, 0.9)]
-    kinds["shallowest least"] = [{"deepest": 1.0, "shallowest": rho} for rho in (0.5, 0.7, 0.9)]
     if None not in cancelled(drawer.unet):
-        kinds |= {target: [{"scale": rho, "target": target} for rho in scales] for target in ("norm", "residual")}
+        kinds["norm"] = lambda rho: scale(scale=rho, target="norm")
+        kinds["residual"] = lambda rho: scale(scale=rho, target="residual")
     return kinds
 
 
 def other_ways(bench: Bench, nfe: int, options: argparse.Namespace) -> dict[str, Any]:
-    """The best of each kind of `ways` on the search seed, and its distances on the others."""
-    found = {}
-    for kind, given in ways(bench.opened.drawer).items():
-        configs = [mmskip.SkipScaleConfig(**settings) for settings in given]
-        best = min(configs, key=lambda c: bench.distance(nfe, options.search_seed, c))
-        found[kind] = {"config": best.to_dict(), "distances": bench.mean(nfe, options.seeds, best)}
+    """Per course the rho that is best on the search seed, and its distances on the others; beside the course that is
+    best on the search seed, random scales of its size in the same course over noise."""
+    found: dict[str, Any] = {}
+    count = len(find(bench.opened.drawer.unet, ("diffusers_unet",)).skips)
+    for kind, course in ways(bench.opened.drawer).items():
+        best = mmskip.search(lambda r, c=course: bench.distance(nfe, options.search_seed, c(r)), 0.0, 1.2, 7, 1)
+        config = course(best.best)
+        distances = bench.mean(nfe, options.seeds, config)
+        found[kind] = {"rho": best.best, "search": best.score, "distances": distances, "config": config.to_dict()}
+    kind = min(found, key=lambda k: found[k]["search"])
+    config = mmskip.SkipScaleConfig.from_dict(found[kind]["config"])
+    size = math.sqrt(statistics.fmean((rho - 1) ** 2 for rho in config.scales(count)))
+    plain = {"deepest": None, "shallowest": None}
+    shaken = [
+        dataclasses.replace(config, scale=random_scales(1 - size, count, draw).scale, **plain)
+        for draw in range(options.randoms)
+    ]
+    found[kind]["random"] = [statistics.fmean(bench.distance(nfe, seed, c) for c in shaken) for seed in options.seeds]
     return found
 
 
