@@ -140,8 +140,8 @@ def test_the_study_reports_a_case_and_keeps_the_others(benchmark_module, monkeyp
     study = benchmark_module("skip_effect")
     run, nets = diffusion_run(tmp_path), own_nets(tmp_path)
     monkeypatch.chdir(tmp_path)
-    case = study.Case("tiny", str(run), features=f"{nets}:corners", nfe=(3,), samples=8, ways=True)
-    monkeypatch.setattr(study, "CASES", {"one": case, "two": study.dataclasses.replace(case, noise=True, ways=False)})
+    case = study.Case("tiny", str(run), features=f"{nets}:corners", nfe=(3,), samples=8, ways=(3,))
+    monkeypatch.setattr(study, "CASES", {"one": case, "two": study.dataclasses.replace(case, noise=True, ways=())})
     study.main(["two", "--out", str(tmp_path)])
     study.main(["one", "--out", str(tmp_path)])
     cases = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["cases"]
