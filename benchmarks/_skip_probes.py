@@ -71,7 +71,10 @@ def ways(drawer: Drawer) -> dict[str, Callable[[float], mmskip.SkipScaleConfig]]
 
     low, high = drawer.sigma_min, drawer.sigma_max
     kinds = {
-        "sigma above 1": lambda rho: scale(scale=rho, schedule="window", window=(1.0, high)),
+        **{
+            f"sigma above {s:g}": lambda rho, s=s: scale(scale=rho, schedule="window", window=(s, high))
+            for s in (0.3, 1.0, 3.0)
+        },
         "sigma below 1": lambda rho: scale(scale=rho, schedule="window", window=(low, 1.0)),
         "decreasing": lambda rho: scale(scale=rho, schedule="decreasing"),
         "deepest least": lambda rho: scale(deepest=rho, shallowest=1.0),

@@ -148,7 +148,7 @@ def test_the_study_reports_a_case_and_keeps_the_others(benchmark_module, monkeyp
     assert list(cases) == ["one", "two"]
     found = cases["one"]["by_nfe"]["3"]
     assert all(len(found[name]) == 3 for name in ("plain", "skip_scale", "random", "noise_scale"))
-    assert len(found["ways"]) == 8 and sum("random" in way for way in found["ways"].values()) == 1
+    assert len(found["ways"]) == 10 and sum("random" in way for way in found["ways"].values()) == 1
     assert found["unconverged"]["moved"] > 0 and cases["one"]["reach"]["1.0"]["shift_residual"] > 0
     assert (tmp_path / "skip_effect.png").stat().st_size > 1000
 
