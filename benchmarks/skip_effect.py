@@ -98,9 +98,9 @@ def _ddpm(name: str, real: Path, **changed: Any) -> Case:
 
 _EMBEDDED = Case("as in the recipe", "runs/skip_tuning")
 _EIGHT = ("max_epochs=8",)
-# a DDPM learns from all noise levels alike
-_WIDE = ("log_sigma_mean=0.0", "log_sigma_std=1.7")
 _ONE = ("unet.norm_num_groups=1",)
+# a DDPM learns from all noise levels alike
+_TWIN = (*_ONE, "log_sigma_mean=0.0", "log_sigma_std=1.7", "max_epochs=16")
 CASES = {
     "embedded": dataclasses.replace(_EMBEDDED, nfe=(3, 5, 9), ways=(3, 5, 9)),
     "heun": dataclasses.replace(_EMBEDDED, about="Heun", sampler="heun"),
@@ -108,12 +108,12 @@ CASES = {
     "epochs8": Case("8 epochs", "runs/skip_epochs8", _EIGHT),
     "epochs2": Case("2 epochs", "runs/skip_epochs2", ("max_epochs=2",)),
     "half": Case("half width", "runs/skip_half", ("unet.block_out_channels=[8,16,24]",), nfe=(5,)),
-    "one_group": Case("one group, 8 epochs", "runs/skip_one_group", (*_ONE, *_EIGHT), nfe=(5,)),
+    "one_group": Case("one group, all noise levels, 16 epochs", "runs/skip_one_group", _TWIN, nfe=(5,)),
     "noise8": Case("noise prediction, one group, 8 epochs", "runs/skip_noise_group", (*_ONE, *_EIGHT), noise=True),
     "noise": Case(
         "noise prediction, one group, all noise levels, 16 epochs",
         "runs/skip_noise",
-        (*_ONE, *_WIDE, "max_epochs=16"),
+        _TWIN,
         nfe=(5,),
         noise=True,
     ),
@@ -145,7 +145,7 @@ def opened(case: Case) -> tuple[Bench, argparse.Namespace]:
     given = ["--checkpoint", case.checkpoint, "--features", case.features, "--sampler", case.sampler]
     given += ["--real", str(case.real)] if case.real else []
     options = tuning_arguments([*given, "--samples", str(case.samples), "--rounds", "3", "--randoms", "4"])
-    options.grid = [0.4, 0.6, 0.8, 1.0, 1.2]
+    options.grid = [0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6]
     bench = open_bench(options)
     if case.noise:
         assert bench.opened.run is not None
