@@ -108,6 +108,7 @@ CASES = {
     "epochs8": Case("8 epochs", "runs/skip_epochs8", _EIGHT),
     "epochs2": Case("2 epochs", "runs/skip_epochs2", ("max_epochs=2",)),
     "half": Case("half width, 8 epochs", "runs/skip_half", ("unet.block_out_channels=[8,16,24]", *_EIGHT), nfe=(5,)),
+    "one_group8": Case("one group, 8 epochs", "runs/skip_one_group8", (*_ONE, *_EIGHT), nfe=(5,)),
     "one_group": Case("one group, all noise levels, 16 epochs", "runs/skip_one_group", _TWIN, nfe=(5,)),
     "noise8": Case("noise prediction, one group, 8 epochs", "runs/skip_noise_group", (*_ONE, *_EIGHT), noise=True),
     "noise": Case(
