@@ -130,6 +130,7 @@ def reach(bench: Bench, options: argparse.Namespace, count: int = 60) -> dict[st
     beside the predicted noise sigma eps; `along`: their cosine; `squared_error`: that of D_rho beside that of D."""
     drawer = bench.opened.drawer
     images, _, resize = real_images(options, bench.opened)
+    count = min(count, len(images))
     clean = pixels(images, list(range(count)), drawer.image_shape, resize)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     denoise, rows = drawer.denoiser(torch.tensor(images.labels[:count])), {}

@@ -1,6 +1,6 @@
 """When does a scale on the skips help? One network and one thing changed at a time.
 
-    python benchmarks/skip_effect.py [CASE ...]      # all of them: about two hours on one core
+    python benchmarks/skip_effect.py [CASE ...]      # all of them: about an hour on one core
 
 Every case is a trained network and a sampler; a run that is missing is trained first (`skip_tuning.yaml` with a few
 settings changed). Per number of evaluations, as in skip_tuning.py: rho searched on seed 100, reported on seeds 0 to 2
