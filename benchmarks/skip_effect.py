@@ -204,10 +204,11 @@ def picture(cases: dict[str, dict[str, Any]], path: Path) -> None:
     right.set_xscale("log")
     right.set_yscale("log")
     right.set_xlabel("sigma")
-    right.set_title("what rho = 0.9 moves of D, in the spread of the images", fontsize=10)
-    for axis in (left, right):
+    right.set_ylabel("in the spread of the images")
+    right.set_title("how far rho = 0.9 moves D", fontsize=10)
+    for axis, place, size in ((left, "upper left", 8), (right, "lower right", 7)):
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=size, loc=place)
     with whole(path) as partial:
         figure.savefig(partial, format="png")
 
