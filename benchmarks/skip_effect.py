@@ -104,13 +104,12 @@ _TWIN = (*_ONE, "log_sigma_mean=0.0", "log_sigma_std=1.7", "max_epochs=16")
 CASES = {
     "embedded": dataclasses.replace(_EMBEDDED, nfe=(3, 5, 9), ways=(3, 5, 9)),
     "heun": dataclasses.replace(_EMBEDDED, about="Heun", sampler="heun"),
-    "euler": dataclasses.replace(_EMBEDDED, about="Euler", sampler="euler", nfe=(5,)),
     "epochs8": Case("8 epochs", "runs/skip_epochs8", _EIGHT),
     "epochs2": Case("2 epochs", "runs/skip_epochs2", ("max_epochs=2",)),
     "half": Case("half width, 8 epochs", "runs/skip_half", ("unet.block_out_channels=[8,16,24]", *_EIGHT), nfe=(5,)),
     "one_group8": Case("one group, 8 epochs", "runs/skip_one_group8", (*_ONE, *_EIGHT), nfe=(5,)),
     "one_group": Case("one group, all noise levels, 16 epochs", "runs/skip_one_group", _TWIN, nfe=(5,)),
-    "noise8": Case("noise prediction, one group, 8 epochs", "runs/skip_noise_group", (*_ONE, *_EIGHT), noise=True),
+    "noise8": Case("noise prediction, one group, 8 epochs", "runs/skip_noise8", (*_ONE, *_EIGHT), nfe=(5,), noise=True),
     "noise": Case(
         "noise prediction, one group, all noise levels, 16 epochs",
         "runs/skip_noise",
