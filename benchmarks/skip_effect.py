@@ -194,7 +194,9 @@ def picture(cases: dict[str, dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(14, 1.6 + 0.27 * count), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     _draw_changes(left, cases)
-    networks = {case["network"]: case for case in cases.values()}
+    networks: dict[str, dict[str, Any]] = {}
+    for case in cases.values():
+        networks.setdefault(case["network"], case)
     for number, case in enumerate(networks.values()):
         reached = {float(sigma): row["shift"] for sigma, row in case["reach"].items()}
         line = "-" if case["noise"] else "--"
