@@ -23,7 +23,7 @@ from typing import Any
 import _measure
 from _skip_probes import cancelled, noise_scaled, other_ways, reach, unconverged
 from ddpm_unets import DATA
-from skip_tuning import Bench, judged, open_bench, verdict
+from skip_tuning import Bench, judged, known_in, open_bench, verdict
 from skip_tuning import arguments as tuning_arguments
 from torch import Tensor, nn
 
@@ -34,7 +34,8 @@ from mmskip.train.metrics.frechet import FeatureStatistics, frechet_distance
 
 MNIST, FASHION = DATA / "mnist" / "mnist_test_first6667.npz", DATA / "fashion_mnist" / "fashion_mnist_sprite_600.npz"
 CIFAR_FEATURES = "benchmarks/cifar_features.py:resnet20"
-# 16 x 16 as the recipe's pictures, so that only the data differ
+# as many pixels as the recipe's pictures; with the data change their channels, classes, spread and flips, the number of
+# steps (more images per epoch), and the feature network with its real images: the case "digits_cifar" takes those back
 DIGITS = (
     "unet.in_channels=1",
     "unet.out_channels=1",
@@ -77,6 +78,7 @@ class Case:
         sampler, nfe, samples: of the distances.
         noise: the network predicts the noise.
         ways: numbers of evaluations at which other courses of rho are searched.
+        draws: of random scales.
     """
 
     about: str
@@ -89,42 +91,44 @@ class Case:
     samples: int = 240
     noise: bool = False
     ways: tuple[int, ...] = ()
+    draws: int = 8
 
 
-def _ddpm(name: str, real: Path, **changed: Any) -> Case:
-    network = f"benchmarks/ddpm_unets.py:{name}"
-    return Case(f"DDPM, {name}", network, (), f"runs/{name}_features", real, samples=300, **changed)
-
-
-_EMBEDDED = Case("as in the recipe", "runs/skip_tuning")
+_RECIPE = Case("the recipe", "runs/skip_tuning")
 _EIGHT = ("max_epochs=8",)
 _ONE = ("unet.norm_num_groups=1",)
-# a DDPM learns from all noise levels alike
-_TWIN = (*_ONE, "log_sigma_mean=0.0", "log_sigma_std=1.7", "max_epochs=16")
+# as a DDPM, which learns from a wider range of noise levels
+_WIDE = (*_ONE, "log_sigma_mean=0.0", "log_sigma_std=1.7", "max_epochs=16")
+_DIGITS = Case("digits, 8 epochs", "runs/skip_mnist16", (*DIGITS, *_EIGHT), "runs/mnist_features", nfe=(3, 5, 9))
 CASES = {
-    "embedded": dataclasses.replace(_EMBEDDED, nfe=(3, 5, 9), ways=(3, 5, 9)),
-    "heun": dataclasses.replace(_EMBEDDED, about="Heun", sampler="heun"),
+    "embedded": dataclasses.replace(_RECIPE, nfe=(3, 5, 9), ways=(3, 5, 9)),
+    "heun": dataclasses.replace(_RECIPE, about="the recipe, Heun", sampler="heun"),
     "epochs8": Case("8 epochs", "runs/skip_epochs8", _EIGHT),
     "epochs2": Case("2 epochs", "runs/skip_epochs2", ("max_epochs=2",)),
-    "half": Case("half width, 8 epochs", "runs/skip_half", ("unet.block_out_channels=[8,16,24]", *_EIGHT), nfe=(5,)),
-    "one_group8": Case("one group, 8 epochs", "runs/skip_one_group8", (*_ONE, *_EIGHT), nfe=(5,)),
-    "one_group": Case("one group, all noise levels, 16 epochs", "runs/skip_one_group", _TWIN, nfe=(5,)),
-    "noise8": Case("noise prediction, one group, 8 epochs", "runs/skip_noise8", (*_ONE, *_EIGHT), nfe=(5,), noise=True),
-    "noise": Case(
-        "noise prediction, one group, all noise levels, 16 epochs",
-        "runs/skip_noise",
-        _TWIN,
-        nfe=(5,),
-        noise=True,
+    "half": Case(
+        "half the width, 8 epochs", "runs/skip_half", ("unet.block_out_channels=[8,16,24]", *_EIGHT), nfe=(5,)
     ),
-    "mnist": Case("MNIST, 8 epochs", "runs/skip_mnist16", (*DIGITS, *_EIGHT), "runs/mnist_features", nfe=(3, 5, 9)),
-    "ddpm_fashion": _ddpm("fashion", FASHION),
+    "one_group8": Case("one group, 8 epochs", "runs/skip_one_group8", (*_ONE, *_EIGHT), nfe=(5,)),
+    "one_group": Case("one group, wide sigma, 16 epochs", "runs/skip_one_group", _WIDE, nfe=(5,)),
+    "noise8": Case("one group, 8 epochs, noise", "runs/skip_noise8", (*_ONE, *_EIGHT), nfe=(5,), noise=True),
+    "noise": Case("one group, wide sigma, 16 epochs, noise", "runs/skip_noise", _WIDE, nfe=(5,), noise=True),
+    "digits": _DIGITS,
+    "digits_cifar": dataclasses.replace(_DIGITS, about="digits, 8 epochs, CIFAR features", features=CIFAR_FEATURES),
+    "ddpm_fashion": Case(
+        "DDPM, Fashion-MNIST",
+        "benchmarks/ddpm_unets.py:fashion",
+        features="runs/fashion_features",
+        real=FASHION,
+        nfe=(3, 5, 9),
+        samples=300,
+        draws=4,
+    ),
 }
 
 
 def trained(case: Case) -> None:
-    """Train the run of a case if it is missing."""
-    if case.checkpoint.endswith(".py") or ".py:" in case.checkpoint or Path(case.checkpoint).is_dir():
+    """Train the run of a case if it has no checkpoint."""
+    if ".py:" in case.checkpoint or any(Path(case.checkpoint).rglob("*.ckpt")):
         return
     given = ["--config", "skip_tuning.yaml", "--name", Path(case.checkpoint).name]
     if case.noise:
@@ -141,13 +145,16 @@ def opened(case: Case) -> tuple[Bench, argparse.Namespace]:
     """The bench of a case and the settings of its search."""
     given = ["--checkpoint", case.checkpoint, "--features", case.features, "--sampler", case.sampler]
     given += ["--real", str(case.real)] if case.real else []
-    options = tuning_arguments([*given, "--samples", str(case.samples), "--rounds", "3", "--randoms", "4"])
+    options = tuning_arguments([*given, "--samples", str(case.samples), "--rounds", "3", "--randoms", str(case.draws)])
     options.grid = [0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6]
     bench = open_bench(options)
     if case.noise:
         assert bench.opened.run is not None
         model = NoisePrediction.load_from_checkpoint(bench.opened.run.checkpoint, "cpu", weights_only=True)
-        bench.opened = dataclasses.replace(bench.opened, drawer=model.eval().drawer())
+        # the checkpoint alone does not tell: the same weights under EDM's preconditioning are another network
+        name, file = f"{bench.opened.name}-noise", bench.file.with_stem(f"{bench.file.stem}-noise")
+        network = dataclasses.replace(bench.opened, drawer=model.eval().drawer(), name=name)
+        bench = dataclasses.replace(bench, opened=network, file=file, known=known_in(file))
     return bench, options
 
 

@@ -263,7 +263,9 @@ def _rho(state: JointState, x: Tensor) -> Any:
         raise RuntimeError("a scaled skip ran outside the network that mmskip was applied to: no noise level is known.")
     if schedule == "window":
         low, high = config.window  # type: ignore[misc]
-        rho_B = torch.where((sigma_B >= low) & (sigma_B <= high), rho, 1.0)
+        # sigma went through a logarithm in fp32: one that equals an end of the window may come back beside it
+        inside_B = (sigma_B >= low * (1 - 1e-6)) & (sigma_B <= high * (1 + 1e-6))
+        rho_B = torch.where(inside_B, rho, 1.0)
     elif schedule == "increasing":
         rho_B = rho + (1 - rho) * u_B
     else:
