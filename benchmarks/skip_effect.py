@@ -194,48 +194,84 @@ def changes(found: dict[str, Any], name: str) -> list[float]:
 
 
 def picture(cases: dict[str, dict[str, Any]], path: Path) -> None:
-    """The change of the distance of every case, by what brought it, and how far a scale reaches in every network."""
+    """The change of the distance of every case, by what brought it; how far a scale reaches in every network; and the
+    best rho against evaluations."""
     from matplotlib.figure import Figure
 
     count = sum(len(case["by_nfe"]) for case in cases.values())
-    figure = Figure(figsize=(14, 1.6 + 0.27 * count), dpi=100, layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    _draw_changes(left, cases)
-    networks: dict[str, dict[str, Any]] = {}
-    for case in cases.values():
-        networks.setdefault(case["network"], case)
-    for number, case in enumerate(networks.values()):
-        reached = {float(sigma): row["shift"] for sigma, row in case["reach"].items()}
-        line = "-" if case["noise"] else "--"
-        label = case["about"] + ("" if case["noise"] else " (EDM)")
-        right.plot(list(reached), list(reached.values()), line, marker="o", ms=3, color=f"C{number}", label=label)
-    right.set_xscale("log")
-    right.set_yscale("log")
-    right.set_xlabel("sigma")
-    right.set_ylabel("in the spread of the images")
-    right.set_title("how far rho = 0.9 moves D", fontsize=10)
-    for axis, place, size in ((left, "upper left", 8), (right, "lower right", 7)):
+    figure = Figure(figsize=(14, max(7, 1.6 + 0.31 * count)), dpi=100, layout="constrained")
+    axes = figure.subplot_mosaic([["changes", "reach"], ["changes", "best"]], width_ratios=(3, 2), height_ratios=(3, 2))
+    _draw_changes(axes["changes"], cases)
+    _draw_reach(axes["reach"], cases)
+    _draw_best(axes["best"], cases)
+    places = {"changes": "upper left", "reach": "lower right", "best": "upper right"}
+    for name, axis in axes.items():
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=size, loc=place)
+        axis.legend(fontsize=8 if name == "changes" else 7, loc=places[name])
     with whole(path) as partial:
         figure.savefig(partial, format="png")
 
 
 def _draw_changes(axis: Any, cases: dict[str, dict[str, Any]]) -> None:
     rows = [(f"{c['about']}, NFE {nfe}", found) for c in cases.values() for nfe, found in c["by_nfe"].items()]
-    names = {"skip_scale": "found rho", "random": "random scales", "noise_scale": "predicted noise times s"}
-    for number, (key, name) in enumerate(names.items()):
-        for row, (_, found) in enumerate(rows):
-            values, height = [100 * min(c, 0.3) for c in changes(found, key)], row + 0.2 * (number - 1)
+    names = {"skip_scale": "found rho", "random": "random scales, mean of the draws", "noise_scale": "noise times s"}
+    for row, (_, found) in enumerate(rows):
+        plain = statistics.fmean(found["plain"])
+        draws = [100 * min(statistics.fmean(draw["distances"]) / plain - 1, 0.3) for draw in found["random_draws"]]
+        label = "single draws, mean of the seeds" if row == 0 else None
+        axis.plot(draws, [row] * len(draws), "|", ms=7, color="C1", alpha=0.6, label=label)
+        for number, (key, name) in enumerate(names.items()):
+            values, height = [100 * min(c, 0.3) for c in changes(found, key)], row + 0.25 * (number - 1)
             axis.plot([min(values), max(values)], [height] * 2, lw=1.5, color=f"C{number}")
             label = name if row == 0 else None
             axis.plot(statistics.fmean(values), height, "o", ms=4, color=f"C{number}", label=label)
     axis.axvline(0, color="grey", lw=0.8)
     axis.axvline(-10, color="grey", lw=0.8, ls=":")
-    axis.set_yticks(range(len(rows)), [f"{name}, rho {found['best_rho']:.2f}" for name, found in rows], fontsize=8)
+    axis.set_yticks(range(len(rows)), [f"{name}, rho {found['best_rho']:g}" for name, found in rows], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("change of the Frechet distance, %")
     axis.set_title("seeds never searched (mean and range; cut at +30)", fontsize=10)
+
+
+def _draw_reach(axis: Any, cases: dict[str, dict[str, Any]]) -> None:
+    networks: dict[str, dict[str, Any]] = {}
+    for case in cases.values():
+        networks.setdefault(case["network"], case)
+    for number, case in enumerate(networks.values()):
+        reached = {float(sigma): row["shift"] for sigma, row in case["reach"].items()}
+        line = "-" if case["noise"] else "--"
+        drawn = {"marker": "o", "ms": 3, "color": f"C{number}", "label": case["about"]}
+        axis.plot(list(reached), list(reached.values()), line, **drawn)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("sigma")
+    axis.set_ylabel("in the spread of the images")
+    axis.set_title("how far rho = 0.9 moves D (solid: the network predicts the noise)", fontsize=10)
+
+
+def _draw_best(axis: Any, cases: dict[str, dict[str, Any]]) -> None:
+    shown = [case for case in cases.values() if len(case["by_nfe"]) >= 3]
+    for case in shown:
+        counts = sorted(map(int, case["by_nfe"]))
+        axis.plot(counts, [case["by_nfe"][str(n)]["best_rho"] for n in counts], "o-", ms=4, label=case["about"])
+        # all that lies within 1 % of the best score, which the seeds cannot tell apart
+        near = [_near_best(case["by_nfe"][str(n)]["search"]) for n in counts]
+        axis.vlines(counts, [low for low, _ in near], [high for _, high in near], color=axis.lines[-1].get_color())
+    axis.plot([9, 39], [0.675, 0.85], "s--", color="grey", ms=4, label="paper, EDM on ImageNet-64")
+    axis.axhline(1, color="grey", lw=0.8, ls=":")
+    axis.set_xscale("log")
+    axis.set_xticks([3, 5, 9, 20, 39], ["3", "5", "9", "20", "39"])
+    axis.set_xticks([], minor=True)
+    axis.set_xlabel("function evaluations (NFE)")
+    axis.set_ylabel("best rho")
+    axis.set_title("best rho on the search seed (bar: within 1 % of the best)", fontsize=10)
+
+
+def _near_best(search: dict[str, float]) -> tuple[float, float]:
+    """Least and largest rho tried whose score lies within 1 % of the best."""
+    best = min(search.values())
+    near = [float(rho) for rho, score in search.items() if score <= 1.01 * best]
+    return min(near), max(near)
 
 
 def main(given: Sequence[str] | None = None) -> None:

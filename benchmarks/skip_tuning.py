@@ -121,9 +121,10 @@ def random_scales(rho: float, count: int, draw: int) -> mmskip.SkipScaleConfig:
 
 
 def drawn(bench: Bench, nfe: int, seeds: Sequence[int], configs: Sequence[Any]) -> dict[str, Any]:
-    """Random scales: the distances of every draw by seed, and their mean by seed."""
-    draws = [bench.mean(nfe, seeds, config) for config in configs]
-    return {"random": [statistics.fmean(by_draw) for by_draw in zip(*draws, strict=True)], "random_draws": draws}
+    """Random scales: of every draw its mean scale and its distances by seed; and the mean of the draws by seed."""
+    rows = [{"scale": statistics.fmean(c.scale), "distances": bench.mean(nfe, seeds, c)} for c in configs]
+    by_seed = zip(*(row["distances"] for row in rows), strict=True)
+    return {"random": [statistics.fmean(distances) for distances in by_seed], "random_draws": rows}
 
 
 def judged(bench: Bench, nfe: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -193,9 +194,10 @@ def verdict(by_nfe: dict[int, dict[str, Any]]) -> dict[str, Any]:
             for name in ("skip_scale", "random", "freeu")
         }
         holds = all(c <= -0.1 and c < r for c, r in zip(changes["skip_scale"], changes["random"], strict=True))
-        better = [all(d < f for d, f in zip(draw, found["skip_scale"], strict=True)) for draw in found["random_draws"]]
+        draws = [draw["distances"] for draw in found["random_draws"]]
+        better = sum(all(d < f for d, f in zip(draw, found["skip_scale"], strict=True)) for draw in draws)
         row = {"best_rho": found["best_rho"], "holds": holds, "changes": changes}
-        rows[str(nfe)] = {**row, "draws_better": sum(better), "draws": len(better)}
+        rows[str(nfe)] = {**row, "draws_better": better, "draws": len(draws)}
     return rows
 
 

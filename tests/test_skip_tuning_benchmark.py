@@ -47,15 +47,32 @@ def test_search_and_report_seeds_are_kept_apart(benchmark_module):
     with pytest.raises(SystemExit):
         skip_tuning.arguments(["--checkpoint", "a", "--features", "b", "--search-seed", "1"])
     plain, better = [1.0, 1.0, 1.0], [0.8, 0.8, 0.85]
+    draws = [{"scale": 1.0, "distances": distances} for distances in ([0.7, 0.7, 0.8], [0.7, 0.9, 0.8])]
     found = {"best_rho": 0.9, "plain": plain, "skip_scale": better, "random": plain, "freeu": plain}
+    found["random_draws"] = draws
+    assert skip_tuning.verdict({9: found})["9"]["draws_better"] == 1
     assert skip_tuning.verdict({9: found})["9"]["holds"]
     assert not skip_tuning.verdict({9: {**found, "skip_scale": [0.8, 0.8, 0.95]}})["9"]["holds"]
     assert not skip_tuning.verdict({9: {**found, "random": [0.7, 0.9, 0.9]}})["9"]["holds"]
 
 
-def test_random_scales_are_as_large_as_the_found_change(benchmark_module):
-    scales = torch.tensor(benchmark_module("skip_tuning").random_scales(0.7, 9, 1).scale)
-    assert float((scales - 1).square().mean().sqrt()) == pytest.approx(0.3, abs=1e-4)
+def test_random_scales_are_as_large_as_the_found_change_and_come_in_pairs(benchmark_module):
+    drawn = [torch.tensor(benchmark_module("skip_tuning").random_scales(0.7, 9, draw).scale) for draw in range(4)]
+    for scales in drawn:
+        assert float((scales - 1).square().mean().sqrt()) == pytest.approx(0.3, abs=1e-4)
+    ones = torch.ones(9)
+    torch.testing.assert_close((drawn[0] + drawn[1]) / 2, ones, atol=1e-5, rtol=0)
+    torch.testing.assert_close((drawn[2] + drawn[3]) / 2, ones, atol=1e-5, rtol=0)
+    assert not torch.allclose(drawn[0], drawn[2], atol=0.01)
+
+
+def test_random_scales_beside_a_course_have_its_size_and_window(benchmark_module):
+    course = mmskip.SkipScaleConfig(deepest=0.2, shallowest=1.0, schedule="window", window=(1.0, 20.0), levels="edm")
+    beside = benchmark_module("_skip_probes").random_course(course, 5, 1)
+    size = torch.tensor([0.8, 0.6, 0.4, 0.2, 0.0]).square().mean().sqrt()
+    scales = torch.tensor(beside.scales(5))
+    assert float((scales - 1).square().mean().sqrt()) == pytest.approx(float(size), abs=1e-4)
+    assert (beside.schedule, beside.window, beside.levels) == (course.schedule, course.window, course.levels)
 
 
 def test_the_overhead_benchmark_compares_equal_networks(benchmark_module, tmp_path, capsys):
@@ -69,6 +86,7 @@ def test_a_network_described_from_outside_is_scaled_at_its_concatenations(benchm
     ddpm = benchmark_module("ddpm_unets")
     torch.manual_seed(0)
     unet = ddpm.DdpmUNet().eval()
+    assert not benchmark_module("_skip_probes").has_two_paths(unet)
     x, t = torch.randn(2, 1, 28, 28), torch.tensor([10, 900])
     view = find(unet, ("diffusers_unet",))
     assert [skip.channels for skip in view.skips] == [80, 40, 20]
@@ -124,6 +142,7 @@ def test_the_share_of_a_skip_that_the_next_normalisation_cancels(benchmark_modul
         down_block_types=("DownBlock2D",) * 2,
         up_block_types=("UpBlock2D",) * 2,
     ).eval()
+    assert probes.has_two_paths(unet)
     shares = probes.cancelled(unet)
     # three groups of 24 channels, skips of 12: the one that begins with the skip has 8 of its 12 channels
     assert shares == (expected or [pytest.approx(2 / 3)] * 4)
@@ -149,6 +168,12 @@ def test_the_study_reports_a_case_and_keeps_the_others(benchmark_module, monkeyp
     found = cases["one"]["by_nfe"]["3"]
     assert all(len(found[name]) == 3 for name in ("plain", "skip_scale", "random", "noise_scale"))
     assert len(found["ways"]) == 10 and sum("random" in way for way in found["ways"].values()) == 1
+    assert len(found["random_draws"]) == 8 and "0.99" in found["noise_search"]
+    # the same checkpoint as EDM and as a predictor of noise: two networks, two files of distances
+    files = sorted((tmp_path / "runs" / "skip_tuning_bench").iterdir(), key=lambda file: len(file.stem))
+    assert len(files) == 2 and files[1].stem == f"{files[0].stem}-noise"
+    assert found["plain"] != cases["two"]["by_nfe"]["3"]["plain"]
+    assert cases["one"]["network"] != cases["two"]["network"]
     assert found["unconverged"]["moved"] > 0 and cases["one"]["reach"]["1.0"]["shift_residual"] > 0
     assert (tmp_path / "skip_effect.png").stat().st_size > 1000
 
@@ -161,6 +186,13 @@ def test_the_noise_scale_moves_between_the_image_and_its_denoised_form(benchmark
         assert torch.allclose(probes.with_noise_scale(drawer, s).denoiser(numbers)(x, torch.ones(3)), (1 - s) * x)
 
 
+class Echo(torch.nn.Module):
+    """A network that returns its input."""
+
+    def forward(self, x, t):
+        return type("Output", (), {"sample": x})
+
+
 def test_noise_prediction_learns_the_noise_with_equal_weight(benchmark_module):
     model = benchmark_module("skip_effect").NoisePrediction(
         {
@@ -171,12 +203,37 @@ def test_noise_prediction_learns_the_noise_with_equal_weight(benchmark_module):
             "up_block_types": ["UpBlock2D"],
         }
     )
+    clean, noise = torch.rand(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
+    sigma = torch.tensor([-2.0, -1.0, 0.0, 2.0]).exp().view(-1, 1, 1, 1)
+    predicted = (clean + sigma * noise) / (1 + sigma**2).sqrt()
+    loss = model._loss(Echo().train(), {"image": clean}, noise, sigma.flatten().log())
+    assert float(loss) == pytest.approx(float((predicted - noise).square().mean()), rel=1e-4)
+    x, level = torch.tensor([0.5, 8.0]).view(2, 1, 1, 1), torch.tensor([1.0, 0.1])
+    denoised = model.eval().denoise(Echo(), x, level).flatten()
+    assert denoised.tolist() == pytest.approx([0.5 - 0.5 / 2**0.5, 1.0], rel=1e-5)
 
-    class Zero(torch.nn.Module):
-        def forward(self, x, t):
-            return type("Output", (), {"sample": torch.zeros_like(x)})
 
-    images = torch.rand(4, 3, 8, 8)
-    noise = torch.randn(images.shape)
-    loss = model._loss(Zero().train(), {"image": images}, noise, torch.tensor([-2.0, -1.0, 0.0, 2.0]))
-    assert float(loss) == pytest.approx(float(noise.square().mean()), rel=1e-4)
+def test_a_case_is_trained_when_it_has_no_checkpoint(benchmark_module, monkeypatch, tmp_path):
+    study, calls = benchmark_module("skip_effect"), []
+    monkeypatch.setattr(study, "train", calls.append)
+    run = tmp_path / "tiny"
+    recipe = ("unet.norm_num_groups=1", "log_sigma_std=1.7", "data.flip=false", "max_epochs=3")
+    case = study.Case("tiny", str(run), recipe, noise=True)
+    (run / "20260101-000000" / "checkpoints").mkdir(parents=True)  # as an interrupted training leaves it
+    study.trained(case)
+    assert calls == [
+        [
+            *("--config", "skip_tuning.yaml", "--name", "tiny", "--model=skip_effect.NoisePrediction"),
+            *("--model.unet.norm_num_groups=1", "--model.log_sigma_std=1.7", "--data.flip=false"),
+            *("--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=3", "--trainer.enable_progress_bar=false"),
+        ]
+    ]
+    (run / "20260101-000000" / "checkpoints" / "last.ckpt").touch()
+    study.trained(case)
+    study.trained(study.Case("outside", "benchmarks/ddpm_unets.py:mnist"))
+    assert len(calls) == 1
+
+
+def test_values_of_rho_within_a_hundredth_of_the_best_are_told(benchmark_module):
+    near = benchmark_module("skip_effect")._near_best
+    assert near({"0.5": 1.02, "0.6": 1.005, "0.7": 1.0, "0.8": 1.009, "0.9": 1.2}) == (0.6, 0.8)

@@ -13,7 +13,7 @@ from mmskip import swap
 from mmskip.families import find
 from mmskip.families.diffusers_unet import SkipSite, UNetView, describe_unet
 from mmskip.methods.freeu import PartState, _stronger
-from mmskip.methods.skip_scale import ddpm_sigmas
+from mmskip.methods.skip_scale import JointState, NoiseLevel, _rho, ddpm_sigmas
 
 
 def count(unet):
@@ -94,6 +94,18 @@ def test_schedules_equal_the_reference_sample_by_sample(name, settings):
         expected = output(unet, arguments)
     mmskip.apply_(unet, config)
     torch.testing.assert_close(output(unet, arguments), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_window_holds_the_noise_levels_at_its_ends():
+    # ln(sigma) / 4 in fp32 comes back below .002 and above others
+    for low, high in ((0.002, 20.0), (0.002, 80.0), (0.01, 3.0), (0.03, 7.0), (0.3, 50.0)):
+        levels = {"levels": "edm", "sigma_min": low, "sigma_max": high}
+        for window, expected in (((low, high), [0.5, 0.5, 0.5]), ((1.5 * low, 0.9 * high), [1.0, 0.5, 1.0])):
+            config = mmskip.SkipScaleConfig(scale=0.5, schedule="window", window=window, **levels)
+            t_B = torch.tensor([low, 1.0, high]).log() / 4
+            state = JointState(config, 0.5, None, NoiseLevel(t_B, (4 * t_B).exp()))
+            assert _rho(state, torch.zeros(3, 1)).flatten().tolist() == expected
 
 
 @torch.no_grad()
