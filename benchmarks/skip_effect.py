@@ -204,10 +204,11 @@ def picture(cases: dict[str, dict[str, Any]], path: Path) -> None:
     _draw_changes(axes["changes"], cases)
     _draw_reach(axes["reach"], cases)
     _draw_best(axes["best"], cases)
-    places = {"changes": "upper left", "reach": "lower right", "best": "upper right"}
-    for name, axis in axes.items():
+    for axis in axes.values():
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8 if name == "changes" else 7, loc=places[name])
+    axes["changes"].legend(fontsize=8, loc="upper left")
+    axes["reach"].legend(fontsize=7, loc="upper left", ncols=2)
+    axes["best"].legend(fontsize=7, loc="upper right")
     with whole(path) as partial:
         figure.savefig(partial, format="png")
 
@@ -246,7 +247,8 @@ def _draw_reach(axis: Any, cases: dict[str, dict[str, Any]]) -> None:
     axis.set_yscale("log")
     axis.set_xlabel("sigma")
     axis.set_ylabel("in the spread of the images")
-    axis.set_title("how far rho = 0.9 moves D (solid: the network predicts the noise)", fontsize=10)
+    axis.set_ylim(top=20)  # room for the legend
+    axis.set_title("how far rho = 0.9 moves D (solid: predicts the noise)", fontsize=10)
 
 
 def _draw_best(axis: Any, cases: dict[str, dict[str, Any]]) -> None:
