@@ -22,7 +22,7 @@ from mmskip.train.evaluation.drawing import pixels, real_images
 
 SIGMAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 # of the predicted noise: a small change matters already, so the grid is finer at 1
-NOISE_SCALES, NEAR_ONE = (0.7, 1.3), (0.98, 0.99, 1.0, 1.01, 1.02)
+NOISE_SCALES, NEAR_ONE = (0.7, 1.3), (0.95, 0.98, 0.99, 1.0, 1.01, 1.02, 1.05)
 
 
 @contextlib.contextmanager
