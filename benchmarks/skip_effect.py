@@ -207,7 +207,7 @@ def picture(cases: dict[str, dict[str, Any]], path: Path) -> None:
     for axis in axes.values():
         axis.grid(alpha=0.3)
     axes["changes"].legend(fontsize=8, loc="upper left")
-    axes["reach"].legend(fontsize=7, loc="upper left", ncols=2)
+    axes["reach"].legend(fontsize=6, loc="upper left", ncols=2)
     axes["best"].legend(fontsize=7, loc="upper right")
     with whole(path) as partial:
         figure.savefig(partial, format="png")
