@@ -1,11 +1,12 @@
 """The embedded set of captions and entailment pairs: pictures of the generated scenes, made on first use.
 
-Captions name the objects in reading order with their places; a shape that was named before is "another" one. A pair
-claims a colour or a shape for the thing at a place, which is named directly ("red at top left") or by way of one or two
-other things ("blue below right of red ring": below the thing that is right of the red ring): the number of steps is the
-difficulty of a sample. A thing that would be where the wall is cannot be seen, so that the label is "neutral". Labels
-are balanced whatever the words, so neither task can be done without the picture. Training pictures have questions of
-the same form as well ("colour below right of red ring"), from which a small model learns sooner where to look.
+Captions name the objects with their places, each time the nearest one that is left; a shape that was named before is
+"another" one. A pair claims a colour or a shape for the thing at a place, which is named directly ("red at northwest")
+or by way of one or two other things ("blue below right of red ring": below the thing that is right of the red ring):
+the number of steps is the difficulty of a sample. A thing that would be where the wall is cannot be seen, so that the
+label is "neutral". Labels are balanced whatever the words, so neither task can be done without the picture. Training
+pictures have questions of the same form as well ("colour below right of red ring"), from which a small model learns
+sooner where to look.
 
 The files have the formats of COCO and SNLI-VE:
 
@@ -34,9 +35,10 @@ from mmskip.datasets.snli_ve import LABELS
 from mmskip.files import write_json, write_text
 
 SPLITS = ("train", "val", "test")
-ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
+PLACES = (("northwest", "north", "northeast"), ("west", "centre", "east"), ("southwest", "south", "southeast"))
+"""Words for the cells, row by row."""
 RELATIONS = {"left of": SIDES["left"], "right of": SIDES["right"], "above": SIDES["top"], "below": SIDES["bottom"]}
-_FORMAT = 3  # raised when the same settings give other files
+_FORMAT = 4  # raised when the same settings give other files
 
 
 @dataclass(frozen=True)
@@ -151,13 +153,25 @@ def _world(config: SceneCaptionsConfig, rng: np.random.Generator) -> World:
 
 def _place(cell: Cell) -> str:
     column, row = cell
-    return f"{ROWS[row]} {COLUMNS[column]}"
+    return PLACES[row][column]
+
+
+def walk(world: World) -> list[Thing]:
+    """The things in the order a caption names them: from the first in reading order, each time the nearest that was not
+    named yet; of equally near ones the first in reading order."""
+    left = sorted(world.things, key=lambda thing: thing.cell[::-1])
+    order = [left.pop(0)]
+    while left:
+        x, y = order[-1].cell
+        order.append(min(left, key=lambda thing: (thing.cell[0] - x) ** 2 + (thing.cell[1] - y) ** 2))
+        left.remove(order[-1])
+    return order
 
 
 def _caption(world: World) -> str:
     said: set[str] = set()
     parts = []
-    for thing in sorted(world.things, key=lambda thing: thing.cell[::-1]):
+    for thing in walk(world):
         parts.append(f"{_place(thing.cell)} {'another' if thing.shape in said else 'a'} {thing.kind}")
         said.add(thing.shape)
     return " ".join(parts)
@@ -292,5 +306,6 @@ def _write_picture(
 
 def scene_texts() -> Iterator[str]:
     """Texts that hold every word of the set."""
-    yield from (*COLOURS, *SHAPES, *ROWS, *COLUMNS, *RELATIONS)
+    yield from (*COLOURS, *SHAPES, *RELATIONS)
+    yield from (place for row in PLACES for place in row)
     yield "a another at colour of shape wall"

@@ -10,13 +10,13 @@ from mmskip.datasets.coco import read_captions
 from mmskip.datasets.images import to_input
 from mmskip.datasets.scene import COLOURS, SHAPES
 from mmskip.datasets.scene_captions import (
-    COLUMNS,
+    PLACES,
     RELATIONS,
-    ROWS,
     SceneCaptionsConfig,
     generate_captions,
     image_id,
     picture_of,
+    walk,
 )
 from mmskip.datasets.snli_ve import LABELS, read_pairs
 
@@ -24,22 +24,32 @@ CONFIG = SceneCaptionsConfig(train=3, val=2, test=2, least=3, most=5)
 
 
 def cell_of(place: str) -> tuple[int, int]:
-    row, column = place.split()
-    return COLUMNS.index(column), ROWS.index(row)
+    row = next(row for row in PLACES if place in row)
+    return row.index(place), PLACES.index(row)
+
+
+def things_of(caption: str) -> dict[tuple[int, int], tuple[str, str]]:
+    """Colour and shape by cell, as a caption tells them."""
+    return {cell_of(m[0]): m[1:] for m in re.findall(r"(\w+) a(?:nother)? (\w+) (\w+)", caption)}
+
+
+def reached(way: str, things: dict[tuple[int, int], tuple[str, str]]) -> tuple[int, int]:
+    """The cell that words lead to, parsed from the inside out."""
+    if way.startswith("at "):
+        return cell_of(way[3:])
+    *steps, colour, shape = way.replace(" of", "_of").split()
+    cell = next(cell for cell, kind in things.items() if kind == (colour, shape))
+    for name in reversed(steps):
+        x, y = RELATIONS[name.replace("_", " ")]
+        cell = (cell[0] + x, cell[1] + y)
+    return cell
 
 
 def judged(text: str, caption: str, wall: tuple[int, int]) -> str:
-    """The label of a statement, from the words alone: parsed from the inside out."""
-    things = {cell_of(m[0]): m[1:] for m in re.findall(r"(\w+ \w+) a(?:nother)? (\w+) (\w+)", caption)}
-    word, place = text.split(" ", 1)
-    if place.startswith("at "):
-        cell = cell_of(place[3:])
-    else:
-        *steps, colour, shape = place.replace(" of", "_of").split()
-        cell = next(cell for cell, kind in things.items() if kind == (colour, shape))
-        for name in reversed(steps):
-            x, y = RELATIONS[name.replace("_", " ")]
-            cell = (cell[0] + x, cell[1] + y)
+    """The label of a statement, from the words alone."""
+    things = things_of(caption)
+    word, way = text.split(" ", 1)
+    cell = reached(way, things)
     if cell == wall:
         return "neutral"
     return "entailment" if word in things[cell] else "contradiction"
@@ -50,11 +60,11 @@ def test_captions_and_labels_are_true_of_the_world():
     for index in range(120):
         picture, _ = picture_of(CONFIG, "train", index)
         shapes: list[str] = []
-        for thing in sorted(picture.world.things, key=lambda thing: thing.cell[::-1]):
+        for thing in walk(picture.world):
             article = "another" if thing.shape in shapes else "a"
-            assert f"{ROWS[thing.cell[1]]} {COLUMNS[thing.cell[0]]} {article} {thing.kind}" in picture.caption
+            assert f"{PLACES[thing.cell[1]][thing.cell[0]]} {article} {thing.kind}" in picture.caption
             shapes.append(thing.shape)
-        assert len(picture.caption.split()) == 5 * len(shapes)
+        assert len(picture.caption.split()) == 4 * len(shapes)
         for statement in picture.statements:
             assert judged(statement.text, picture.caption, picture.world.wall) == statement.label, statement
             assert len(re.findall("left|right|above|below", statement.text.split(" at ")[0])) == statement.steps
@@ -68,6 +78,17 @@ def test_captions_and_labels_are_true_of_the_world():
         assert not picture_of(CONFIG, "val", index)[0].questions
     assert max(labels.values()) < 1.3 * min(labels.values())
     assert min(steps[number] for number in range(3)) > 0.15 * sum(steps.values())
+
+
+def test_a_caption_goes_to_the_nearest_thing_that_is_left():
+    for index in range(40):
+        picture, _ = picture_of(CONFIG, "train", index)
+        cells = [cell_of(place) for place in re.findall(r"(\w+) a(?:nother)? ", picture.caption)]
+        assert cells[0] == min(cells, key=lambda cell: cell[::-1])
+        for number in range(1, len(cells)):
+            x, y = cells[number - 1]
+            order = [((cell[0] - x) ** 2 + (cell[1] - y) ** 2, *cell[::-1]) for cell in cells[number:]]
+            assert order[0] == min(order)
 
 
 def test_the_set_is_whole_deterministic_and_taken_up(tmp_path):
