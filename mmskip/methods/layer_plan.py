@@ -237,6 +237,13 @@ def _balanced(view: PlanView, speedup: float, fill: bool) -> tuple[int, ...]:
     dense, count = decode_flops(view, _full(view)), len(view.blocks)
     plans = [evenly(count, kept) for kept in range(2, count + 1)]
     gains = [dense / decode_flops(view, [Visit(i) for i in plan], fill) for plan in plans]
+    if speedup > 1.05 * max(gains):
+        _log.warning(
+            "asked for a speed-up of %g; two of %d blocks, the fewest, reach %.3g of decoding",
+            speedup,
+            count,
+            max(gains),
+        )
     return plans[min(range(len(plans)), key=lambda i: abs(gains[i] - speedup))]
 
 

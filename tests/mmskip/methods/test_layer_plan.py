@@ -189,6 +189,13 @@ def test_the_published_sets_of_unified_layer_skipping():
     assert "[0, 6, 12, 18, 24, 29]" in text and "counted speed-up" in text and "asked for 5" in text
 
 
+def test_a_speed_up_out_of_reach_is_said(caplog):
+    model = tiny_decoder("llama", num_hidden_layers=4)
+    found = report(model, LayerPlanConfig.unified(100, "balanced"))
+    assert found.order == (0, 3) and "asked for a speed-up of 100; two of 4 blocks" in caplog.text
+    assert f"{found.speedup:.3g}" in caplog.text
+
+
 def test_balanced_picks_the_nearest_counted_speed_up_head_included():
     model = tiny_decoder("llama", num_hidden_layers=12, vocab_size=400)
     found = report(model, LayerPlanConfig.unified(1.6, "balanced"))
