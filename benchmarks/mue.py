@@ -351,11 +351,11 @@ def main() -> None:
         torch.set_num_threads(1)
     if options.choose:
         pictures = Pictures(data, FOLDER / "data", "val", SEARCH_SEED, options.count)
-        chosen = json.loads(file.read_text()) if file.is_file() else {}
         for task in options.tasks:
-            chosen[task] = Search(models, task, pictures, data.tokenizer, options).choose()
-            print(task, {w: (o["quality"], o.get("measured")) for w, o in chosen[task].items() if w != "tried"})
-            write_json(chosen, file)
+            found = Search(models, task, pictures, data.tokenizer, options).choose()
+            print(task, {w: (o["quality"], o.get("measured")) for w, o in found.items() if w != "tried"})
+            chosen = json.loads(file.read_text()) if file.is_file() else {}  # the other task may run beside this one
+            write_json({**chosen, task: found}, file)
         return
     chosen = json.loads(file.read_text())
     sets = [Pictures(data, FOLDER / "data", "test", seed, options.count) for seed in SEEDS]
