@@ -74,8 +74,9 @@ class _Chance:
         return (torch.rand(x_BTD.shape[:2], generator=self.generator) < self.odds).float()
 
 
-def at_random(rows: Sequence[dict[str, Any]], model: Captioner) -> Setting:
-    """Exits at the depths of `rows`, whatever the state: the library's learned exits, whose heads draw lots."""
+def at_random(rows: Sequence[dict[str, Any]], model: Captioner, like: EarlyExitConfig) -> Setting:
+    """Exits at the depths of `rows` and the points of `like`, whatever the state: the library's learned exits, whose
+    heads draw lots."""
     odds = {}
     for part, name in PARTS.items():
         depth = len(model.view.decoder if part == "decoder" else model.view.encoder)
@@ -84,7 +85,9 @@ def at_random(rows: Sequence[dict[str, Any]], model: Captioner) -> Setting:
         there = torch.stack([(told >= layer).sum() for layer in range(1, depth)])
         odds[part] = (left / there.clamp(min=1)).tolist()
     learned = dict.fromkeys(("criterion", "encoder_criterion"), "learned")
-    return Setting("random", EarlyExitConfig(image=0.5, text=0.5, decoder=0.5, **learned), odds)
+    half = dict.fromkeys(("image", "text", "decoder"), 0.5)
+    points = {"points": like.points, "encoder_points": like.encoder_points}
+    return Setting("random", EarlyExitConfig(**half, **learned, **points), odds)
 
 
 def draw_lots(llm: Any, setting: Setting) -> None:

@@ -58,13 +58,16 @@ TASKS = {"entailment": ("accuracy", 0.99), "caption": ("cider", 0.96)}
 SHALLOW = {"encoder_layers": 2, "decoder_layers": 4}
 SEARCH_SEED, SEEDS = 100, (1, 2)
 QUANTILES = {
-    "image": (0.0, 0.1, 0.3, 0.5),
-    "text": (0.0, 0.1, 0.3, 0.5),
-    "saturation": (0.02, 0.1, 0.2, 0.3, 0.45, 0.6),
+    "image": (0.0, 0.3),
+    "text": (0.0, 0.3),
+    "saturation": (0.02, 0.1, 0.25, 0.4, 0.6),
     "entropy": (0.02, 0.1, 0.3, 0.6),
 }
-ENCODERS = 4
-"""Pairs of encoder thresholds that are tried with every threshold of the decoder."""
+ENCODERS = 2
+"""Settings of the encoder that are tried with every threshold of the decoder."""
+ENCODER_POINTS = (None, (1,))
+POINTS = (None, (2,), (3,), (2, 3), (2, 5))
+"""Layers behind which an exit is possible (None: every one): each costs a score."""
 WAYS = ("mue", "entropy", "patience", "random")
 
 Models = dict[str, Captioner]
@@ -152,27 +155,27 @@ class Search:
 
     def mue(self) -> list[Tried]:
         """MuE's settings that no other beats in both quality and layers, timed."""
-        encoders = product(*(quantiles(self.scores, part) for part in ("image", "text")))
-        whole = front([self.tried(_mue(image, text, 1.0)) for image, text in encoders])
+        encoders = product(*(quantiles(self.scores, part) for part in ("image", "text")), ENCODER_POINTS)
+        whole = front(
+            [self.tried(_setting("mue", {"image": i, "text": t, "encoder_points": p})) for i, t, p in encoders]
+        )
         kept = [t for t in whole if t["quality"] >= self.goal] or whole[-1:]
         found = list(whole)
-        for tried, threshold in product(kept[:ENCODERS], quantiles(self.scores, "saturation")):
-            found.append(self.tried(_mue(tried["config"]["image"], tried["config"]["text"], threshold)))
+        for tried, threshold, points in product(kept[:ENCODERS], quantiles(self.scores, "saturation"), POINTS):
+            found.append(self.tried(_setting("mue", _encoder(tried), decoder=threshold, points=points)))
         return [self.timed(t) for t in front(found)]
 
     def heads(self, way: str, mue: Tried) -> list[Tried]:
         """Settings of exits by the decoder's head, with the encoder whole or left as by MuE, timed."""
-        if way == "entropy":
-            thresholds = quantiles(self.scores, "entropy")
-        else:
-            thresholds = [float(n) for n in range(1, len(self.model.view.decoder) - 1)]
-        own = {part: mue["config"][part] for part in ("image", "text")}
-        configs = [
-            EarlyExitConfig(**encoder, decoder=threshold, criterion=way)
-            for encoder in ({}, own)
-            for threshold in thresholds
-        ]
-        return [self.timed(t) for t in front([self.tried(Setting(way, config)) for config in configs])]
+        depth = len(self.model.view.decoder)
+        settings = []
+        for encoder, points in product(({}, _encoder(mue)), POINTS):
+            if way == "entropy":
+                thresholds = quantiles(self.scores, "entropy")
+            else:
+                thresholds = [float(n) for n in range(1, len(points) if points else depth - 1)]
+            settings += [_setting(way, encoder, decoder=t, points=points, criterion=way) for t in thresholds]
+        return [self.timed(t) for t in front([self.tried(setting) for setting in settings])]
 
     def choose(self) -> dict[str, Any]:
         """By way the setting that the report will show."""
@@ -184,7 +187,8 @@ class Search:
             others = self.heads(way, best)
             kept[way], found = _best_within(others, best["measured"]), found + others
         rows = records(self.model, self.task, self.batches, Setting.from_dict(best), self.tokenizer)
-        kept["random"] = self.timed(self.tried(at_random(rows, self.model)))
+        own = Setting.from_dict(best).config
+        kept["random"] = self.timed(self.tried(at_random(rows, self.model, own)))
         if "shallow" in self.models:
             pairs, clock = self.options.pairs, self.options.clock
             time = cost_of_other(self.model, self.models["shallow"], self.calls, pairs, clock)
@@ -193,14 +197,23 @@ class Search:
         return {**kept, "tried": found}
 
 
-def _mue(image: float, text: float, decoder: float) -> Setting:
-    return Setting("mue", EarlyExitConfig(image=image, text=text, decoder=decoder))
+def _setting(way: str, encoder: dict[str, Any], decoder: float = 1.0, **fields: Any) -> Setting:
+    return Setting(way, EarlyExitConfig(**encoder, decoder=decoder, **fields))
+
+
+def _encoder(tried: Tried) -> dict[str, Any]:
+    """How a setting leaves the encoder."""
+    return {part: tried["config"][part] for part in ("image", "text", "encoder_points")}
 
 
 def front(tried: Sequence[Tried]) -> list[Tried]:
-    """Those that no other beats in both quality and layers, fewest layers first."""
+    """Those that no other beats in both quality and layers, fewest layers first; of equals the one of fewest points."""
+
+    def points(one: Tried) -> int:
+        return sum(len(one["config"][name] or range(100)) for name in ("points", "encoder_points"))
+
     kept: list[Tried] = []
-    for one in sorted(tried, key=lambda t: (t["layers"], -t["quality"])):
+    for one in sorted(tried, key=lambda t: (t["layers"], -t["quality"], points(t))):
         if not kept or one["quality"] > kept[-1]["quality"]:
             kept.append(one)
     return kept

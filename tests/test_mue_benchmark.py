@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from captioning import TEXTS, captioner, data
 
+from mmskip import EarlyExitConfig
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -20,6 +22,7 @@ def test_the_benchmark_runs_through(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(mue, "QUANTILES", dict.fromkeys(mue.QUANTILES, (0.5,)))
     monkeypatch.setattr(mue, "ENCODERS", 1)
+    monkeypatch.setattr(mue, "POINTS", (None, (1,)))
     tiny = [f"--model.text={json.dumps(TEXTS['mbart'] | {'d_model': 64})}", "--trainer.fast_dev_run=false"]
     small = ["--data.generated.train=16", "--data.generated.val=2", "--data.generated.test=2", "--trainer.max_epochs=1"]
 
@@ -58,7 +61,7 @@ def test_random_exits_leave_where_they_are_told_to(tmp_path, monkeypatch):
     model = captioner("mbart", given).eval()
     batches = [{**given.collate()([given.dataset("test")[n] for n in range(4)]), "caption": None}] * 12
     told = [{"image": 1 + n % 2, "prompt": 2, "decoder": 3} for n in range(10)]
-    setting = _mue.at_random(told, model)
+    setting = _mue.at_random(told, model, EarlyExitConfig(points=(1, 2, 3)))
     assert setting.odds == {"image": pytest.approx([0.5, 1.0]), "text": [0.0, 1.0], "decoder": [0.0, 0.0]}
     assert _mue.Setting.from_dict(json.loads(json.dumps(setting.to_dict()))) == setting
     rows = _mue.records(model, "entailment", batches, setting, given.tokenizer)
