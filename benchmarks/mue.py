@@ -13,7 +13,7 @@ paired and interleaved with full depth in one process.
     python benchmarks/mue.py                    # times; draws docs/mue_*.png
 
 Ways of exiting: `mue` (saturation in encoder and decoder), `entropy` and `patience` (in the decoder, with the encoder
-whole or exiting as MuE's), `random` (the library's learned exits, whose heads draw lots such that as many states leave
+whole or exiting as MuE's), `fixed` (the same decoder layer for every token), `random` (the library's learned exits, whose heads draw lots such that as many states leave
 behind each layer as under MuE). The last line is one JSON object.
 """
 
@@ -68,7 +68,7 @@ ENCODERS = 2
 ENCODER_POINTS = (None, (1,))
 POINTS = (None, (2,), (3,), (2, 3), (2, 5))
 """Layers behind which an exit is possible (None: every one): each costs a score."""
-WAYS = ("mue", "entropy", "patience", "random")
+WAYS = ("mue", "entropy", "patience", "fixed", "random")
 
 Models = dict[str, Captioner]
 Tried = dict[str, Any]
@@ -177,6 +177,11 @@ class Search:
             settings += [_setting(way, encoder, decoder=t, points=points, criterion=way) for t in thresholds]
         return [self.timed(t) for t in front([self.tried(setting) for setting in settings])]
 
+    def fixed(self) -> list[Tried]:
+        """The same decoder layer for every token, timed: nothing is decided."""
+        depths = range(1, len(self.model.view.decoder))
+        return [self.timed(t) for t in front([self.tried(Setting("fixed", EarlyExitConfig(depth=n))) for n in depths])]
+
     def choose(self) -> dict[str, Any]:
         """By way the setting that the report will show."""
         found = self.mue()
@@ -186,6 +191,8 @@ class Search:
         for way in ("entropy", "patience"):
             others = self.heads(way, best)
             kept[way], found = _best_within(others, best["measured"]), found + others
+        fixed = self.fixed()
+        kept["fixed"], found = _best_within(fixed, best["measured"]), found + fixed
         rows = records(self.model, self.task, self.batches, Setting.from_dict(best), self.tokenizer)
         own = Setting.from_dict(best).config
         kept["random"] = self.timed(self.tried(at_random(rows, self.model, own)))

@@ -36,7 +36,7 @@ def test_the_benchmark_runs_through(tmp_path, monkeypatch, capsys):
     chosen = json.loads((tmp_path / "chosen.json").read_text())
     for task in ("entailment", "caption"):
         found = chosen[task]
-        assert {"full", "mue", "entropy", "patience", "random", "mue_as_shallow"} <= set(found)
+        assert {"full", "mue", "entropy", "patience", "fixed", "random", "mue_as_shallow"} <= set(found)
         assert found["mue"]["quality"] >= 0.96 * found["full"]["quality"] or task == "entailment"
         for way in ("entropy", "patience"):  # in no more time than MuE, or the fastest there is
             others = [one["measured"] for one in found["tried"] if one["way"] == way and "measured" in one]
