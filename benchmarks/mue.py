@@ -13,8 +13,8 @@ paired and interleaved with full depth in one process.
     python benchmarks/mue.py                    # times; draws docs/mue_*.png
 
 Ways of exiting: `mue` (saturation in encoder and decoder), `entropy` and `patience` (in the decoder, with the encoder
-whole or exiting as MuE's), `fixed` (the same decoder layer for every token), `random` (the library's learned exits, whose heads draw lots such that as many states leave
-behind each layer as under MuE). The last line is one JSON object.
+whole or exiting as MuE's), `fixed` (the same decoder layer for every token), `random` (the library's learned exits,
+whose heads draw lots such that as many states leave behind each layer as under MuE). The last line is one JSON object.
 """
 
 import argparse
@@ -68,7 +68,6 @@ ENCODERS = 2
 ENCODER_POINTS = (None, (1,))
 POINTS = (None, (2,), (3,), (2, 3), (2, 5))
 """Layers behind which an exit is possible (None: every one): each costs a score."""
-WAYS = ("mue", "entropy", "patience", "fixed", "random")
 
 Models = dict[str, Captioner]
 Tried = dict[str, Any]
@@ -180,7 +179,7 @@ class Search:
     def fixed(self) -> list[Tried]:
         """The same decoder layer for every token, timed: nothing is decided."""
         depths = range(1, len(self.model.view.decoder))
-        return [self.timed(t) for t in front([self.tried(Setting("fixed", EarlyExitConfig(depth=n))) for n in depths])]
+        return [self.timed(self.tried(Setting("fixed", EarlyExitConfig(depth=n)))) for n in depths]
 
     def choose(self) -> dict[str, Any]:
         """By way the setting that the report will show."""
