@@ -153,6 +153,7 @@ def quality_against_compute(
         raise ValueError("quality_against_compute needs at least one point, got none")
     figure = Figure(figsize=(9.0, 3.9), layout="constrained")
     panels: Any = figure.subplots(1, 2, sharey=True)
+    spread = max(point["value"] for point in points) - min(point["value"] for point in points)
     names = (("counted", "counted FLOPs, share of dense"), ("measured", "measured time of a step, share of dense"))
     for axes, (key, label) in zip(panels, names, strict=True):
         shown = [point for point in points if point.get(key) is not None]
@@ -161,7 +162,7 @@ def quality_against_compute(
             color = HIGHLIGHT if point.get("highlight") else RAN
             axes.scatter(point[key], point["value"], s=52, color=color, zorder=3, edgecolor="white", linewidth=0.8)
         _draw_series(axes, [point for point in shown if point.get("series")], key)
-        _label_points(axes, [(point[key], point["value"], point["label"]) for point in alone])
+        _label_points(axes, [(point[key], point["value"], point["label"]) for point in alone], spread)
         axes.set_xlim(0, max([1.0, *(point[key] for point in shown)]) * 1.25)
         axes.axvline(1, color=LINE, linewidth=1, linestyle=":")
         axes.set_xlabel(label)
@@ -218,15 +219,17 @@ def _draw_series(axes: Any, points: Sequence[Mapping[str, Any]], key: str) -> No
         axes.legend(fontsize=8, frameon=False)
 
 
-def _label_points(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write each label beside its point, the next one below where two points lie close."""
-    values = [value for _, value, _ in points]
-    near = 0.07 * ((max(values) - min(values)) or 1.0) if values else 0.0
+def _label_points(axes: Any, points: Sequence[tuple[float, float, str]], spread: float) -> None:
+    """Write each label beside its point, and further below, with a line to it, where two points lie close; `spread` is
+    that of the values that the axis shows."""
+    near = 0.07 * (spread or 1.0)
     placed: list[tuple[float, float]] = []
     for x, y, label in sorted(points, key=lambda point: -point[1]):
         crowd = sum(abs(x - other_x) < 0.25 and abs(y - other_y) < near for other_x, other_y in placed)
         placed.append((x, y))
-        axes.annotate(label, (x, y), xytext=(8, -3 - 11 * crowd), textcoords="offset points", fontsize=8, color=INK)
+        line = {"arrowstyle": "-", "color": INK, "linewidth": 0.5, "shrinkB": 4} if crowd else None
+        offset = (8 + 14 * bool(crowd), -3 - 13 * crowd)
+        axes.annotate(label, (x, y), xytext=offset, textcoords="offset points", fontsize=8, color=INK, arrowprops=line)
 
 
 def _quiet(axes: Any) -> None:
