@@ -108,6 +108,9 @@ CASES = {
     "half": Case(
         "half the width, 8 epochs", "runs/skip_half", ("unet.block_out_channels=[8,16,24]", *_EIGHT), nfe=(5,)
     ),
+    "wide": Case(
+        "twice the width, 8 epochs", "runs/skip_wide8", ("unet.block_out_channels=[32,64,96]", *_EIGHT), nfe=(5,)
+    ),
     "one_group8": Case("one group, 8 epochs", "runs/skip_one_group8", (*_ONE, *_EIGHT), nfe=(5,)),
     "one_group": Case("one group, wide sigma, 16 epochs", "runs/skip_one_group", _WIDE, nfe=(5,)),
     "noise8": Case("one group, 8 epochs, noise", "runs/skip_noise8", (*_ONE, *_EIGHT), nfe=(5,), noise=True),
