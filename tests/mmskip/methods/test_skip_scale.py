@@ -73,7 +73,7 @@ def rho_at(config, rho, times):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [n for n in UNETS if n not in ("unet2d_resnet", "unet2d_skip")])
+@pytest.mark.parametrize("name", UNETS)
 @pytest.mark.parametrize(
     "settings",
     [
