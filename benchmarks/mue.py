@@ -361,6 +361,8 @@ def main() -> None:
         train(options.train, rest)
         return
     trained = [name for name in ("full", "shallow") if list((FOLDER / "runs" / name).glob("*/results.json"))]
+    if "full" not in trained:
+        raise SystemExit(f"no finished run in {FOLDER / 'runs' / 'full'}: first python benchmarks/mue.py --train full")
     runs = {name: find_run(FOLDER / "runs" / name) for name in trained}
     models = {name: load_captioner(run) for name, run in runs.items()}
     data: CaptionData = load_data(runs["full"])
@@ -376,7 +378,9 @@ def main() -> None:
             chosen = json.loads(file.read_text()) if file.is_file() else {}  # the other task may run beside this one
             write_json({**chosen, task: found}, file)
         return
-    chosen = json.loads(file.read_text())
+    chosen = json.loads(file.read_text()) if file.is_file() else {}
+    if missing := set(TASKS) - set(chosen):
+        raise SystemExit(f"no thresholds for {', '.join(sorted(missing))}: first python benchmarks/mue.py --choose")
     sets = [Pictures(data, FOLDER / "data", "test", seed, options.count) for seed in SEEDS]
     if options.score or not scores_file.is_file():
         write_json(scored(models, chosen, sets, data.tokenizer), scores_file)

@@ -151,6 +151,20 @@ def test_depths_of_one_sequence_are_those_of_its_row(settings, given, batch):
     assert True in seen, "taken row by row or image by image, the depths are the same"
 
 
+@pytest.mark.parametrize("kind", ["bart", "mbart", "florence2"])
+def test_a_fixed_depth_is_recorded(kind, given, batch):
+    model, texts = captioner(kind, given).eval(), batch["entailment"]
+    for settings in ({"depth": 2}, {"encoder_depth": 1, "decoder": None}, {"depth": 1, "encoder_depth": 2}):
+        mmskip.apply_(model.llm, EarlyExitConfig(**settings))
+        with torch.no_grad(), recording(model) as record:
+            model.judge(*model.encode(model.see(batch["images"]), texts))
+        mmskip.remove_(model.llm)
+        encoder = settings.get("encoder_depth", len(model.view.encoder))
+        images, prompts = encoder_exits(record, texts.image)
+        assert set(images) == set(prompts) == {encoder}
+        assert record.decoder[0].unique().tolist() == [settings.get("depth", len(model.view.decoder))]
+
+
 def test_the_judgement_is_the_likelihood_of_the_answers(given, batch):
     model = captioner("bart", given).eval()
     texts = batch["entailment"]

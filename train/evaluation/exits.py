@@ -29,6 +29,7 @@ from mmskip.timing import interleaved_ratio
 FULL = "full"
 PARTS = ("image", "prompt", "decoder")
 _LEAVES = {"encoder": ("encoder", "image", "text"), "decoder": ("decoder",)}
+_DEPTHS = {"encoder": "encoder_depth", "decoder": "depth"}  # settings by which every state leaves at one layer
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,8 @@ def recording(model: Captioner) -> Iterator[Recorder]:
     config = next((c for c in mmskip.applied(model.llm) if isinstance(c, EarlyExitConfig)), None)
 
     def keep(part: str, depth: int) -> Any:
-        names = [name for name in _LEAVES[part] if getattr(config, name, None) is not None]
+        fixed = getattr(config, _DEPTHS[part], None) is not None
+        names = [name for name in _LEAVES[part] if fixed or getattr(config, name, None) is not None]
 
         def hook(block: Any, arguments: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
