@@ -2,11 +2,12 @@
 
 Captions name the objects with their places, each time the nearest one that is left; a shape that was named before is
 "another" one. A pair claims a colour or a shape for the thing at a place, which is named directly ("red at northwest")
-or by way of one or two other things ("blue below right of red ring": below the thing that is right of the red ring):
-the number of steps is the difficulty of a sample. A thing that would be where the wall is cannot be seen, so that the
-label is "neutral". Labels are balanced whatever the words, so neither task can be done without the picture. Training
-pictures have questions of the same form as well ("colour below right of red ring"), from which a small model learns
-sooner where to look.
+or by way of one or two other things ("blue below right of red ring": below the thing that is right of the red ring), or
+several of these ("red at northwest and bar at south"): the numbers of steps and of claims are the difficulty of a
+sample. It is true where all claims are, false where one is. A thing that would be where the wall is cannot be seen, so
+that the label is "neutral". Labels are balanced whatever the words, so neither task can be done without the picture.
+Training pictures have questions of the same form as well ("colour below right of red ring"), from which a small model
+learns sooner where to look.
 
 The files have the formats of COCO and SNLI-VE:
 
@@ -20,7 +21,7 @@ Shapes: S side of a picture in pixels.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -38,7 +39,7 @@ SPLITS = ("train", "val", "test")
 PLACES = (("northwest", "north", "northeast"), ("west", "centre", "east"), ("southwest", "south", "southeast"))
 """Words for the cells, row by row."""
 RELATIONS = {"left of": SIDES["left"], "right of": SIDES["right"], "above": SIDES["top"], "below": SIDES["bottom"]}
-_FORMAT = 4  # raised when the same settings give other files
+_FORMAT = 5  # raised when the same settings give other files
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ class SceneCaptionsConfig:
         train, val, test: pictures per split, >= 1; each has one caption.
         pairs: entailment pairs per picture, >= 0.
         questions: questions per training picture, >= 0.
-        steps: how often a pair or a question has 0, 1, 2, ... steps between the thing that is named and the one asked
+        steps: how often a claim or a question has 0, 1, 2, ... steps between the thing that is named and the one asked
             about, where the picture allows it; 1 to 4 weights.
+        claims: how often a pair makes 1, 2, ... claims, where the picture has so many things; 1 to 4 weights.
         seed: of all random numbers, >= 0.
         image_size: S, >= 24.
         colours, shapes: how many of each exist, 2..6 and 2..7.
@@ -63,6 +65,7 @@ class SceneCaptionsConfig:
     pairs: int = 4
     questions: int = 4
     steps: tuple[float, ...] = (0.35, 0.35, 0.3)
+    claims: tuple[float, ...] = (1.0,)
     seed: int = 0
     image_size: int = 48
     colours: int = 4
@@ -84,8 +87,10 @@ class SceneCaptionsConfig:
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"SceneCaptionsConfig.{name} must be in {low}..{high}, got {getattr(self, name)}")
-        if not 1 <= len(self.steps) <= 4 or min(self.steps) < 0 or not sum(self.steps) > 0:
-            raise ValueError(f"SceneCaptionsConfig.steps must be 1 to 4 weights >= 0, not all 0, got {self.steps}")
+        for name in ("steps", "claims"):
+            weights = getattr(self, name)
+            if not 1 <= len(weights) <= 4 or min(weights) < 0 or not sum(weights) > 0:
+                raise ValueError(f"SceneCaptionsConfig.{name} must be 1 to 4 weights >= 0, not all 0, got {weights}")
         if self.most > self.colours * self.shapes:
             raise ValueError(f"SceneCaptionsConfig.most={self.most} is more than there are kinds of objects")
 
@@ -103,12 +108,14 @@ class Statement:
     Attributes:
         text: the hypothesis.
         label: one of `mmskip.datasets.snli_ve.LABELS`.
-        steps: from the thing that is named to the one asked about.
+        steps: from the thing that is named to the one asked about, the most of its claims.
+        claims: how many things it says.
     """
 
     text: str
     label: str
     steps: int
+    claims: int
 
 
 @dataclass(frozen=True)
@@ -201,11 +208,16 @@ def _chains(world: World, steps: int) -> list[tuple[str, Cell]]:
     return found
 
 
-def _draw(config: SceneCaptionsConfig, world: World, hidden: bool, rng: np.random.Generator) -> tuple[str, Cell, int]:
-    """A description, where it leads, and its steps; it leads behind the wall or not."""
+def _draw(
+    config: SceneCaptionsConfig, world: World, hidden: bool, rng: np.random.Generator, taken: Sequence[Cell] = ()
+) -> tuple[str, Cell, int]:
+    """A description, where it leads, and its steps; it leads behind the wall or not, and to none of the cells that are
+    taken."""
     weights = np.array(config.steps)
     for steps in [*rng.choice(len(weights), len(weights), p=weights / weights.sum()).tolist(), 0]:
-        chains = [chain for chain in _chains(world, steps) if (chain[1] == world.wall) == hidden]
+        chains = [
+            chain for chain in _chains(world, steps) if (chain[1] == world.wall) == hidden and chain[1] not in taken
+        ]
         if chains:
             break
     text, cell = chains[rng.integers(len(chains))]
@@ -220,13 +232,22 @@ def _asked(config: SceneCaptionsConfig, world: World, cell: Cell, by_colour: boo
 
 
 def _statement(config: SceneCaptionsConfig, world: World, rng: np.random.Generator) -> Statement:
-    """One statement: its label is drawn before its words."""
+    """One statement: its label is drawn before its words. One claim decides it, the others are true."""
     label = LABELS[rng.integers(len(LABELS))]
-    text, cell, steps = _draw(config, world, label == "neutral", rng)
-    true, known = _asked(config, world, cell, bool(rng.random() < 0.5))
-    others = [word for word in known if word != true]
-    word = true if label == "entailment" else others[rng.integers(len(others))]
-    return Statement(f"{word} {text}", label, steps)
+    weights = np.array(config.claims)
+    count = min(int(rng.choice(len(weights), p=weights / weights.sum())) + 1, len(world.things))
+    said: list[tuple[str, int]] = []
+    cells: list[Cell] = []
+    for place in range(count):
+        decides = place == 0
+        text, cell, steps = _draw(config, world, decides and label == "neutral", rng, cells)
+        true, known = _asked(config, world, cell, bool(rng.random() < 0.5))
+        others = [word for word in known if word != true]
+        word = true if label == "entailment" or not decides else others[rng.integers(len(others))]
+        said.append((f"{word} {text}", steps))
+        cells.append(cell)
+    texts = [said[place][0] for place in rng.permutation(count)]
+    return Statement(" and ".join(texts), label, max(steps for _, steps in said), count)
 
 
 def _question(config: SceneCaptionsConfig, world: World, rng: np.random.Generator) -> tuple[str, str]:
@@ -297,6 +318,7 @@ def _write_picture(
             "sentence2": statement.text,
             "gold_label": statement.label,
             "steps": statement.steps,
+            "claims": statement.claims,
         }
         for place, statement in enumerate(picture.statements)
     ]
@@ -308,4 +330,4 @@ def scene_texts() -> Iterator[str]:
     """Texts that hold every word of the set."""
     yield from (*COLOURS, *SHAPES, *RELATIONS)
     yield from (place for row in PLACES for place in row)
-    yield "a another at colour of shape wall"
+    yield "a another and at colour of shape wall"

@@ -38,6 +38,11 @@ def check_threshold(name: str, criterion: str, value: float) -> None:
         raise ValueError(f"{name} is {value!r}; expected a number in [{low:g}, {high:g}] for criterion {criterion!r}.")
 
 
+def never_fires(criterion: str, threshold: float) -> bool:
+    """Whether no score is above a threshold: it is the upper end of the criterion's range."""
+    return threshold == _RANGES.get(criterion, (0.0, 1.0))[1]
+
+
 # --- scores of states -----------------------------------------------------------------------------------------------
 
 

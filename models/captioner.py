@@ -63,6 +63,8 @@ class Captioner(StepLossModule):
         layer_loss: weights of the losses of the decoder's layers, see `mmskip.models.captioner_build.layer_weights`.
         random_exits: share of the training rows whose image, and of those whose prompt, leaves the encoder behind a
             random layer, in [0, 1]; 0: as in the paper.
+        random_token_exits: the same for answer tokens and the decoder, so that it learns to read what tokens hand on
+            that left early; they do not count in the losses of the layers above. As an exit, it is of training only.
         caption_weight: factor on the loss of captions (all else has 1), > 0.
         label_smoothing: in [0, 1).
         residual_init: factor, >= 0, on the initial weights of a model from scratch that write into its residual
@@ -103,6 +105,7 @@ class Captioner(StepLossModule):
         separate: bool = True,
         layer_loss: str = "sum",
         random_exits: float = 0.0,
+        random_token_exits: float = 0.0,
         caption_weight: float = 1.0,
         label_smoothing: float = 0.0,
         residual_init: float = 1.0,
@@ -248,22 +251,29 @@ class Captioner(StepLossModule):
 
     def _exits_drawn(self, rows: int) -> Any:
         """In training, the encoder is left behind random layers by a share of the rows."""
-        share = self.hparams["random_exits"] if self.training else 0.0
-        if not share:
-            return nullcontext()
         blocks = self.view.encoder
-        drawn = torch.randint(1, len(blocks) + 1, (rows,))
-        depth = torch.where(torch.rand(rows) < share, drawn, len(blocks)).to(self.device)
-        return left_behind(blocks, depth)
+        depth = self._drawn("random_exits", (rows,), len(blocks))
+        return nullcontext() if depth is None else left_behind(blocks, depth)
+
+    def _drawn(self, setting: str, shape: tuple[int, ...], layers: int) -> Tensor | None:
+        """Layers that count for each state, a random number for a share of them; None: all, for all of them."""
+        share = self.hparams[setting] if self.training else 0.0
+        if not share:
+            return None
+        drawn = torch.randint(1, layers + 1, shape)
+        return torch.where(torch.rand(shape) < share, drawn, layers).to(self.device)
 
     # --- decoder ------------------------------------------------------------------------------------------------
 
-    def layer_logits(self, states: Tensor, mask: Tensor, labels: Tensor, wanted: list[int]) -> tuple[list[Tensor], Any]:
+    def layer_logits(
+        self, states: Tensor, mask: Tensor, labels: Tensor, wanted: list[int], depth: Tensor | None = None
+    ) -> tuple[list[Tensor], Any]:
         """Logits [P, V] at the labelled positions, of the decoder layers whose number (from 1) is wanted, and the
-        labels [P]."""
+        labels [P]. Tokens leave behind layer `depth` [R, L]; None: behind the last one."""
         at = labels != IGNORE
         view = self.view
-        with captured(view.decoder) as found:
+        left = nullcontext() if depth is None else left_behind(view.decoder, depth)
+        with left, captured(view.decoder) as found:
             decoder_of(self.llm)(
                 input_ids=self._shifted(labels),
                 encoder_hidden_states=states,
@@ -314,14 +324,15 @@ class Captioner(StepLossModule):
         """The weighted loss of all layers, and of each label the cross-entropy of the last layer and its row, [P]."""
         weights = layer_weights(self.hparams["layer_loss"], len(self.view.decoder))
         wanted = [number for number, weight in enumerate(weights, 1) if weight]
-        logits, labels = self.layer_logits(*self.encode(seen, texts), texts.labels, wanted)
-        smoothing = self.hparams["label_smoothing"]
-        losses = [
-            weights[number - 1] * F.cross_entropy(of.float(), labels, reduction="sum", label_smoothing=smoothing)
-            for number, of in zip(wanted, logits, strict=True)
-        ]
+        depth = self._drawn("random_token_exits", tuple(texts.labels.shape), len(weights))
+        logits, labels = self.layer_logits(*self.encode(seen, texts), texts.labels, wanted, depth)
+        smoothing, at = self.hparams["label_smoothing"], texts.labels != IGNORE
+        losses = []
+        for number, of in zip(wanted, logits, strict=True):
+            loss_P = F.cross_entropy(of.float(), labels, reduction="none", label_smoothing=smoothing)
+            losses.append(weights[number - 1] * (loss_P if depth is None else loss_P * (depth[at] >= number)).sum())
         last_P = F.cross_entropy(logits[-1].detach().float(), labels, reduction="none")
-        return torch.stack(losses).sum(), last_P, (texts.labels != IGNORE).nonzero()[:, 0]
+        return torch.stack(losses).sum(), last_P, at.nonzero()[:, 0]
 
     @property
     def _pad(self) -> int:

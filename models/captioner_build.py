@@ -63,6 +63,7 @@ def check_settings(hparams: Mapping[str, Any]) -> None:
     limits = {
         "grid": (1, math.inf),
         "random_exits": (0, 1),
+        "random_token_exits": (0, 1),
         "caption_weight": (1e-12, math.inf),
         "label_smoothing": (0, 0.999),
         "residual_init": (0, math.inf),

@@ -32,6 +32,7 @@ from mmskip.exits import (
     check_threshold,
     decayed,
     is_single,
+    never_fires,
 )
 from mmskip.families.encoders import EncoderView
 from mmskip.families.hf_encoder_decoder import EncoderDecoderView
@@ -195,7 +196,7 @@ class TokenRule:
     @property
     def remembers(self) -> bool:
         """Whether decisions about the first token hold for its row."""
-        return self.config.once
+        return self.config.once and bool(self.points)
 
     def begin(self, mask_BT: Tensor | None, past: int, memory: Any) -> Decide:
         """Decisions [B, T] of one forward."""
@@ -348,6 +349,7 @@ def _sample_rule(config: EarlyExitConfig, name: str, blocks: Sequence[nn.Module]
     threshold = config.encoder if config.encoder is not None else getattr(config, name)
     heads = _new_heads(points, blocks) if config.encoder_criterion == LEARNED else {}
     compacts = Compaction(config.compact, config.compact_overhead)
+    points = _scored(points, config.encoder_criterion, threshold)
     return SampleRule(config.encoder_criterion, threshold, points, compacts, name, tuple(heads.values())), heads
 
 
@@ -359,12 +361,18 @@ def _leave_decoder(config: EarlyExitConfig, blocks: Sequence[nn.Module], head: A
         made = head() if config.criterion in HEAD_CRITERIA else None
         heads = _new_heads(points, blocks) if config.criterion == LEARNED else {}
         compacts = Compaction(config.compact, config.compact_overhead)
+        points = points if config.decay is not None else _scored(points, config.criterion, config.decoder)
         rule = TokenRule(config, points, made, compacts, heads=tuple(heads.values()))
         return _with_heads(changes(rule), heads)
     if config.depth is not None:
         found: list[Change] = changes(DepthRule(_depth("depth", config.depth, len(blocks)), "decoder", config.kv))
         return found
     return []
+
+
+def _scored(points: tuple[int, ...], criterion: str, threshold: float) -> tuple[int, ...]:
+    """Points whose score may be above the threshold; heads to be fitted keep theirs."""
+    return () if never_fires(criterion, threshold) and criterion != LEARNED else points
 
 
 def _new_heads(points: tuple[int, ...], blocks: Sequence[nn.Module]) -> dict[int, ExitHead]:

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,7 +48,11 @@ def reached(way: str, things: dict[tuple[int, int], tuple[str, str]]) -> tuple[i
 
 def judged(text: str, caption: str, wall: tuple[int, int]) -> str:
     """The label of a statement, from the words alone."""
-    things = things_of(caption)
+    labels = {claimed(claim, things_of(caption), wall) for claim in text.split(" and ")}
+    return next(label for label in ("contradiction", "neutral", "entailment") if label in labels)
+
+
+def claimed(text: str, things: dict[tuple[int, int], tuple[str, str]], wall: tuple[int, int]) -> str:
     word, way = text.split(" ", 1)
     cell = reached(way, things)
     if cell == wall:
@@ -78,6 +83,25 @@ def test_captions_and_labels_are_true_of_the_world():
         assert not picture_of(CONFIG, "val", index)[0].questions
     assert max(labels.values()) < 1.3 * min(labels.values())
     assert min(steps[number] for number in range(3)) > 0.15 * sum(steps.values())
+
+
+def test_statements_of_several_claims_are_decided_by_one():
+    config = replace(CONFIG, pairs=6, least=2, steps=(0.7, 0.3), claims=(0.4, 0.3, 0.3))
+    labels, counts = Counter(), Counter()
+    for index in range(120):
+        picture, _ = picture_of(config, "train", index)
+        things = things_of(picture.caption)
+        for statement in picture.statements:
+            claims = statement.text.split(" and ")
+            assert len(claims) == statement.claims <= len(things)
+            found = Counter(claimed(claim, things, picture.world.wall) for claim in claims)
+            assert found["entailment"] >= len(claims) - 1
+            assert judged(statement.text, picture.caption, picture.world.wall) == statement.label
+            assert len({reached(claim.split(" ", 1)[1], things) for claim in claims}) == len(claims)
+            labels[statement.label] += 1
+            counts[statement.claims] += 1
+    assert max(labels.values()) < 1.3 * min(labels.values())
+    assert min(counts[number] for number in (1, 2, 3)) > 0.15 * sum(counts.values())
 
 
 def test_a_caption_goes_to_the_nearest_thing_that_is_left():
@@ -122,6 +146,7 @@ def test_splits_share_no_picture():
         ({"train": 0}, "SceneCaptionsConfig.train"),
         ({"steps": ()}, "SceneCaptionsConfig.steps"),
         ({"steps": (0.0, 0.0)}, "not all 0"),
+        ({"claims": (0.5, -0.1)}, "SceneCaptionsConfig.claims"),
         ({"least": 5, "most": 4}, "SceneCaptionsConfig.most"),
         ({"colours": 2, "shapes": 2, "most": 6}, "more than there are kinds"),
     ],

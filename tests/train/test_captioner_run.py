@@ -34,7 +34,7 @@ def config(tmp_path_factory) -> Path:
             "class_path": "mmskip.datasets.captions.CaptionData",
             "init_args": {
                 "root": str(root / "data"),
-                "generated": asdict(SMALL) | {"steps": list(SMALL.steps)},
+                "generated": asdict(SMALL) | {"steps": list(SMALL.steps), "claims": list(SMALL.claims)},
                 "batch_size": 6,
             },
         },

@@ -29,7 +29,10 @@ def run(tmp_path_factory) -> Path:
         },
         "data": {
             "class_path": "mmskip.datasets.captions.CaptionData",
-            "init_args": {"root": str(root / "data"), "generated": asdict(SMALL) | {"steps": list(SMALL.steps)}},
+            "init_args": {
+                "root": str(root / "data"),
+                "generated": asdict(SMALL) | {"steps": list(SMALL.steps), "claims": list(SMALL.claims)},
+            },
         },
     }
     (root / "tiny.yaml").write_text(yaml.safe_dump(config))

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import mmskip
 from mmskip import EarlyExitConfig
+from mmskip.exits import SampleScores, TokenScores
 from mmskip.families.hf_encoder_decoder import match
 from mmskip.families.hf_exit_cache import ExitLayer
 from mmskip.methods.early_exit import Compaction, exit_layers
@@ -72,13 +73,20 @@ def stepwise(model: Any, inputs: dict[str, Tensor], tokens: Tensor) -> tuple[Ten
     return torch.cat(found, 1), torch.cat(exits, 1)
 
 
+NEVER: tuple[dict[str, Any], ...] = (  # at the end of the range, which needs no score; and scored, out of reach
+    {"encoder": 1.0, "decoder": 1.0},
+    {"encoder": 1e9, "decoder": 1e9, "criterion": "state_norm", "encoder_criterion": "state_norm"},
+)
+
+
+@pytest.mark.parametrize("never", NEVER, ids=("unscored", "scored"))
 @pytest.mark.parametrize("name", tiny.NAMES)
-def test_thresholds_that_never_fire_are_the_base_model_bit_for_bit(name: str) -> None:
+def test_thresholds_that_never_fire_are_the_base_model_bit_for_bit(name: str, never: dict[str, Any]) -> None:
     model, inputs = tiny.build(name), tiny.inputs(name)
     before = {kind: generate(model, inputs, **settings) for kind, settings in GENERATION.items()}
     plain, keys = logits(model, inputs, TOKENS), list(model.state_dict())
     for kv in POLICIES:
-        mmskip.apply_(model, EarlyExitConfig(encoder=1.0, decoder=1.0, kv=kv))
+        mmskip.apply_(model, EarlyExitConfig(**never, kv=kv))
         assert torch.equal(logits(model, inputs, TOKENS, use_cache=False), plain)
         assert torch.equal(logits(model, inputs, TOKENS), plain)
         assert (exit_layers(model)["decoder"] == tiny.LAYERS).all() and list(model.state_dict()) == keys
@@ -86,6 +94,27 @@ def test_thresholds_that_never_fire_are_the_base_model_bit_for_bit(name: str) ->
             assert torch.equal(generate(model, inputs, **settings), before[kind]), (kv, kind)
         mmskip.remove_(model)
     assert torch.equal(logits(model, inputs, TOKENS), plain) and mmskip.applied(model) == []
+
+
+def test_a_threshold_out_of_reach_asks_for_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = tiny.build("bart"), []
+    for scores in (TokenScores, SampleScores):
+        plain = scores.__call__
+        monkeypatch.setattr(scores, "__call__", lambda *a, plain=plain: asked.append(a[0]) or plain(*a))
+    decays = {"decoder": 1.0, "decay": 0.5}  # which lowers it
+    for settings, kinds in (
+        ({"encoder": 1.0, "decoder": 1.0}, set()),
+        ({"encoder": 1.0, "decoder": 1.0, "criterion": "entropy"}, set()),
+        ({"decoder": 1.0, "once": True}, set()),
+        ({"decoder": float("inf"), "criterion": "patience"}, set()),
+        (decays, {TokenScores}),
+        ({"decoder": 1.0, "encoder": 0.9999}, {SampleScores}),
+    ):
+        mmskip.apply_(model, EarlyExitConfig(**settings))
+        generate(model, tiny.inputs("bart"), max_new_tokens=3)
+        assert {type(one) for one in asked} == kinds, settings
+        asked.clear()
+        mmskip.remove_(model)
 
 
 @pytest.mark.parametrize("kv", POLICIES)

@@ -72,8 +72,9 @@ def stepwise(model: Any) -> Tensor:
 def test_never_firing_thresholds_are_the_base_model_and_exits_agree_everywhere(name: str) -> None:
     model = build(name)
     plain, said = logits(model, use_cache=False), model.generate(IDS, attention_mask=MASK, **SETTINGS)
-    for kv in ("project", "copy", "hole"):
-        mmskip.apply_(model, EarlyExitConfig(decoder=1.0, kv=kv))
+    scored = {"decoder": 1e9, "criterion": "state_norm"}
+    for kv, never in (("project", {"decoder": 1.0}), ("project", scored), ("copy", scored), ("hole", scored)):
+        mmskip.apply_(model, EarlyExitConfig(**never, kv=kv))
         assert torch.equal(logits(model, use_cache=False), plain)
         assert torch.equal(model.generate(IDS, attention_mask=MASK, **SETTINGS), said)
         mmskip.remove_(model)

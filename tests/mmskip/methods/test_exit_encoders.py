@@ -104,10 +104,11 @@ def test_samples_leave_encoders_as_alone(name: str) -> None:
     model, call = build(name)
     plain, scores = call(model), cosines(model, call)
     keys = list(model.state_dict())
-    never = {"image": 1.0, "text": 1.0} if name in TOWERS else {"encoder": 1.0}
-    mmskip.apply_(model, EarlyExitConfig(decoder=None, **never))
-    assert torch.equal(call(model), plain) and list(model.state_dict()) == keys
-    mmskip.remove_(model)
+    for threshold, criterion in ((1.0, "saturation"), (1e9, "state_norm")):  # the second is scored
+        never = dict.fromkeys(("image", "text") if name in TOWERS else ("encoder",), threshold)
+        mmskip.apply_(model, EarlyExitConfig(decoder=None, encoder_criterion=criterion, **never))
+        assert torch.equal(call(model), plain) and list(model.state_dict()) == keys
+        mmskip.remove_(model)
     # behind the second layer, some samples of each stack and not all
     settings = {stack: scores[stack][0].sort().values[:2].mean().item() for stack in scores}
     found = []
