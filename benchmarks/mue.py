@@ -55,7 +55,7 @@ from mmskip.train.trained import find_run, load_captioner, load_data
 FOLDER = ROOT / "runs" / "mue_bench"
 TASKS = {"entailment": ("accuracy", 0.99), "caption": ("cider", 0.96)}
 """The metric of a task, and the share of full depth's that a setting must keep."""
-SHALLOW = {"encoder_layers": 2, "decoder_layers": 4}
+SHALLOW = {"encoder_layers": 2, "decoder_layers": 5}
 SEARCH_SEED, SEEDS = 100, (1, 2)
 QUANTILES = {
     "image": (0.0, 0.3),
