@@ -1,5 +1,6 @@
 """What benchmarks/mue.py works with: pictures of a seed, ways of leaving early, their quality and what they cost."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,9 @@ from mmskip.train.metrics.captions import score_captions
 
 PARTS = {"image": "image", "text": "prompt", "decoder": "decoder"}
 """What leaves, and what the records of a sample call it."""
-ALL_LAYERS = EarlyExitConfig(image=1.0, text=1.0, decoder=1.0)
+OUT_OF_REACH = math.nextafter(1.0, 0.0)
+SCORED = EarlyExitConfig(image=OUT_OF_REACH, text=OUT_OF_REACH, decoder=OUT_OF_REACH)
+"""A score behind every layer, and none that lets anything leave (the range's end itself would need no score)."""
 ONE_LAYER = EarlyExitConfig(encoder_depth=1, depth=1)
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Call = Callable[[Captioner], Any]
@@ -86,8 +89,8 @@ def at_random(rows: Sequence[dict[str, Any]], model: Captioner, like: EarlyExitC
         odds[part] = (left / there.clamp(min=1)).tolist()
     learned = dict.fromkeys(("criterion", "encoder_criterion"), "learned")
     half = dict.fromkeys(("image", "text", "decoder"), 0.5)
-    points = {"points": like.points, "encoder_points": like.encoder_points}
-    return Setting("random", EarlyExitConfig(**half, **learned, **points), odds)
+    same = {name: getattr(like, name) for name in ("points", "encoder_points", "max_layers", "encoder_max_layers")}
+    return Setting("random", EarlyExitConfig(**half, **learned, **same), odds)
 
 
 def draw_lots(llm: Any, setting: Setting) -> None:
@@ -239,7 +242,7 @@ def where_time_goes(model: Captioner, task: str, batches: Sequence[Batch], pairs
     them that never let anything leave. Captions have 24 tokens."""
     calls = [call_of(task, batch, 24) for batch in batches]
     with torch.no_grad():
-        never, one = (compute(model, config, calls, pairs, CLOCKS[clock]) for config in (ALL_LAYERS, ONE_LAYER))
+        never, one = (compute(model, config, calls, pairs, CLOCKS[clock]) for config in (SCORED, ONE_LAYER))
     tokens = 1 if task == "entailment" else 24
     encoder, decoder = len(model.view.encoder), len(model.view.decoder)
     whole, least = 2 * encoder + tokens * decoder, 2 + tokens

@@ -60,14 +60,15 @@ SEARCH_SEED, SEEDS = 100, (1, 2)
 QUANTILES = {
     "image": (0.0, 0.3),
     "text": (0.0, 0.3),
-    "saturation": (0.02, 0.1, 0.25, 0.4, 0.6),
-    "entropy": (0.02, 0.1, 0.3, 0.6),
+    "saturation": (0.02, 0.1, 0.2, 0.35, 0.5, 0.7),
+    "entropy": (0.02, 0.1, 0.2, 0.35, 0.5, 0.7),
 }
 ENCODERS = 2
 """Settings of the encoder that are tried with every threshold of the decoder."""
-ENCODER_POINTS = (None, (1,))
-POINTS = (None, (2,), (3,), (2, 3), (2, 5))
-"""Layers behind which an exit is possible (None: every one): each costs a score."""
+POINTS = (1, 2, 3)
+"""How many layers of the decoder an exit is possible behind, where it is not every one: each costs a score."""
+SCORE = 0.15
+"""What a score is taken to cost when points are chosen, in layers."""
 
 Models = dict[str, Captioner]
 Tried = dict[str, Any]
@@ -84,36 +85,80 @@ def train(name: str, options: Sequence[str]) -> None:
 # --- choosing thresholds --------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Observed:
+    """What full depth shows of the validation texts.
+
+    Attributes:
+        scores: `image`, `text`: saturations in the encoder; `saturation`, `entropy`: of the answers' tokens behind each
+            decoder layer but the last.
+        settled: of each of these tokens the first decoder layer from which on the head says what it says in the end.
+    """
+
+    scores: dict[str, list[list[float]]]
+    settled: list[int]
+
+    def thresholds(self, part: str, points: Sequence[int] | None = None) -> list[float]:
+        """Thresholds that differ in what they let go behind some layers (None: all), and one that never fires."""
+        layers = self.scores[part]
+        taken = [value for number, values in enumerate(layers, 1) if points is None or number in points
+                 for value in values]  # fmt: skip
+        found = torch.tensor(taken).quantile(torch.tensor(QUANTILES[part])).tolist()
+        return sorted({max(min(round(value - 1e-5, 5), 1.0), 0.0) for value in (*found, 1.0001)})
+
+    def points(self, most: int) -> list[tuple[int, ...] | None]:
+        """Sets of exit points below layer `most`, greedily those by which the fewest layers would run if every token
+        left at the first point at which it is settled; and every layer."""
+        found: list[tuple[int, ...] | None] = [None]
+        chosen: tuple[int, ...] = ()
+        for size in range(1, min(max(POINTS), most - 1) + 1):
+            others = [tuple(sorted((*chosen, point))) for point in range(1, most) if point not in chosen]
+            chosen = min(others, key=lambda points: sum(_ideal(layer, points, most) for layer in self.settled))
+            if size in POINTS:
+                found.append(chosen)
+        return found
+
+
+def _ideal(settled: int, points: Sequence[int], most: int) -> float:
+    """Layers, scores among them, of a token that leaves at the first point at which it is settled."""
+    passed = [point for point in points if point < settled]
+    left = next((point for point in points if point >= settled), most)
+    return left + SCORE * min(len(passed) + 1, len(points))
+
+
 @torch.no_grad()
-def observed(model: Captioner, batches: Sequence[Batch], task: str) -> dict[str, list[float]]:
-    """Scores at full depth: saturation of images and prompts; saturation and entropy of tokens in the decoder."""
-    found: dict[str, list[float]] = {"image": [], "text": [], "saturation": [], "entropy": []}
+def observed(model: Captioner, batches: Sequence[Batch], task: str) -> Observed:
+    """See `Observed`."""
+    encoder, decoder = len(model.view.encoder), len(model.view.decoder)
+    found: dict[str, list[list[float]]] = {part: [[] for _ in range(encoder - 1)] for part in ("image", "text")}
+    found |= {criterion: [[] for _ in range(decoder - 1)] for criterion in ("saturation", "entropy")}
+    settled: list[int] = []
     for batch in batches:
         texts = batch[task]
         with captured(model.view.encoder) as states:
             inside = encoded(model, batch, texts)
-        depth = len(model.view.encoder)
         for name, part, real in (
-            ("image", states[:depth], None),
-            ("text", states[depth:], texts.prompt_mask.bool()),
+            ("image", states[:encoder], None),
+            ("text", states[encoder:], texts.prompt_mask.bool()),
         ):
-            scores = SampleScores("saturation", real)
-            for before, after in pairwise(part):
-                found[name] += scores(after, before).tolist()
+            sample = SampleScores("saturation", real)
+            for number, (before, after) in enumerate(pairwise(part)):
+                found[name][number] += sample(after, before).tolist()
         with captured(model.view.decoder) as states:
-            model.layer_logits(*inside, texts.labels, [len(model.view.decoder)])
+            logits, _ = model.layer_logits(*inside, texts.labels, list(range(1, decoder + 1)))
         at = texts.labels != IGNORE
+        first = torch.zeros_like(at)
+        first[:, 0] = True
+        asked = (at & first)[at] if task == "entailment" else at[at]  # of a verdict the word, not its end
         for criterion in ("saturation", "entropy"):
             token = TokenScores(criterion, model.view.head())
-            for before, after in pairwise(states):
-                found[criterion] += token(after, before)[at].tolist()
-    return found
-
-
-def quantiles(scores: dict[str, list[float]], part: str) -> list[float]:
-    """Thresholds that differ in what they let go, and one that never fires."""
-    taken = torch.tensor(scores[part]).quantile(torch.tensor(QUANTILES[part])).tolist()
-    return sorted({max(min(round(value - 1e-4, 4), 1.0), 0.0) for value in (*taken, 1.0001)})
+            for number, (before, after) in enumerate(pairwise(states)):
+                if number:  # behind layer 1 the state before it is the embedding, which is not kept
+                    found[criterion][number] += token(after, before)[at][asked].tolist()
+        said = torch.stack([of.argmax(-1)[asked] for of in logits])
+        differs = (said != said[-1]).long() * torch.arange(1, decoder + 1)[:, None]
+        settled += (differs.amax(0) + 1).tolist()
+    return Observed(found, settled)
 
 
 class Search:

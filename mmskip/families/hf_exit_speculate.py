@@ -25,6 +25,7 @@ class DraftRule:
 
     draft: DraftState
     points: tuple[int, ...]
+    last: int | None = None
     leaves: str = "decoder"
     policy: str = "project"
     remembers: bool = False

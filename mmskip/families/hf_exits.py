@@ -14,7 +14,8 @@ Shape suffixes: B batch, N rows that run, H heads, T tokens of the call, S store
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -43,7 +44,8 @@ class ExitRule(Protocol):
 
     Attributes:
         leaves: what exits, a name.
-        points: numbers of layers that have run (from 1) at which an exit is possible, below the depth.
+        points: numbers of layers that have run (from 1) at which an exit is decided, below the depth.
+        last: number of the layer that no state goes beyond; None: the last one.
         policy: one of `POLICIES`; None for an encoder.
     """
 
@@ -54,6 +56,10 @@ class ExitRule(Protocol):
     @property
     def points(self) -> tuple[int, ...]:
         """Numbers of layers."""
+
+    @property
+    def last(self) -> int | None:
+        """A number."""
 
     @property
     def policy(self) -> str | None:
@@ -77,6 +83,11 @@ class ExitRule(Protocol):
         """Whether a layer runs on the `left` of `rows` rows of the batch that still need it, instead of on all."""
 
 
+def may_leave(rule: ExitRule, layers: int) -> bool:
+    """Whether states may exit behind layer number `layers`."""
+    return layers == rule.last or layers in rule.points
+
+
 @dataclass
 class Run:
     """One forward of a stack, shared by its blocks. What only they need is dropped behind the last one.
@@ -87,6 +98,7 @@ class Run:
         active: boolean of the same shape, True where layers still run; None: everywhere.
         left: how many states are active.
         rows, others: indices of the rows that layers run on, and of the rest; None: on all.
+        selected: arguments of blocks, the same for all of them, and what they are for `rows`; by name.
         visited: layers of the latest forward that ran; and how many rows they ran on, in all.
         tail: what the blocks return beside the states.
         past: tokens before the call.
@@ -99,6 +111,7 @@ class Run:
     left: int = 0
     rows: Tensor | None = None
     others: Tensor | None = None
+    selected: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     visited: int = 0
     tail: tuple[Any, ...] | None = None
     past: int = 0
@@ -109,12 +122,18 @@ class Run:
         """Forget the forward before."""
         self.exits = torch.full(shape, self.depth, device=device)
         self.active, self.left, self.visited = None, self.exits.numel(), 0
-        self.rows = self.others = None
+        self._choose(None, None)
         self.tail, self.past, self.cache, self.decide = None, past, None, decide
 
     def finish(self) -> None:
         """Hold nothing of the forward but its exits, behind the last block: what hangs on a graph cannot be copied."""
-        self.active = self.rows = self.others = self.tail = self.cache = self.decide = None
+        self.active = self.tail = self.cache = self.decide = None
+        self._choose(None, None)
+
+    def _choose(self, rows: Tensor | None, others: Tensor | None) -> None:
+        self.rows, self.others = rows, others
+        if self.selected:
+            self.selected = {}
 
     def keep(self, y_BTD: Tensor, x_BTD: Tensor) -> Tensor:
         """New states where layers still run, old ones elsewhere."""
@@ -125,6 +144,9 @@ class Run:
     def stop(self, layers: int, after_BTD: Tensor, before_BTD: Tensor, rule: ExitRule) -> None:
         """Let states exit behind layer number `layers`."""
         assert self.exits is not None
+        if layers == rule.last:
+            self._stop_all(layers)
+            return
         exits = self.decide(after_BTD, before_BTD)
         if isinstance(exits, bool):
             if exits:
@@ -154,9 +176,20 @@ class Run:
         assert self.active is not None
         alive_B = self.active if self.active.dim() == 1 else self.active.any(1)
         rows = alive_B.nonzero()[:, 0]
-        self.rows = self.others = None
         if len(rows) < len(alive_B) and rule.compacts(len(rows), len(alive_B)):
-            self.rows, self.others = rows, (~alive_B).nonzero()[:, 0]
+            self._choose(rows, (~alive_B).nonzero()[:, 0])
+        else:
+            self._choose(None, None)
+
+    def select(self, values: dict[str, Any], x_name: str) -> dict[str, Any]:
+        """Arguments of a block for the rows that layers run on. Those that many blocks get, such as the encoder's
+        states, are selected once."""
+        assert self.rows is not None
+        x_BTD = values[x_name]
+        own = {name: v for name, v in values.items() if name not in self.selected or self.selected[name][0] is not v}
+        found = rows_of(own, self.rows, len(x_BTD))
+        self.selected |= {name: (own[name], found[name]) for name in own if name != x_name}
+        return {name: found[name] if name in found else self.selected[name][1] for name in values}
 
 
 @dataclass(frozen=True)
@@ -173,10 +206,15 @@ class BlockState:
     cache_name: str = CACHE_NAME
     x_name: str = "hidden_states"
 
-    @property
+    @cached_property
     def is_point(self) -> bool:
         """Whether states may exit behind this block."""
-        return self.index + 1 in self.rule.points
+        return may_leave(self.rule, self.index + 1)
+
+    @cached_property
+    def projects(self) -> bool:
+        """Whether exited tokens get the block's own keys and values."""
+        return self.rule.policy == "project"
 
     @property
     def told(self) -> dict[str, Run]:
@@ -243,9 +281,9 @@ def encode(
     if run.rows is None:
         y_BTD = run.keep(_read(run, call(**values)), x_BTD)
     else:
-        some = rows_of(values, run.rows, len(x_BTD))
+        some = run.select(values, x_name)
         y_BTD = x_BTD.index_copy(0, run.rows, _read(run, call(**some), False))
-    if index + 1 in rule.points:
+    if may_leave(rule, index + 1):
         run.stop(index + 1, y_BTD, x_BTD, rule)
     return y_BTD
 
@@ -291,25 +329,35 @@ class DecoderExit:
             kept = cache is not None and state.rule.remembers
             memory: Any = exit_layer(cache, state.rule.points[0]) if kept else None
             run.start(x_BTD.shape[:2], x_BTD.device, state.rule.begin(None, past, memory), past)
-        if cache is None and state.rule.policy == "copy":
+        entry = None if cache is None else exit_layer(cache, index)
+        if run.active is None and state.projects and not (isinstance(entry, ExitLayer) and entry.owed):
+            y_BTD = _read(run, super().forward(**values))  # type: ignore[misc]  # nothing has left: as it is
+        else:
+            y_BTD = self._after_exits(state, entry, values)
+        if state.is_point and run.left:
+            run.stop(index + 1, y_BTD, x_BTD, state.rule)
+        return _output(state, y_BTD)
+
+    def _after_exits(self, state: BlockState, entry: DynamicLayer | None, values: dict[str, Any]) -> Tensor:
+        """States [B, T, D] behind the block, some of which may have exited, in this call or before."""
+        run, cache, policy = state.run, values.get(state.cache_name), state.rule.policy
+        x_BTD = values["hidden_states"]
+        if cache is None and policy == "copy":
             if run.cache is None:
                 crosses = values.get("encoder_hidden_states") is not None
                 run.cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if crosses else DynamicCache()
             cache = values[state.cache_name] = run.cache
-        entry = None if cache is None else exit_layer(cache, index)
-        if index and state.rule.policy == "hole":
+            entry = exit_layer(cache, state.index)
+        if state.index and policy == "hole":
             values["attention_mask"] = _with_holes(values.get("attention_mask"), entry, run, x_BTD)
         if not run.left:
             if isinstance(entry, ExitLayer):
                 _pass_by(state, entry, cache, values)
-            return _output(state, x_BTD)
+            return x_BTD
         if isinstance(entry, ExitLayer) and entry.owed:
             states_BTD, per_token = entry.debts()
             entry.update(*self._project(state, cache, {**values, **per_token, "hidden_states": states_BTD}))
-        y_BTD = run.keep(self._run(state, entry, cache, values), x_BTD)
-        if state.is_point:
-            run.stop(index + 1, y_BTD, x_BTD, state.rule)
-        return _output(state, y_BTD)
+        return run.keep(self._run(state, entry, cache, values), x_BTD)
 
     def _run(self, state: BlockState, entry: DynamicLayer | None, cache: Any, values: dict[str, Any]) -> Tensor:
         """States [B, T, D] behind the block, which runs on all rows or on those that need it."""
@@ -320,7 +368,7 @@ class DecoderExit:
             if run.rows is None or not serves_rows(cache, entry, state.index):
                 return _read(run, super().forward(**values))  # type: ignore[misc]
             x_BTD, others = values["hidden_states"], None
-            some = rows_of(values, run.rows, len(x_BTD))
+            some = run.select(values, "hidden_states")
             if entry is not None:
                 if state.rule.policy == "project":
                     assert run.others is not None

@@ -64,6 +64,7 @@ class EarlyExitConfig(MethodConfig):
         encoder_criterion: of the encoder: `saturation`, `state_norm` or `learned`.
         kv: keys and values of an exited token in the layers above: `project`, `copy` or `hole`.
         min_layers, encoder_min_layers: layers that always run, at least 1.
+        max_layers, encoder_max_layers: layers that run at most, whatever the scores; None: all.
         points, encoder_points: numbers of the layers (from 1) behind which an exit is possible; None: every one.
         decay: share beta, in (0, 1], of the constant part of the decoder's threshold (CALM); None: it is constant.
         decay_speed: tau, > 0.
@@ -93,6 +94,8 @@ class EarlyExitConfig(MethodConfig):
     depth: int | None = None
     encoder_depth: int | None = None
     once: bool = False
+    max_layers: int | None = None
+    encoder_max_layers: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("criterion", self.criterion, CRITERIA)
@@ -105,6 +108,7 @@ class EarlyExitConfig(MethodConfig):
         for name in ("min_layers", "encoder_min_layers"):
             if not _is_count(getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected an integer >= 1.")
+        self._check_most()
         for name in ("points", "encoder_points"):
             given = getattr(self, name)
             if given is not None and not (given and all(map(_is_count, given)) and len(set(given)) == len(given)):
@@ -143,6 +147,21 @@ class EarlyExitConfig(MethodConfig):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected an integer >= 1, or None.")
         if self.once and (self.decoder is None or self.decay is not None):
             raise ValueError("once is True, which needs a threshold of the decoder that does not decay.")
+
+    def _check_most(self) -> None:
+        for part, thresholds in (("", ("decoder",)), ("encoder_", ("encoder", "image"))):
+            most, least = getattr(self, f"{part}max_layers"), getattr(self, f"{part}min_layers")
+            if most is None:
+                continue
+            if not _is_count(most) or most < least:
+                raise ValueError(
+                    f"{part}max_layers is {most!r}; expected an integer >= {part}min_layers ({least}), or None."
+                )
+            if all(getattr(self, name) is None for name in thresholds):
+                raise ValueError(
+                    f"{part}max_layers is {most}, and nothing is decided below it: give a threshold, or use "
+                    f"{part}depth={most} instead."
+                )
 
     def _check_decay(self) -> None:
         if self.decay is not None and self.criterion in ("patience", "state_norm"):
@@ -187,6 +206,7 @@ class TokenRule:
     compacts: Compaction
     leaves: str = "decoder"
     heads: tuple[ExitHead, ...] = ()
+    last: int | None = None
 
     @property
     def policy(self) -> str | None:
@@ -241,6 +261,7 @@ class SampleRule:
     compacts: Compaction
     leaves: str = "encoder"
     heads: tuple[ExitHead, ...] = ()
+    last: int | None = None
     policy: str | None = None
     remembers: bool = False
 
@@ -260,32 +281,38 @@ class SampleRule:
 class DepthRule:
     """Every state leaves behind the same layer."""
 
-    points: tuple[int]
+    last: int
     leaves: str
+    points: tuple[int, ...] = ()
     policy: str | None = None
     remembers: bool = False
 
     def begin(self, mask_BT: Tensor | None, past: int, memory: Any) -> Decide:
-        """One decision for all states of a forward."""
-        return lambda after_BTD, before_BTD: True
+        """Never asked."""
+        return lambda after_BTD, before_BTD: False
 
     def compacts(self, left: int, rows: int) -> bool:
         """Rows never differ."""
         return False
 
 
-def _points(name: str, given: tuple[int, ...] | None, least: int, depth: int) -> tuple[int, ...]:
-    """The exit points of a stack.
+def _points(config: EarlyExitConfig, part: str, depth: int) -> tuple[int, ...]:
+    """The exit points of a stack, of whose settings `part` is the prefix.
 
     Raises:
         ValueError: one of them does not exist, or none is left.
     """
+    given, least, most = (getattr(config, part + name) for name in ("points", "min_layers", "max_layers"))
     wrong = [point for point in given or () if point > depth]
     if wrong:
-        raise ValueError(f"{name} has {wrong[0]}, and there are {depth} layers; expected numbers from 1 to {depth}.")
-    found = tuple(p for p in (range(1, depth) if given is None else given) if least <= p < depth)
-    if not found:
-        raise ValueError(f"{name} {given or 'None'} with at least {least} of {depth} layers leaves no exit.")
+        raise ValueError(
+            f"{part}points has {wrong[0]}, and there are {depth} layers; expected numbers from 1 to {depth}."
+        )
+    if most is not None and most >= depth:
+        raise ValueError(f"{part}max_layers is {most}, and there are {depth} layers; expected a number below that.")
+    found = tuple(p for p in (range(1, depth) if given is None else given) if least <= p < (most or depth))
+    if not found and most is None:
+        raise ValueError(f"{part}points {given or 'None'} with at least {least} of {depth} layers leaves no exit.")
     return found
 
 
@@ -345,27 +372,30 @@ def _encoder_changes(config: EarlyExitConfig, view: EncoderView) -> list[Change]
 
 def _sample_rule(config: EarlyExitConfig, name: str, blocks: Sequence[nn.Module]) -> tuple[SampleRule, dict[int, Any]]:
     """The rule by which samples leave a stack, and the new head of each exit point."""
-    points = _points("encoder_points", config.encoder_points, config.encoder_min_layers, len(blocks))
+    points = _points(config, "encoder_", len(blocks))
     threshold = config.encoder if config.encoder is not None else getattr(config, name)
     heads = _new_heads(points, blocks) if config.encoder_criterion == LEARNED else {}
     compacts = Compaction(config.compact, config.compact_overhead)
     points = _scored(points, config.encoder_criterion, threshold)
-    return SampleRule(config.encoder_criterion, threshold, points, compacts, name, tuple(heads.values())), heads
+    found = tuple(heads.values())
+    return SampleRule(
+        config.encoder_criterion, threshold, points, compacts, name, found, config.encoder_max_layers
+    ), heads
 
 
 def _leave_decoder(config: EarlyExitConfig, blocks: Sequence[nn.Module], head: Any, changes: Any) -> list[Change]:
     """The changes of a decoder; `head` makes its exit head, `changes` turns a rule into them."""
     if config.decoder is not None:
-        points = _points("points", config.points, config.min_layers, len(blocks))
+        points = _points(config, "", len(blocks))
         points = points[:1] if config.once else points
         made = head() if config.criterion in HEAD_CRITERIA else None
         heads = _new_heads(points, blocks) if config.criterion == LEARNED else {}
         compacts = Compaction(config.compact, config.compact_overhead)
         points = points if config.decay is not None else _scored(points, config.criterion, config.decoder)
-        rule = TokenRule(config, points, made, compacts, heads=tuple(heads.values()))
+        rule = TokenRule(config, points, made, compacts, heads=tuple(heads.values()), last=config.max_layers)
         return _with_heads(changes(rule), heads)
     if config.depth is not None:
-        found: list[Change] = changes(DepthRule(_depth("depth", config.depth, len(blocks)), "decoder", config.kv))
+        found: list[Change] = changes(DepthRule(_depth("depth", config.depth, len(blocks)), "decoder", policy=config.kv))
         return found
     return []
 
@@ -412,10 +442,10 @@ def _rules(state: Any) -> list[Any]:
     return [rule for rule in found if isinstance(rule, TokenRule | SampleRule)]
 
 
-def _depth(name: str, given: int, layers: int) -> tuple[int]:
+def _depth(name: str, given: int, layers: int) -> int:
     if given >= layers:
         raise ValueError(f"{name} is {given}, and there are {layers} layers; expected a number below that.")
-    return (given,)
+    return given
 
 
 @contextmanager

@@ -325,6 +325,29 @@ def test_minimum_layers_points_and_decay_hold_exits_back() -> None:
     torch.testing.assert_close(steps, whole, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kv", POLICIES)
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_most_layers_end_what_no_score_does(name: str, kv: str) -> None:
+    model, inputs = tiny.build(name), tiny.inputs(name)
+
+    def found(**settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+        mmskip.apply_(model, EarlyExitConfig(**{"decoder": None, "kv": kv, **settings}))
+        whole = logits(model, inputs, TOKENS, use_cache=False)
+        exits = exit_layers(model)
+        steps, step_exits = stepwise(model, inputs, TOKENS)
+        torch.testing.assert_close(steps, whole, atol=2e-5, rtol=1e-5)
+        assert torch.equal(step_exits, exits["decoder"])
+        mmskip.remove_(model)
+        return whole, exits["decoder"], exits.get("encoder", torch.tensor(0))
+
+    fixed, _, _ = found(depth=3, encoder_depth=2)
+    never, exits, encoder = found(decoder=1.0, max_layers=3, encoder=1.0, encoder_max_layers=2)
+    assert torch.equal(never, fixed) and (exits == 3).all() and (encoder == 2).all()
+    threshold = mixing_threshold(name, "decoder")
+    free, capped = found(decoder=threshold)[1], found(decoder=threshold, max_layers=2)[1]
+    assert torch.equal(capped, free.clamp(max=2))
+
+
 def test_training_runs_all_layers_and_copies_are_independent() -> None:
     model, inputs = tiny.build("bart"), tiny.inputs("bart")
     mmskip.apply_(model, EarlyExitConfig(encoder=-1.0, decoder=-1.0))
@@ -352,6 +375,9 @@ def test_training_runs_all_layers_and_copies_are_independent() -> None:
         ({"kv": "drop"}, "kv is 'drop'"),
         ({"min_layers": 0}, "min_layers is 0"),
         ({"points": ()}, "points is"),
+        ({"max_layers": 1, "min_layers": 2}, "max_layers is 1; expected an integer >= min_layers"),
+        ({"encoder_max_layers": 2}, "encoder_max_layers is 2, and nothing is decided below it"),
+        ({"depth": 3, "max_layers": 2}, "use depth=2 instead"),
         ({"decay": 1.5}, "decay is 1.5"),
         ({"decay": 0.5, "criterion": "patience"}, "thresholds in"),
         ({"decay_steps": 0}, "decay_steps is 0"),
@@ -378,6 +404,7 @@ def test_what_a_model_cannot_do_is_refused_and_leaves_it_as_it_was(tmp_path: Pat
     for settings, told in (
         ({"points": (9,)}, "points has 9, and there are 4 layers"),
         ({"min_layers": 4}, "leaves no exit"),
+        ({"max_layers": 4}, "max_layers is 4, and there are 4 layers"),
     ):
         with pytest.raises(ValueError, match=told):
             mmskip.apply_(model, EarlyExitConfig(**settings))  # type: ignore[arg-type]
