@@ -19,7 +19,10 @@ whose heads draw lots such that as many states leave behind each layer as under 
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Any
 
@@ -39,6 +42,7 @@ from _mue import (
     records,
     where_time_goes,
 )
+from torch import Tensor, nn
 
 from mmskip import EarlyExitConfig, viz
 from mmskip.datasets.captions import CaptionData
@@ -46,7 +50,6 @@ from mmskip.datasets.chat_labels import IGNORE
 from mmskip.exits import SampleScores, TokenScores
 from mmskip.files import write_json
 from mmskip.models.captioner import Captioner
-from mmskip.models.captioner_build import captured
 from mmskip.train.cli import main as train_cli
 from mmskip.train.evaluation.captioners import Batch, encoded
 from mmskip.train.evaluation.exits import depths
@@ -126,6 +129,19 @@ def _ideal(settled: int, points: Sequence[int], most: int) -> float:
     return left + SCORE * min(len(passed) + 1, len(points))
 
 
+@contextmanager
+def _states(blocks: Sequence[nn.Module]) -> Iterator[list[list[Tensor]]]:
+    """Of every run of the blocks inside, the states before the first one and behind each."""
+    runs: list[list[Tensor]] = []
+    keep = blocks[0].register_forward_pre_hook(lambda _, given: runs.append([given[0]]))
+    others = [block.register_forward_hook(lambda _, given, output: runs[-1].append(output)) for block in blocks]
+    try:
+        yield runs
+    finally:
+        for handle in (keep, *others):
+            handle.remove()
+
+
 @torch.no_grad()
 def observed(model: Captioner, batches: Sequence[Batch], task: str) -> Observed:
     """See `Observed`."""
@@ -135,16 +151,13 @@ def observed(model: Captioner, batches: Sequence[Batch], task: str) -> Observed:
     settled: list[int] = []
     for batch in batches:
         texts = batch[task]
-        with captured(model.view.encoder) as states:
+        with _states(model.view.encoder) as runs:
             inside = encoded(model, batch, texts)
-        for name, part, real in (
-            ("image", states[:encoder], None),
-            ("text", states[encoder:], texts.prompt_mask.bool()),
-        ):
+        for name, states, real in zip(("image", "text"), runs, (None, texts.prompt_mask.bool()), strict=True):
             sample = SampleScores("saturation", real)
-            for number, (before, after) in enumerate(pairwise(part)):
-                found[name][number] += sample(after, before).tolist()
-        with captured(model.view.decoder) as states:
+            for layer, (before, after) in zip(found[name], pairwise(states), strict=False):
+                layer += sample(after, before).tolist()
+        with _states(model.view.decoder) as runs:
             logits, _ = model.layer_logits(*inside, texts.labels, list(range(1, decoder + 1)))
         at = texts.labels != IGNORE
         first = torch.zeros_like(at)
@@ -152,9 +165,8 @@ def observed(model: Captioner, batches: Sequence[Batch], task: str) -> Observed:
         asked = (at & first)[at] if task == "entailment" else at[at]  # of a verdict the word, not its end
         for criterion in ("saturation", "entropy"):
             token = TokenScores(criterion, model.view.head())
-            for number, (before, after) in enumerate(pairwise(states)):
-                if number:  # behind layer 1 the state before it is the embedding, which is not kept
-                    found[criterion][number] += token(after, before)[at][asked].tolist()
+            for layer, (before, after) in zip(found[criterion], pairwise(runs[0]), strict=False):
+                layer += token(after, before)[at][asked].tolist()
         said = torch.stack([of.argmax(-1)[asked] for of in logits])
         differs = (said != said[-1]).long() * torch.arange(1, decoder + 1)[:, None]
         settled += (differs.amax(0) + 1).tolist()
@@ -180,9 +192,16 @@ class Search:
         self.batches = pictures.batches(task, 50)
         few = options.timed if task == "entailment" else max(2, options.timed // 4)
         self.calls = [call_of(task, batch) for batch in pictures.single(task, few)]
-        self.scores = observed(self.model, self.batches[:2], task)
+        self.seen = observed(self.model, self.batches[:2], task)
         self.full = self.tried(Setting("full"))
         self.goal = TASKS[task][1] * self.full["quality"]
+        depth = len(self.model.view.decoder)
+        self.fixed = [self.tried(Setting("fixed", EarlyExitConfig(depth=number))) for number in range(1, depth)]
+        # no token needs to go beyond the first layer that is good enough for all of them, or half as much below that
+        levels = (self.goal, (self.goal + self.full["quality"]) / 2)
+        enough = {next((n for n, t in enumerate(self.fixed, 1) if t["quality"] >= level), None) for level in levels}
+        self.places = [(points, most) for most in enough for points in self.seen.points(most or depth)]
+        print(f"{task}: settled {Counter(self.seen.settled)}; points and most layers {self.places}", flush=True)
 
     def tried(self, setting: Setting) -> Tried:
         """A setting with its quality and its layers."""
@@ -199,32 +218,27 @@ class Search:
 
     def mue(self) -> list[Tried]:
         """MuE's settings that no other beats in both quality and layers, timed."""
-        encoders = product(*(quantiles(self.scores, part) for part in ("image", "text")), ENCODER_POINTS)
-        whole = front(
-            [self.tried(_setting("mue", {"image": i, "text": t, "encoder_points": p})) for i, t, p in encoders]
-        )
+        encoders = product(*(self.seen.thresholds(part) for part in ("image", "text")))
+        whole = front([self.tried(_setting("mue", {"image": image, "text": text})) for image, text in encoders])
         kept = [t for t in whole if t["quality"] >= self.goal] or whole[-1:]
         found = list(whole)
-        for tried, threshold, points in product(kept[:ENCODERS], quantiles(self.scores, "saturation"), POINTS):
-            found.append(self.tried(_setting("mue", _encoder(tried), decoder=threshold, points=points)))
+        for tried, (points, most) in product(kept[:ENCODERS], self.places):
+            for threshold in self.seen.thresholds("saturation", points):
+                found.append(self.tried(_setting("mue", _encoder(tried), threshold, points, most)))
         return [self.timed(t) for t in front(found)]
 
     def heads(self, way: str, mue: Tried) -> list[Tried]:
         """Settings of exits by the decoder's head, with the encoder whole or left as by MuE, timed."""
-        depth = len(self.model.view.decoder)
         settings = []
-        for encoder, points in product(({}, _encoder(mue)), POINTS):
+        for encoder, (points, most) in product(({}, _encoder(mue)), self.places):
             if way == "entropy":
-                thresholds = quantiles(self.scores, "entropy")
+                thresholds = self.seen.thresholds("entropy", points)
             else:
-                thresholds = [float(n) for n in range(1, len(points) if points else depth - 1)]
-            settings += [_setting(way, encoder, decoder=t, points=points, criterion=way) for t in thresholds]
+                count = len(points) if points else (most or len(self.model.view.decoder)) - 1
+                thresholds = [float(n) for n in range(1, min(count, 7))]
+            settings += [_setting(way, encoder, t, points, most, criterion=way) for t in thresholds]
+        settings = settings or [_setting(way, {}, 1.0, criterion=way)]
         return [self.timed(t) for t in front([self.tried(setting) for setting in settings])]
-
-    def fixed(self) -> list[Tried]:
-        """The same decoder layer for every token, timed: nothing is decided."""
-        depths = range(1, len(self.model.view.decoder))
-        return [self.timed(self.tried(Setting("fixed", EarlyExitConfig(depth=n)))) for n in depths]
 
     def choose(self) -> dict[str, Any]:
         """By way the setting that the report will show."""
@@ -235,7 +249,7 @@ class Search:
         for way in ("entropy", "patience"):
             others = self.heads(way, best)
             kept[way], found = _best_within(others, best["measured"]), found + others
-        fixed = self.fixed()
+        fixed = [self.timed(t) for t in front(self.fixed)]
         kept["fixed"], found = _best_within(fixed, best["measured"]), found + fixed
         rows = records(self.model, self.task, self.batches, Setting.from_dict(best), self.tokenizer)
         own = Setting.from_dict(best).config
@@ -248,20 +262,27 @@ class Search:
         return {**kept, "tried": found}
 
 
-def _setting(way: str, encoder: dict[str, Any], decoder: float = 1.0, **fields: Any) -> Setting:
-    return Setting(way, EarlyExitConfig(**encoder, decoder=decoder, **fields))
+def _setting(
+    way: str,
+    encoder: dict[str, Any],
+    decoder: float = 1.0,
+    points: tuple[int, ...] | None = None,
+    most: int | None = None,
+    **fields: Any,
+) -> Setting:
+    return Setting(way, EarlyExitConfig(**encoder, decoder=decoder, points=points, max_layers=most, **fields))
 
 
 def _encoder(tried: Tried) -> dict[str, Any]:
     """How a setting leaves the encoder."""
-    return {part: tried["config"][part] for part in ("image", "text", "encoder_points")}
+    return {part: tried["config"][part] for part in ("image", "text")}
 
 
 def front(tried: Sequence[Tried]) -> list[Tried]:
     """Those that no other beats in both quality and layers, fewest layers first; of equals the one of fewest points."""
 
     def points(one: Tried) -> int:
-        return sum(len(one["config"][name] or range(100)) for name in ("points", "encoder_points"))
+        return len(one["config"]["points"] or range(100))
 
     kept: list[Tried] = []
     for one in sorted(tried, key=lambda t: (t["layers"], -t["quality"], points(t))):

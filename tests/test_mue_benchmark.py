@@ -22,7 +22,7 @@ def test_the_benchmark_runs_through(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(mue, "QUANTILES", dict.fromkeys(mue.QUANTILES, (0.5,)))
     monkeypatch.setattr(mue, "ENCODERS", 1)
-    monkeypatch.setattr(mue, "POINTS", (None, (1,)))
+    monkeypatch.setattr(mue, "POINTS", (1,))
     tiny = [f"--model.text={json.dumps(TEXTS['mbart'] | {'d_model': 64})}", "--trainer.fast_dev_run=false"]
     small = ["--data.generated.train=16", "--data.generated.val=2", "--data.generated.test=2", "--trainer.max_epochs=1"]
 

@@ -395,7 +395,8 @@ def _leave_decoder(config: EarlyExitConfig, blocks: Sequence[nn.Module], head: A
         rule = TokenRule(config, points, made, compacts, heads=tuple(heads.values()), last=config.max_layers)
         return _with_heads(changes(rule), heads)
     if config.depth is not None:
-        found: list[Change] = changes(DepthRule(_depth("depth", config.depth, len(blocks)), "decoder", policy=config.kv))
+        fixed = DepthRule(_depth("depth", config.depth, len(blocks)), "decoder", policy=config.kv)
+        found: list[Change] = changes(fixed)
         return found
     return []
 

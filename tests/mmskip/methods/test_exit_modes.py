@@ -246,7 +246,9 @@ def test_a_forward_leaves_nothing_behind_but_its_exits(name: str) -> None:
     twin = copy.deepcopy(model)  # a graph cannot be copied
     for state in states(model):
         for one in getattr(state, "told", {}).values():
-            assert not [k for k, v in vars(one).items() if k != "exits" and v not in (None, {}) and not isinstance(v, int)]
+            assert not [
+                k for k, v in vars(one).items() if k != "exits" and v not in (None, {}) and not isinstance(v, int)
+            ]
     assert all(torch.equal(exits[part], told) for part, told in exit_layers(twin).items())
     run(model.train())
     with pytest.raises(ValueError, match="no exits to tell"):
