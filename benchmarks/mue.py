@@ -59,6 +59,7 @@ FOLDER = ROOT / "runs" / "mue_bench"
 TASKS = {"entailment": ("accuracy", 0.99), "caption": ("cider", 0.96)}
 """The metric of a task, and the share of full depth's that a setting must keep."""
 SHALLOW = {"encoder_layers": 2, "decoder_layers": 5}
+SETTLE = ("--model.settle_weight=0.3", "--model.lr=2e-3", "--trainer.max_epochs=3")
 SEARCH_SEED, SEEDS = 100, (1, 2)
 QUANTILES = {
     "image": (0.0, 0.3),
@@ -79,10 +80,20 @@ Tried = dict[str, Any]
 
 
 def train(name: str, options: Sequence[str]) -> None:
-    """Train by the recipe; the shallow model differs in its layers only."""
+    """Train by the recipe, then on with states that learn to stay; the shallow model differs in its layers only."""
     layers = [f"--model.text.{key}={value}" for key, value in SHALLOW.items()] if name == "shallow" else []
     root = [f"--data.root={FOLDER / 'data'}", f"--runs_dir={FOLDER / 'runs'}", f"--name={name}"]
     train_cli(["fit", "--config", "mue.yaml", *root, *layers, *options])
+    settle(name, options)
+
+
+def settle(name: str, options: Sequence[str]) -> None:
+    """The second part of training, of the newest run."""
+    layers = [f"--model.text.{key}={value}" for key, value in SHALLOW.items()] if name == "shallow" else []
+    root = [f"--data.root={FOLDER / 'data'}", f"--runs_dir={FOLDER / 'runs'}", f"--name={name}"]
+    train_cli(
+        ["fit", "--config", "mue.yaml", *root, *layers, *SETTLE, f"--start_from={FOLDER / 'runs' / name}", *options]
+    )
 
 
 # --- choosing thresholds --------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from mmskip.models.captioner_build import (
     gathered,
     layer_weights,
     left_behind,
+    moved,
     normalised,
     parameter_groups,
     sees,
@@ -64,8 +65,10 @@ class Captioner(StepLossModule):
         random_exits: share of the training rows whose image, and of those whose prompt, leaves the encoder behind a
             random layer, in [0, 1]; 0: as in the paper.
         random_token_exits: the same for answer tokens and the decoder, so that it learns to read what tokens hand on
-            that left early; they do not count in the losses of the layers above. As an exit, it is of training only.
+            that left early; they do not count in the losses of the layers above.
         caption_weight: factor on the loss of captions (all else has 1), > 0.
+        settle_weight: weight of how far answer tokens still move (1 - cosine, summed over layers) where the layer below
+            is sure of the label, so that saturation tells what is settled; >= 0. The paper has none.
         label_smoothing: in [0, 1).
         residual_init: factor, >= 0, on the initial weights of a model from scratch that write into its residual
             stream; 0: every block starts as the identity.
@@ -107,6 +110,7 @@ class Captioner(StepLossModule):
         random_exits: float = 0.0,
         random_token_exits: float = 0.0,
         caption_weight: float = 1.0,
+        settle_weight: float = 0.0,
         label_smoothing: float = 0.0,
         residual_init: float = 1.0,
         dtype: str = "float32",
@@ -270,18 +274,21 @@ class Captioner(StepLossModule):
     ) -> tuple[list[Tensor], Any]:
         """Logits [P, V] at the labelled positions, of the decoder layers whose number (from 1) is wanted, and the
         labels [P]. Tokens leave behind layer `depth` [R, L]; None: behind the last one."""
-        at = labels != IGNORE
-        view = self.view
-        left = nullcontext() if depth is None else left_behind(view.decoder, depth)
-        with left, captured(view.decoder) as found:
+        found, head = self._layer_states(states, mask, labels, depth), self.view.head()
+        return [head(found[number - 1]) for number in wanted], labels[labels != IGNORE]
+
+    def _layer_states(self, states: Tensor, mask: Tensor, labels: Tensor, depth: Tensor | None) -> list[Tensor]:
+        """States [P, D] at the labelled positions, behind each decoder layer."""
+        at, blocks = labels != IGNORE, self.view.decoder
+        left = nullcontext() if depth is None else left_behind(blocks, depth)
+        with left, captured(blocks) as found:
             decoder_of(self.llm)(
                 input_ids=self._shifted(labels),
                 encoder_hidden_states=states,
                 encoder_attention_mask=mask,
                 use_cache=False,
             )
-        head = view.head()
-        return [head(found[number - 1][at]) for number in wanted], labels[at]
+        return [of[at] for of in found]
 
     def _shifted(self, labels: Tensor) -> Tensor:
         """What the decoder has read before each label."""
@@ -323,16 +330,19 @@ class Captioner(StepLossModule):
     def _losses(self, seen: Tensor, texts: Texts) -> tuple[Tensor, Tensor, Tensor]:
         """The weighted loss of all layers, and of each label the cross-entropy of the last layer and its row, [P]."""
         weights = layer_weights(self.hparams["layer_loss"], len(self.view.decoder))
-        wanted = [number for number, weight in enumerate(weights, 1) if weight]
+        settle, at = self.hparams["settle_weight"], texts.labels != IGNORE
         depth = self._drawn("random_token_exits", tuple(texts.labels.shape), len(weights))
-        logits, labels = self.layer_logits(*self.encode(seen, texts), texts.labels, wanted, depth)
-        smoothing, at = self.hparams["label_smoothing"], texts.labels != IGNORE
-        losses = []
-        for number, of in zip(wanted, logits, strict=True):
+        states = self._layer_states(*self.encode(seen, texts), texts.labels, depth)
+        labels, head = texts.labels[at], self.view.head()
+        logits = {n: head(states[n - 1]) for n, weight in enumerate(weights, 1) if weight or settle}
+        total = settle * moved(states, list(logits.values()), labels) if settle else labels.new_zeros(()).float()
+        for number, of in logits.items():
+            smoothing = self.hparams["label_smoothing"]
             loss_P = F.cross_entropy(of.float(), labels, reduction="none", label_smoothing=smoothing)
-            losses.append(weights[number - 1] * (loss_P if depth is None else loss_P * (depth[at] >= number)).sum())
-        last_P = F.cross_entropy(logits[-1].detach().float(), labels, reduction="none")
-        return torch.stack(losses).sum(), last_P, at.nonzero()[:, 0]
+            kept_P = loss_P if depth is None else loss_P * (depth[at] >= number)
+            total = total + weights[number - 1] * kept_P.sum()
+        last_P = F.cross_entropy(logits[len(weights)].detach().float(), labels, reduction="none")
+        return total, last_P, at.nonzero()[:, 0]
 
     @property
     def _pad(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
@@ -64,6 +65,7 @@ def check_settings(hparams: Mapping[str, Any]) -> None:
         "grid": (1, math.inf),
         "random_exits": (0, 1),
         "random_token_exits": (0, 1),
+        "settle_weight": (0, math.inf),
         "caption_weight": (1e-12, math.inf),
         "label_smoothing": (0, 0.999),
         "residual_init": (0, math.inf),
@@ -260,6 +262,24 @@ def left_behind(blocks: Sequence[nn.Module], layers: Tensor) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def moved(states: Sequence[Tensor], logits: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """How far states move that need not, summed over layers and labels: 1 - cosine of the states before and behind a
+    layer, where the head is sure of the label (probability above 0.9) already before it. Gradients reach the layer, not
+    what came before.
+
+    Args:
+        states: [P, D] behind each layer.
+        logits: [P, V] behind each layer.
+        labels: [P].
+    """
+    total = states[0].new_zeros((), dtype=torch.float32)
+    for before, behind, said in zip(states[:-1], states[1:], logits[:-1], strict=True):
+        sure_P = said.detach().float().softmax(-1).gather(1, labels[:, None])[:, 0] > 0.9
+        cosine_P = F.cosine_similarity(behind.float(), before.detach().float(), dim=-1)
+        total = total + ((1 - cosine_P) * sure_P).sum()
+    return total
 
 
 def gathered(captions: dict[str, Any]) -> dict[str, Any]:

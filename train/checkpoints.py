@@ -50,6 +50,67 @@ class Resume(Callback):
             trainer.save_checkpoint(Path(saving.dirpath) / "last.ckpt", weights_only=False)
 
 
+class StartFrom(Callback):
+    """Begins training with the weights of another run's checkpoint; optimizer, schedule and steps are new. A run that
+    is resumed has begun already.
+
+    Args:
+        path: of the checkpoint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Load them, before the optimizer is made."""
+        if trainer.ckpt_path is None:
+            load_weights(pl_module, read_checkpoint(self.path), self.path)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint of a training run.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        _ = checkpoint["state_dict"], checkpoint["hyper_parameters"]
+    except Exception as error:  # torch raises many kinds for a file that is no checkpoint
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: not a checkpoint of a training run ({reason})") from error
+    return checkpoint
+
+
+def load_weights(model: LightningModule, checkpoint: dict[str, Any], path: Path) -> None:
+    """Load the weights of a checkpoint into a model that is built.
+
+    Raises:
+        ValueError: they are of another model.
+    """
+    model.on_load_checkpoint(checkpoint)
+    try:
+        model.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        lines = " ".join(str(error).split())
+        raise ValueError(f"{path}: its weights do not fit its settings ({lines[:300]})") from error
+
+
+def find_checkpoint(given: str | Path) -> Path:
+    """The checkpoint behind a path: the file, or the last one of a run (`runs/NAME/TIME`) or of all runs of a name.
+
+    Raises:
+        ValueError: no such path, or no checkpoint there.
+    """
+    path = Path(given)
+    if path.is_dir():
+        last = path / "checkpoints" / "last.ckpt"
+        path = last if last.is_file() else last_checkpoint(path)
+    if not path.is_file():
+        raise ValueError(f"{given}: no such checkpoint; give a checkpoint file, or the folder of a run")
+    return path
+
+
 def last_checkpoint(runs: Path) -> Path:
     """The newest `<runs>/*/checkpoints/last.ckpt`.
 

@@ -23,7 +23,14 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from mmskip.files import whole, write_text
 from mmskip.registry import config_types
-from mmskip.train.checkpoints import Resume, WholeFileIO, last_checkpoint
+from mmskip.train.checkpoints import (
+    Resume,
+    StartFrom,
+    WholeFileIO,
+    find_checkpoint,
+    last_checkpoint,
+    read_checkpoint,
+)
 
 # Ranks started by Lightning inherit the environment of rank 0, and with it the folder.
 RUN_FOLDER = "MMSKIP_RUN_FOLDER"
@@ -63,6 +70,7 @@ class RunCLI(LightningCLI):
 
     def __init__(self, arguments: Sequence[str], default_name: str) -> None:
         self.default_name = default_name
+        self.start_from: Path | None = None
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -83,6 +91,12 @@ class RunCLI(LightningCLI):
             "--name", type=str, default=self.default_name, help="Name of the run. Default: that of the config."
         )
         parser.add_argument("--runs_dir", type=str, default="runs", help="A run writes to <runs_dir>/<name>/<time>/.")
+        parser.add_argument(
+            "--start_from",
+            type=str | None,
+            default=None,
+            help="Run or checkpoint with whose weights training begins; optimizer, schedule and steps are new.",
+        )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
             {
@@ -113,7 +127,7 @@ class RunCLI(LightningCLI):
         """Find the checkpoint and choose the folder of the run.
 
         Raises:
-            ValueError: a name that is no folder name, or no checkpoint where one is needed.
+            ValueError: a name that is no folder name, or no checkpoint where one is needed or named.
         """
         config = self.config[self.subcommand]
         if not re.fullmatch(r"[\w.-]+", config.name):
@@ -125,6 +139,11 @@ class RunCLI(LightningCLI):
             raise ValueError(f"ckpt_path={config.ckpt_path!r} is no file; give a checkpoint, or 'last'")
         if config.ckpt_path is not None:
             print(f"checkpoint: {config.ckpt_path}")
+        if config.start_from is not None:
+            if self.subcommand != "fit":
+                raise ValueError(f"start_from is of training only; give {self.subcommand} --ckpt_path instead")
+            self.start_from = find_checkpoint(config.start_from)
+            read_checkpoint(self.start_from)
         stamp = time.strftime("%Y%m%d-%H%M%S") + ("" if self.subcommand == "fit" else f"-{self.subcommand}")
         self.folder = Path(os.environ.setdefault(RUN_FOLDER, str(_unused(runs / stamp))))
 
@@ -142,6 +161,8 @@ class RunCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, WholeFileIO()]
         callbacks = [*(given.callbacks or []), Resume()]
+        if self.start_from is not None:
+            callbacks = [*callbacks, StartFrom(self.start_from)]
         if given.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks = [*callbacks, TQDMProgressBar()]
         return super().instantiate_trainer(plugins=plugins, callbacks=callbacks, **kwargs)

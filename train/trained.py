@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule
 from mmskip.models.captioner import Captioner
 from mmskip.models.narrator import TokenIds
 from mmskip.models.video_llm import VideoLLM
-from mmskip.train.checkpoints import last_checkpoint
+from mmskip.train.checkpoints import find_checkpoint, load_weights, read_checkpoint
 
 TOKENIZER = "tokenizer"
 Model = TypeVar("Model", VideoLLM, Captioner)
@@ -51,12 +51,7 @@ def find_run(given: str | Path, config: str | Path | None = None) -> TrainedRun:
     Raises:
         ValueError: no such path, no checkpoint there, or an unreadable config.
     """
-    path = Path(given)
-    if path.is_dir():
-        last = path / "checkpoints" / "last.ckpt"
-        path = last if last.is_file() else last_checkpoint(path)
-    if not path.is_file():
-        raise ValueError(f"{given}: no such checkpoint; give a checkpoint file, or the folder of a run")
+    path = find_checkpoint(given)
     folder = path.resolve().parents[1] if path.resolve().parent.name == "checkpoints" else path.resolve().parent
     settings = Path(config) if config is not None else folder / "config.yaml"
     if config is not None and not settings.is_file():
@@ -87,26 +82,18 @@ def load_captioner(run: TrainedRun, device: str | torch.device = "cpu") -> Capti
 
 
 def _load(run: TrainedRun, kind: type[Model], changed: dict[str, Any]) -> Model:
-    try:
-        checkpoint = torch.load(run.checkpoint, map_location="cpu", weights_only=True)
-        state, settings = checkpoint["state_dict"], checkpoint["hyper_parameters"]
-    except Exception as error:  # torch raises many kinds for a file that is no checkpoint
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{run.checkpoint}: not a checkpoint of a training run ({reason})") from error
+    checkpoint = read_checkpoint(run.checkpoint)
+    settings = checkpoint["hyper_parameters"]
     known = set(inspect.signature(kind.__init__).parameters) - {"self"}
     named = (run.config.get("model") or {}).get("class_path", "")
-    if not known <= set(settings) or (named and named.rpartition(".")[2] != kind.__name__):
+    # without a config the settings tell the class; those a checkpoint lacks are younger than it and have defaults
+    if named.rpartition(".")[2] != kind.__name__ if named else not set(settings) <= known:
         raise ValueError(
             f"{run.checkpoint} holds no {_KINDS[kind]} but {named or 'a model with ' + ', '.join(sorted(settings))}; "
             f"give the checkpoint of a run with model {kind.__module__}.{kind.__name__}"
         )
-    model = kind(**{name: settings[name] for name in known} | changed)
-    model.on_load_checkpoint(checkpoint)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        lines = " ".join(str(error).split())
-        raise ValueError(f"{run.checkpoint}: its weights do not fit its settings ({lines[:300]})") from error
+    model = kind(**{name: settings[name] for name in known & set(settings)} | changed)
+    load_weights(model, checkpoint, run.checkpoint)
     return model
 
 

@@ -66,6 +66,28 @@ def test_a_resumed_run_ends_where_the_whole_one_does(config, capsys):
     assert first == last
 
 
+def test_training_starts_from_the_weights_of_another_run(config, capsys):
+    first = fit(config, "first", "--trainer.max_steps=2", "--trainer.num_sanity_val_steps=0")
+    options = (
+        "--trainer.num_sanity_val_steps=0",
+        "--trainer.max_steps=1",
+        "--model.lr=1e-12",
+        "--model.weight_decay=0",
+    )
+    second = fit(config, "second", f"--start_from={first}", "--model.settle_weight=0.5", *options)
+    one, two = weights(first, "last.ckpt"), weights(second, "last.ckpt")
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+    assert torch.load(second / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 1
+    for wrong, told in (
+        (["--start_from=nowhere"], "nowhere: no such checkpoint"),
+        ([f"--start_from={config}"], "not a checkpoint of a training run"),
+        ([f"--start_from={first}", "--model.grid=2"], "grid"),
+    ):
+        with pytest.raises(SystemExit):
+            fit(config, "third", *wrong, *options)
+        assert told in capsys.readouterr().err
+
+
 def test_micro_batches_give_the_step_of_the_whole_batch(config):
     plain = ["--model.random_exits=0", "--trainer.num_sanity_val_steps=0"]
     whole = weights(fit(config, "one", *plain))
