@@ -80,20 +80,21 @@ Tried = dict[str, Any]
 
 
 def train(name: str, options: Sequence[str]) -> None:
-    """Train by the recipe, then on with states that learn to stay; the shallow model differs in its layers only."""
-    layers = [f"--model.text.{key}={value}" for key, value in SHALLOW.items()] if name == "shallow" else []
-    root = [f"--data.root={FOLDER / 'data'}", f"--runs_dir={FOLDER / 'runs'}", f"--name={name}"]
-    train_cli(["fit", "--config", "mue.yaml", *root, *layers, *options])
+    """Train by the recipe, then on from these weights with answers that learn to stay (`settle`)."""
+    _fit(name, options)
     settle(name, options)
 
 
 def settle(name: str, options: Sequence[str]) -> None:
-    """The second part of training, of the newest run."""
+    """The second part of training, from the newest run."""
+    _fit(name, [*SETTLE, f"--start_from={FOLDER / 'runs' / name}", *options])
+
+
+def _fit(name: str, options: Sequence[str]) -> None:
+    """One run; the shallow model differs in its layers only."""
     layers = [f"--model.text.{key}={value}" for key, value in SHALLOW.items()] if name == "shallow" else []
     root = [f"--data.root={FOLDER / 'data'}", f"--runs_dir={FOLDER / 'runs'}", f"--name={name}"]
-    train_cli(
-        ["fit", "--config", "mue.yaml", *root, *layers, *SETTLE, f"--start_from={FOLDER / 'runs' / name}", *options]
-    )
+    train_cli(["fit", "--config", "mue.yaml", *root, *layers, *options])
 
 
 # --- choosing thresholds --------------------------------------------------------------------------------------------

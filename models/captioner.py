@@ -23,6 +23,7 @@ from mmskip.models.captioner_build import (
     captured,
     check_settings,
     decoder_of,
+    drawn,
     gathered,
     layer_weights,
     left_behind,
@@ -256,16 +257,8 @@ class Captioner(StepLossModule):
     def _exits_drawn(self, rows: int) -> Any:
         """In training, the encoder is left behind random layers by a share of the rows."""
         blocks = self.view.encoder
-        depth = self._drawn("random_exits", (rows,), len(blocks))
+        depth = drawn(self.hparams["random_exits"] if self.training else 0.0, (rows,), len(blocks), self.device)
         return nullcontext() if depth is None else left_behind(blocks, depth)
-
-    def _drawn(self, setting: str, shape: tuple[int, ...], layers: int) -> Tensor | None:
-        """Layers that count for each state, a random number for a share of them; None: all, for all of them."""
-        share = self.hparams[setting] if self.training else 0.0
-        if not share:
-            return None
-        drawn = torch.randint(1, layers + 1, shape)
-        return torch.where(torch.rand(shape) < share, drawn, layers).to(self.device)
 
     # --- decoder ------------------------------------------------------------------------------------------------
 
@@ -331,7 +324,8 @@ class Captioner(StepLossModule):
         """The weighted loss of all layers, and of each label the cross-entropy of the last layer and its row, [P]."""
         weights = layer_weights(self.hparams["layer_loss"], len(self.view.decoder))
         settle, at = self.hparams["settle_weight"], texts.labels != IGNORE
-        depth = self._drawn("random_token_exits", tuple(texts.labels.shape), len(weights))
+        share = self.hparams["random_token_exits"] if self.training else 0.0
+        depth = drawn(share, texts.labels.shape, len(weights), self.device)
         states = self._layer_states(*self.encode(seen, texts), texts.labels, depth)
         labels, head = texts.labels[at], self.view.head()
         logits = {n: head(states[n - 1]) for n, weight in enumerate(weights, 1) if weight or settle}

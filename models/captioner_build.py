@@ -232,6 +232,15 @@ def captured(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
+def drawn(share: float, shape: Sequence[int], layers: int, device: torch.device) -> Tensor | None:
+    """Layers that count for each state, a random number from 1 for a share of them and all for the others; None: all
+    for all of them."""
+    if not share:
+        return None
+    some = torch.randint(1, layers + 1, tuple(shape))
+    return torch.where(torch.rand(tuple(shape)) < share, some, layers).to(device)
+
+
 @contextmanager
 def left_behind(blocks: Sequence[nn.Module], layers: Tensor) -> Iterator[None]:
     """Every row, or token, keeps inside the context the state behind its layer: what an exit there would hand on. All

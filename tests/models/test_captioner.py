@@ -13,7 +13,7 @@ from mmskip import EarlyExitConfig
 from mmskip.datasets.chat_labels import IGNORE
 from mmskip.methods.early_exit import exit_layers
 from mmskip.models.captioner import Captioner
-from mmskip.models.captioner_build import layer_weights, left_behind
+from mmskip.models.captioner_build import layer_weights, left_behind, moved
 from mmskip.train.evaluation.exits import encoder_exits, recording
 
 KINDS = [*TEXTS, "florence2"]
@@ -204,6 +204,54 @@ def test_a_random_exit_in_training_is_the_encoder_cut_there(given, batch):
     assert captioner("mbart", given, random_exits=1.0).eval().loss_sums(batch)[0] == full
 
 
+def test_tokens_that_left_at_random_do_not_count_above_their_layer(given, batch, monkeypatch):
+    model = captioner("mbart", given, random_token_exits=1.0, layer_loss="sum").train()
+    texts, seen = batch["caption"], model.see(batch["images"])
+    layers = len(model.view.decoder)
+    depth = torch.randint(1, layers + 1, texts.labels.shape, generator=torch.Generator().manual_seed(4))
+    monkeypatch.setattr("mmskip.models.captioner.drawn", lambda share, shape, *_: depth if share == 1 else None)
+    at, expected = texts.labels != IGNORE, 0.0
+    with left_behind(model.view.decoder, depth):
+        logits, labels = model.layer_logits(*model.encode(seen, texts), texts.labels, list(range(1, layers + 1)))
+    for number, of in enumerate(logits, 1):
+        counts = depth[at] >= number
+        expected += F.cross_entropy(of[counts], labels[counts], reduction="sum").item()
+    assert model._losses(seen, texts)[0].item() == pytest.approx(expected, rel=1e-4)
+    monkeypatch.undo()
+    plain = captioner("mbart", given, layer_loss="sum")
+    assert model.eval().loss_sums(batch)[0] == plain.eval().loss_sums(batch)[0]
+
+
+def test_settled_answers_are_asked_to_stay():
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(4, 8, generator=generator, requires_grad=True) for _ in range(3)]
+    labels = torch.tensor([0, 1, 2, 0])
+    sure = torch.full((4, 3), -9.0).scatter(1, labels[:, None], 9.0)
+    unsure = torch.zeros(4, 3)
+    below = torch.where(torch.tensor([True, False, True, False])[:, None], sure, unsure)
+    found = moved(states, [below, sure, sure], labels)
+    expected = sum(1 - torch.cosine_similarity(states[1][n], states[0][n], 0) for n in (0, 2))
+    expected += (1 - torch.cosine_similarity(states[2], states[1])).sum()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    found.backward()
+    assert states[0].grad is None  # a layer learns to stay, not the one before it to be where it will go
+    assert not states[1].grad[1].any() and states[1].grad[0].any() and states[2].grad.abs().sum(1).min() > 0
+    assert moved(states, [unsure, unsure, sure], labels).item() == 0
+    wrong = torch.full((4, 3), -9.0).scatter(1, (labels[:, None] + 1) % 3, 9.0)
+    assert moved(states, [wrong, wrong, sure], labels).item() == 0
+
+
+def test_the_settling_loss_is_added_by_its_weight(given, batch, monkeypatch):
+    seen = []
+    monkeypatch.setattr("mmskip.models.captioner.moved", lambda *a: seen.append(a) or torch.tensor(3.0))
+    plain, more = (captioner("mbart", given, settle_weight=weight, caption_weight=0.5) for weight in (0.0, 2.0))
+    first, second = plain.loss_sums(batch), more.loss_sums(batch)
+    assert second[0].item() == pytest.approx(first[0].item() + 2.0 * 3.0 * (0.5 + 1), rel=1e-5)
+    assert torch.equal(second[1:], first[1:]) and len(seen) == 2
+    states, logits, labels = seen[0]
+    assert len(states) == len(logits) == len(more.view.decoder) and len(states[0]) == len(logits[0]) == len(labels)
+
+
 def test_layer_weights():
     assert layer_weights("last", 3) == [0, 0, 1]
     assert layer_weights("sum", 3) == [1, 1, 1]
@@ -218,6 +266,8 @@ def test_layer_weights():
     [
         ({"layer_loss": "first"}, "layer_loss"),
         ({"random_exits": 1.5}, "random_exits is 1.5"),
+        ({"random_token_exits": -0.1}, "random_token_exits is -0.1"),
+        ({"settle_weight": -1.0}, "settle_weight is -1.0"),
         ({"tower": None}, "every other text model needs one"),
         ({"tower": "timm/no_such_net"}, "timm has no model"),
         ({"text": {"model_type": "llama"}}, "no encoder-decoder with text generation"),

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from captioning import SMALL, TEXTS, TOWER
 
@@ -14,6 +15,7 @@ from mmskip.train.cli import main as train
 from mmskip.train.evaluation.captioning import said_length
 from mmskip.train.evaluation.commands import main
 from mmskip.train.evaluation.exits import add_exit_arguments, plan
+from mmskip.train.trained import find_run, load_captioner
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +138,18 @@ def test_another_kind_of_run_is_refused(run, tmp_path, capsys):
     assert "holds no captioner" in capsys.readouterr().err
 
 
+def test_a_checkpoint_from_before_a_setting_takes_its_default(run):
+    found = find_run(run)
+    checkpoint = torch.load(found.checkpoint, weights_only=True)
+    del checkpoint["hyper_parameters"]["settle_weight"], checkpoint["hyper_parameters"]["random_token_exits"]
+    older = found.checkpoint.with_name("older.ckpt")
+    torch.save(checkpoint, older)
+    model = load_captioner(find_run(older))
+    assert model.hparams["settle_weight"] == 0
+    assert model.hparams["layer_loss"] == checkpoint["hyper_parameters"]["layer_loss"]
+    older.unlink()
+
+
 def test_a_caption_ends_at_its_eos():
     assert said_length([5, 6, 2, 0, 0], 2) == 3
     assert said_length([5, 6], 2) == 2
@@ -145,10 +159,17 @@ def test_settings_share_no_folder_and_no_checkpoint_brings_learned_heads(capsys)
     parser = argparse.ArgumentParser()
     add_exit_arguments(parser)
     names = []
-    for given in ([], ["--kv", "copy"], ["--decay", "0.5"], ["--min-layers", "2"], ["--criterion", "margin"]):
+    for given in (
+        [],
+        ["--kv", "copy"],
+        ["--decay", "0.5"],
+        ["--min-layers", "2"],
+        ["--criterion", "margin"],
+        ["--max-layers", "9"],
+    ):
         options = parser.parse_args(["--decoder", "0.9999995", "0.9999996", *given])
         names += [variant.name for variant in plan(options)[1:]]
-    assert len(set(names)) == 10 and "decoder-0.9999995_kv-copy" in names
+    assert len(set(names)) == 12 and "decoder-0.9999995_kv-copy" in names
     with pytest.raises(SystemExit):
         parser.parse_args(["--criterion", "learned"])
     assert "invalid choice" in capsys.readouterr().err

@@ -64,6 +64,7 @@ def add_exit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv", default="project", choices=POLICIES, help="keys and values of exited tokens")
     parser.add_argument("--decay", type=float, help="CALM's share of the constant part of the decoder's threshold")
     parser.add_argument("--min-layers", type=int, default=1, help="layers that always run (default 1)")
+    parser.add_argument("--max-layers", type=int, help="decoder layers that run at most, whatever the scores")
     parser.add_argument("--blank", action="store_true", help="also at full depth with the images blanked")
     parser.add_argument("--timed", type=int, default=8, help="images behind measured times; 0: none (default 8)")
     parser.add_argument("--pairs-timed", type=int, default=15, help="paired runs of them (default 15)")
@@ -91,6 +92,7 @@ def plan(options: argparse.Namespace) -> list[Variant]:
             decay=options.decay,
             min_layers=options.min_layers,
             encoder_min_layers=options.min_layers,
+            max_layers=None if given.get("decoder") is None else options.max_layers,
         )
         found.append(Variant(_name(config), config))
     if options.blank:
