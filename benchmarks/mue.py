@@ -121,14 +121,14 @@ class Observed:
         found = torch.tensor(taken).quantile(torch.tensor(QUANTILES[part])).tolist()
         return sorted({max(min(round(value - 1e-5, 5), 1.0), 0.0) for value in (*found, 1.0001)})
 
-    def points(self, most: int) -> list[tuple[int, ...] | None]:
+    def points(self, most: int, lag: int) -> list[tuple[int, ...] | None]:
         """Sets of exit points below layer `most`, greedily those by which the fewest layers would run if every token
-        left at the first point at which it is settled; and every layer."""
+        left at the first point at which it is settled for `lag` layers; and every layer."""
         found: list[tuple[int, ...] | None] = [None]
         chosen: tuple[int, ...] = ()
         for size in range(1, min(max(POINTS), most - 1) + 1):
             others = [tuple(sorted((*chosen, point))) for point in range(1, most) if point not in chosen]
-            chosen = min(others, key=lambda points: sum(_ideal(layer, points, most) for layer in self.settled))
+            chosen = min(others, key=lambda points: sum(_ideal(layer + lag, points, most) for layer in self.settled))
             if size in POINTS:
                 found.append(chosen)
         return found
@@ -212,7 +212,10 @@ class Search:
         # no token needs to go beyond the first layer that is good enough for all of them, or half as much below that
         levels = (self.goal, (self.goal + self.full["quality"]) / 2)
         enough = {next((n for n, t in enumerate(self.fixed, 1) if t["quality"] >= level), None) for level in levels}
-        self.places = [(points, most) for most in enough for points in self.seen.points(most or depth)]
+        # the head knows an answer behind the layer that finds it; saturation and patience, which compare, one layer later
+        self.places = [
+            [(points, most) for most in enough for points in self.seen.points(most or depth, lag)] for lag in (0, 1)
+        ]
         print(f"{task}: settled {Counter(self.seen.settled)}; points and most layers {self.places}", flush=True)
 
     def tried(self, setting: Setting) -> Tried:
@@ -234,7 +237,7 @@ class Search:
         whole = front([self.tried(_setting("mue", {"image": image, "text": text})) for image, text in encoders])
         kept = [t for t in whole if t["quality"] >= self.goal] or whole[-1:]
         found = list(whole)
-        for tried, (points, most) in product(kept[:ENCODERS], self.places):
+        for tried, (points, most) in product(kept[:ENCODERS], self.places[1]):
             for threshold in self.seen.thresholds("saturation", points):
                 found.append(self.tried(_setting("mue", _encoder(tried), threshold, points, most)))
         return [self.timed(t) for t in front(found)]
@@ -242,7 +245,7 @@ class Search:
     def heads(self, way: str, mue: Tried) -> list[Tried]:
         """Settings of exits by the decoder's head, with the encoder whole or left as by MuE, timed."""
         settings = []
-        for encoder, (points, most) in product(({}, _encoder(mue)), self.places):
+        for encoder, (points, most) in product(({}, _encoder(mue)), self.places[way == "patience"]):
             if way == "entropy":
                 thresholds = self.seen.thresholds("entropy", points)
             else:
