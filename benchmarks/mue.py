@@ -212,7 +212,7 @@ class Search:
         # no token needs to go beyond the first layer that is good enough for all of them, or half as much below that
         levels = (self.goal, (self.goal + self.full["quality"]) / 2)
         enough = {next((n for n, t in enumerate(self.fixed, 1) if t["quality"] >= level), None) for level in levels}
-        # the head knows an answer behind the layer that finds it; saturation and patience, which compare, one layer later
+        # the head knows an answer behind the layer that finds it; saturation and patience, which compare, a layer later
         self.places = [
             [(points, most) for most in enough for points in self.seen.points(most or depth, lag)] for lag in (0, 1)
         ]
