@@ -1,6 +1,5 @@
 """What benchmarks/mue.py works with: pictures of a seed, ways of leaving early, their quality and what they cost."""
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch import Tensor
 from mmskip import EarlyExitConfig
 from mmskip.datasets.captions import CaptionCollate, CaptionData, PictureDataset
 from mmskip.datasets.scene_captions import SceneCaptionsConfig
+from mmskip.exits import Saturation
 from mmskip.methods.early_exit import exit_heads
 from mmskip.models.captioner import Captioner
 from mmskip.timing import Ratio, interleaved_ratio
@@ -25,9 +25,8 @@ from mmskip.train.metrics.captions import score_captions
 
 PARTS = {"image": "image", "text": "prompt", "decoder": "decoder"}
 """What leaves, and what the records of a sample call it."""
-OUT_OF_REACH = math.nextafter(1.0, 0.0)
-SCORED = EarlyExitConfig(image=OUT_OF_REACH, text=OUT_OF_REACH, decoder=OUT_OF_REACH)
-"""A score behind every layer, and none that lets anything leave (the range's end itself would need no score)."""
+SCORED = EarlyExitConfig(image=0.99, text=0.99, decoder=0.99)
+"""A score behind every layer; see `_never`."""
 ONE_LAYER = EarlyExitConfig(encoder_depth=1, depth=1)
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Call = Callable[[Captioner], Any]
@@ -237,12 +236,25 @@ def cost_of_other(
     }
 
 
+@contextmanager
+def _never() -> Iterator[None]:
+    """Saturation inside is computed and then too low for any threshold (one at its range's end would need no score)."""
+    single = Saturation.single
+    Saturation.single = lambda self, after, before: single(self, after, before) - 2  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Saturation.single = single  # type: ignore[method-assign]
+
+
 def where_time_goes(model: Captioner, task: str, batches: Sequence[Batch], pairs: int, clock: str) -> dict[str, float]:
     """Milliseconds of a sample at full depth, and in it: everything but layers, the layers, and what scores add to
     them that never let anything leave. Captions have 24 tokens."""
     calls = [call_of(task, batch, 24) for batch in batches]
     with torch.no_grad():
-        never, one = (compute(model, config, calls, pairs, CLOCKS[clock]) for config in (SCORED, ONE_LAYER))
+        one = compute(model, ONE_LAYER, calls, pairs, CLOCKS[clock])
+        with _never():
+            never = compute(model, SCORED, calls, pairs, CLOCKS[clock])
     tokens = 1 if task == "entailment" else 24
     encoder, decoder = len(model.view.encoder), len(model.view.decoder)
     whole, least = 2 * encoder + tokens * decoder, 2 + tokens

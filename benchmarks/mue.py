@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise, product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,20 +81,24 @@ Tried = dict[str, Any]
 
 
 def train(name: str, options: Sequence[str]) -> None:
-    """Train by the recipe, then on from these weights with answers that learn to stay (`settle`)."""
-    _fit(name, options)
-    settle(name, options)
+    """Train by the recipe (a run `<name>_base`), then on from its weights with answers that learn to stay. A first part
+    that is finished is not repeated; the options are for what is left."""
+    base = f"{name}_base"
+    if finished(base) is None:
+        _fit(name, base, options)
+        options = [option for option in options if not option.startswith("--ckpt_path")]
+    _fit(name, name, [*SETTLE, f"--start_from={finished(base)}", *options])
 
 
-def settle(name: str, options: Sequence[str]) -> None:
-    """The second part of training, from the newest run."""
-    _fit(name, [*SETTLE, f"--start_from={FOLDER / 'runs' / name}", *options])
+def finished(run: str) -> Path | None:
+    """The folder of the newest finished run of a name."""
+    return max((file.parent for file in (FOLDER / "runs" / run).glob("*/results.json")), default=None)
 
 
-def _fit(name: str, options: Sequence[str]) -> None:
+def _fit(name: str, run: str, options: Sequence[str]) -> None:
     """One run; the shallow model differs in its layers only."""
     layers = [f"--model.text.{key}={value}" for key, value in SHALLOW.items()] if name == "shallow" else []
-    root = [f"--data.root={FOLDER / 'data'}", f"--runs_dir={FOLDER / 'runs'}", f"--name={name}"]
+    root = [f"--data.root={FOLDER / 'data'}", f"--runs_dir={FOLDER / 'runs'}", f"--name={run}"]
     train_cli(["fit", "--config", "mue.yaml", *root, *layers, *options])
 
 
@@ -113,9 +118,10 @@ class Observed:
     scores: dict[str, list[list[float]]]
     settled: list[int]
 
-    def thresholds(self, part: str, points: Sequence[int] | None = None) -> list[float]:
-        """Thresholds that differ in what they let go behind some layers (None: all), and one that never fires."""
-        layers = self.scores[part]
+    def thresholds(self, part: str, points: Sequence[int] | None = None, most: int | None = None) -> list[float]:
+        """Thresholds that differ in what they let go behind some layers (None: all below `most`), and one that never
+        fires."""
+        layers = self.scores[part][: None if most is None else most - 1]
         taken = [value for number, values in enumerate(layers, 1) if points is None or number in points
                  for value in values]  # fmt: skip
         found = torch.tensor(taken).quantile(torch.tensor(QUANTILES[part])).tolist()
@@ -238,7 +244,7 @@ class Search:
         kept = [t for t in whole if t["quality"] >= self.goal] or whole[-1:]
         found = list(whole)
         for tried, (points, most) in product(kept[:ENCODERS], self.places[1]):
-            for threshold in self.seen.thresholds("saturation", points):
+            for threshold in self.seen.thresholds("saturation", points, most):
                 found.append(self.tried(_setting("mue", _encoder(tried), threshold, points, most)))
         return [self.timed(t) for t in front(found)]
 
@@ -247,7 +253,7 @@ class Search:
         settings = []
         for encoder, (points, most) in product(({}, _encoder(mue)), self.places[way == "patience"]):
             if way == "entropy":
-                thresholds = self.seen.thresholds("entropy", points)
+                thresholds = self.seen.thresholds("entropy", points, most)
             else:
                 count = len(points) if points else (most or len(self.model.view.decoder)) - 1
                 thresholds = [float(n) for n in range(1, min(count, 7))]
@@ -441,10 +447,10 @@ def main() -> None:
     if options.train:
         train(options.train, rest)
         return
-    trained = [name for name in ("full", "shallow") if list((FOLDER / "runs" / name).glob("*/results.json"))]
-    if "full" not in trained:
+    trained = {name: finished(name) for name in ("full", "shallow")}
+    if trained["full"] is None:
         raise SystemExit(f"no finished run in {FOLDER / 'runs' / 'full'}: first python benchmarks/mue.py --train full")
-    runs = {name: find_run(FOLDER / "runs" / name) for name in trained}
+    runs = {name: find_run(folder) for name, folder in trained.items() if folder is not None}
     models = {name: load_captioner(run) for name, run in runs.items()}
     data: CaptionData = load_data(runs["full"])
     data.prepare_data()

@@ -133,8 +133,8 @@ def _subclass(mixin: type, base: type) -> type:
 
 
 def _with_signature(forward: Any, original: Any) -> Any:
-    """A copy of a mixin's `forward` that tells the original's signature: a copy, since one more call per block costs
-    more than many a mixin does."""
+    """A copy of a mixin's `forward`, a plain function, that tells the original's signature: a copy, since one more call
+    per block costs more than many a mixin does."""
     copied = types.FunctionType(
         forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
     )

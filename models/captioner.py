@@ -262,16 +262,15 @@ class Captioner(StepLossModule):
 
     # --- decoder ------------------------------------------------------------------------------------------------
 
-    def layer_logits(
-        self, states: Tensor, mask: Tensor, labels: Tensor, wanted: list[int], depth: Tensor | None = None
-    ) -> tuple[list[Tensor], Any]:
+    def layer_logits(self, states: Tensor, mask: Tensor, labels: Tensor, wanted: list[int]) -> tuple[list[Tensor], Any]:
         """Logits [P, V] at the labelled positions, of the decoder layers whose number (from 1) is wanted, and the
-        labels [P]. Tokens leave behind layer `depth` [R, L]; None: behind the last one."""
-        found, head = self._layer_states(states, mask, labels, depth), self.view.head()
+        labels [P]."""
+        found, head = self._layer_states(states, mask, labels), self.view.head()
         return [head(found[number - 1]) for number in wanted], labels[labels != IGNORE]
 
-    def _layer_states(self, states: Tensor, mask: Tensor, labels: Tensor, depth: Tensor | None) -> list[Tensor]:
-        """States [P, D] at the labelled positions, behind each decoder layer."""
+    def _layer_states(self, states: Tensor, mask: Tensor, labels: Tensor, depth: Tensor | None = None) -> list[Tensor]:
+        """States [P, D] at the labelled positions, behind each decoder layer; tokens leave behind layer `depth` [R, L],
+        None: behind the last one."""
         at, blocks = labels != IGNORE, self.view.decoder
         left = nullcontext() if depth is None else left_behind(blocks, depth)
         with left, captured(blocks) as found:

@@ -233,8 +233,8 @@ def captured(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 def drawn(share: float, shape: Sequence[int], layers: int, device: torch.device) -> Tensor | None:
-    """Layers that count for each state, a random number from 1 for a share of them and all for the others; None: all
-    for all of them."""
+    """Layers that count for each state, of shape `shape`: a random number from 1 for a share of them, all for the
+    others; None: all for all of them."""
     if not share:
         return None
     some = torch.randint(1, layers + 1, tuple(shape))

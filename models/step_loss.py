@@ -1,7 +1,8 @@
 """What the LightningModules of this project share: a loss normalised over whole optimizer steps, and checkpoints
 without the frozen weights that a named model has anyway."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,11 +103,28 @@ class StepLossModule(LightningModule):
         """Refuse the checkpoint of another model, and put back the frozen weights left out on saving.
 
         Raises:
-            ValueError: the checkpoint was written with another value of a hyper-parameter in `same_model`.
+            ValueError: as `check_same`.
         """
-        saved = checkpoint["hyper_parameters"]
+        self.check_same(checkpoint["hyper_parameters"])
+        current = self.state_dict()
+        checkpoint["state_dict"].update({name: current[name] for name in self._frozen()})
+
+    def check_same(self, saved: Mapping[str, Any]) -> None:
+        """Compare the hyper-parameters of a checkpoint with the model's. A setting that it is too old to have had its
+        default there.
+
+        Raises:
+            ValueError: another value of a hyper-parameter in `same_model`, or another class of model.
+        """
+        if self.source not in saved:
+            raise ValueError(
+                f"the checkpoint is of no {type(self).__name__}: it has no setting {self.source!r} but "
+                f"{', '.join(sorted(saved))}"
+            )
+        defaults = inspect.signature(type(self).__init__).parameters
         for key in self.same_model:
-            theirs, own = saved[key], self.hparams[key]
+            own = self.hparams[key]
+            theirs = saved[key] if key in saved else defaults[key].default or own
             # a named model may lie in another folder now, and what is open is taken from a data module later
             named = key == self.source and isinstance(theirs, str) and isinstance(own, str)
             open_ = key in self.open_until_built and (theirs is None or own is None)
@@ -115,8 +133,6 @@ class StepLossModule(LightningModule):
                     f"the checkpoint was trained with {key}={theirs!r}, this model has {key}={own!r}; use the "
                     "config.yaml of the checkpoint's run, and the data it was trained on"
                 )
-        current = self.state_dict()
-        checkpoint["state_dict"].update({name: current[name] for name in self._frozen()})
 
     def _frozen(self) -> Sequence[str]:
         if not isinstance(self.hparams[self.source], str):

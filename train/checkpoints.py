@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mmskip.datasets.resumable import ResumableLoader
 from mmskip.files import whole
+from mmskip.models.step_loss import StepLossModule
 
 
 class WholeFileIO(TorchCheckpointIO):
@@ -51,20 +52,31 @@ class Resume(Callback):
 
 
 class StartFrom(Callback):
-    """Begins training with the weights of another run's checkpoint; optimizer, schedule and steps are new. A run that
-    is resumed has begun already.
+    """Begins training with the weights of another run's checkpoint; optimizer, schedule and steps are new.
 
     Args:
         path: of the checkpoint.
+
+    Raises:
+        ValueError: it is no checkpoint of a run.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._checkpoint = path, read_checkpoint(path)
+
+    def check(self, model: LightningModule) -> None:
+        """Refuse another model's checkpoint, before anything is written.
+
+        Raises:
+            ValueError: it is of one.
+        """
+        if isinstance(model, StepLossModule):
+            model.check_same(self._checkpoint["hyper_parameters"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Load them, before the optimizer is made."""
-        if trainer.ckpt_path is None:
-            load_weights(pl_module, read_checkpoint(self.path), self.path)
+        """Load the weights, in place."""
+        load_weights(pl_module, self._checkpoint, self.path)
+        self._checkpoint = {}
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -121,6 +133,6 @@ def last_checkpoint(runs: Path) -> Path:
     if not found:
         raise ValueError(
             f"there is no checkpoint {runs}/*/checkpoints/last.ckpt; train first, or name another run or a file "
-            "(train.py: --name, --ckpt_path; stream.py and evaluate.py: --checkpoint)"
+            "(train.py: --name, --ckpt_path, --start_from; stream.py and evaluate.py: --checkpoint)"
         )
     return found[-1]

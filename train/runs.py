@@ -29,7 +29,6 @@ from mmskip.train.checkpoints import (
     WholeFileIO,
     find_checkpoint,
     last_checkpoint,
-    read_checkpoint,
 )
 
 # Ranks started by Lightning inherit the environment of rank 0, and with it the folder.
@@ -70,7 +69,7 @@ class RunCLI(LightningCLI):
 
     def __init__(self, arguments: Sequence[str], default_name: str) -> None:
         self.default_name = default_name
-        self.start_from: Path | None = None
+        self.start: StartFrom | None = None
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -139,13 +138,17 @@ class RunCLI(LightningCLI):
             raise ValueError(f"ckpt_path={config.ckpt_path!r} is no file; give a checkpoint, or 'last'")
         if config.ckpt_path is not None:
             print(f"checkpoint: {config.ckpt_path}")
-        if config.start_from is not None:
-            if self.subcommand != "fit":
-                raise ValueError(f"start_from is of training only; give {self.subcommand} --ckpt_path instead")
-            self.start_from = find_checkpoint(config.start_from)
-            read_checkpoint(self.start_from)
+        # the config of a run serves its other subcommands too, and a resumed run has begun already
+        if config.start_from is not None and self.subcommand == "fit" and config.ckpt_path is None:
+            config.start_from = str(find_checkpoint(config.start_from).resolve())
+            self.start = StartFrom(Path(config.start_from))
         stamp = time.strftime("%Y%m%d-%H%M%S") + ("" if self.subcommand == "fit" else f"-{self.subcommand}")
         self.folder = Path(os.environ.setdefault(RUN_FOLDER, str(_unused(runs / stamp))))
+
+    def before_fit(self) -> None:
+        """Compare the model with the checkpoint that it is to start from."""
+        if self.start is not None:
+            self.start.check(self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that logs and saves into the folder of the run, unless the config says where."""
@@ -161,8 +164,8 @@ class RunCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, WholeFileIO()]
         callbacks = [*(given.callbacks or []), Resume()]
-        if self.start_from is not None:
-            callbacks = [*callbacks, StartFrom(self.start_from)]
+        if self.start is not None:
+            callbacks = [*callbacks, self.start]
         if given.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks = [*callbacks, TQDMProgressBar()]
         return super().instantiate_trainer(plugins=plugins, callbacks=callbacks, **kwargs)

@@ -84,15 +84,15 @@ def load_captioner(run: TrainedRun, device: str | torch.device = "cpu") -> Capti
 def _load(run: TrainedRun, kind: type[Model], changed: dict[str, Any]) -> Model:
     checkpoint = read_checkpoint(run.checkpoint)
     settings = checkpoint["hyper_parameters"]
-    known = set(inspect.signature(kind.__init__).parameters) - {"self"}
+    known = inspect.signature(kind.__init__).parameters
     named = (run.config.get("model") or {}).get("class_path", "")
-    # without a config the settings tell the class; those a checkpoint lacks are younger than it and have defaults
-    if named.rpartition(".")[2] != kind.__name__ if named else not set(settings) <= known:
+    needed = {name for name, given in known.items() if name != "self" and given.default is given.empty}
+    if not needed <= set(settings) or (named and named.rpartition(".")[2] != kind.__name__):
         raise ValueError(
             f"{run.checkpoint} holds no {_KINDS[kind]} but {named or 'a model with ' + ', '.join(sorted(settings))}; "
             f"give the checkpoint of a run with model {kind.__module__}.{kind.__name__}"
         )
-    model = kind(**{name: settings[name] for name in known & set(settings)} | changed)
+    model = kind(**{name: settings[name] for name in known if name in settings} | changed)
     load_weights(model, checkpoint, run.checkpoint)
     return model
 

@@ -15,7 +15,6 @@ Shape suffixes: B batch, N rows that run, H heads, T tokens of the call, S store
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -198,6 +197,8 @@ class BlockState:
 
     Attributes:
         cache_name, x_name: the block's arguments that take the cache and the states.
+        is_point: whether states may exit behind this block.
+        projects: whether exited tokens get the block's own keys and values.
     """
 
     index: int
@@ -205,16 +206,12 @@ class BlockState:
     run: Run
     cache_name: str = CACHE_NAME
     x_name: str = "hidden_states"
+    is_point: bool = field(init=False)
+    projects: bool = field(init=False)
 
-    @cached_property
-    def is_point(self) -> bool:
-        """Whether states may exit behind this block."""
-        return may_leave(self.rule, self.index + 1)
-
-    @cached_property
-    def projects(self) -> bool:
-        """Whether exited tokens get the block's own keys and values."""
-        return self.rule.policy == "project"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_point", may_leave(self.rule, self.index + 1))
+        object.__setattr__(self, "projects", self.rule.policy == "project")
 
     @property
     def told(self) -> dict[str, Run]:

@@ -50,7 +50,8 @@ class EarlyExitConfig(MethodConfig):
 
     Attributes:
         decoder: threshold of a token's score, in the range of `criterion` (see `mmskip.exits`); the range's upper end
-            never fires; None: the decoder is left as it is. With `depth` leave it out: its default gives way to that.
+            never fires (unless it decays); None: the decoder is left as it is. With `depth` leave it out: its default
+            gives way to that.
         encoder: the same for a sample in the encoder.
         image, text: the same for its image tokens and its text tokens, which then run the encoder apart, with the same
             weights (MuE); both or none, instead of `encoder`. A model that puts image features among its tokens says
@@ -58,7 +59,7 @@ class EarlyExitConfig(MethodConfig):
         depth, encoder_depth: instead of a threshold: every state leaves behind so many layers, >= 1. Nothing is decided
             while the model runs, which then compiles as a whole.
         once: whether a sample's first decoder token decides, behind the first point, for all of its tokens: they leave
-            there, or run every layer. Of encoder-decoders, as `decay`: those of a decoder alone begin with the prompt.
+            there, or run on. Of encoder-decoders, as `decay`: those of a decoder alone begin with the prompt.
         criterion: of the decoder: `saturation`, `state_norm`, `confidence`, `margin`, `entropy`, `patience` or
             `learned`: new weights behind each exit point, see `exit_heads`.
         encoder_criterion: of the encoder: `saturation`, `state_norm` or `learned`.
@@ -157,6 +158,9 @@ class EarlyExitConfig(MethodConfig):
                 raise ValueError(
                     f"{part}max_layers is {most!r}; expected an integer >= {part}min_layers ({least}), or None."
                 )
+            if getattr(self, f"{part}depth") is not None:
+                depth = getattr(self, f"{part}depth")
+                raise ValueError(f"{part}max_layers is {most} and {part}depth {depth}; choose one of them.")
             if all(getattr(self, name) is None for name in thresholds):
                 raise ValueError(
                     f"{part}max_layers is {most}, and nothing is decided below it: give a threshold, or use "
@@ -311,8 +315,9 @@ def _points(config: EarlyExitConfig, part: str, depth: int) -> tuple[int, ...]:
     if most is not None and most >= depth:
         raise ValueError(f"{part}max_layers is {most}, and there are {depth} layers; expected a number below that.")
     found = tuple(p for p in (range(1, depth) if given is None else given) if least <= p < (most or depth))
-    if not found and most is None:
-        raise ValueError(f"{part}points {given or 'None'} with at least {least} of {depth} layers leaves no exit.")
+    if not found and (most is None or given is not None):
+        limits = f"at least {least}" + ("" if most is None else f" and at most {most}")
+        raise ValueError(f"{part}points {given or 'None'} with {limits} of {depth} layers leaves no exit.")
     return found
 
 

@@ -78,14 +78,22 @@ def test_training_starts_from_the_weights_of_another_run(config, capsys):
     one, two = weights(first, "last.ckpt"), weights(second, "last.ckpt")
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
     assert torch.load(second / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 1
+    saved = yaml.safe_load((second / "config.yaml").read_text())
+    assert saved["start_from"] == str((first / "checkpoints" / "last.ckpt").resolve())
+    main(["validate", "--config", str(second / "config.yaml")])  # which starts from nothing
+    other = torch.load(first / "checkpoints" / "last.ckpt", weights_only=True)
+    other["hyper_parameters"] = {"width": 3}
+    torch.save(other, config.parent / "other.ckpt")
     for wrong, told in (
         (["--start_from=nowhere"], "nowhere: no such checkpoint"),
         ([f"--start_from={config}"], "not a checkpoint of a training run"),
-        ([f"--start_from={first}", "--model.grid=2"], "grid"),
+        ([f"--start_from={first}", "--model.grid=2"], "was trained with grid="),
+        ([f"--start_from={config.parent / 'other.ckpt'}"], "is of no Captioner: it has no setting 'text' but width"),
     ):
         with pytest.raises(SystemExit):
             fit(config, "third", *wrong, *options)
         assert told in capsys.readouterr().err
+    assert not (first.parents[1] / "third").exists()
 
 
 def test_micro_batches_give_the_step_of_the_whole_batch(config):

@@ -121,6 +121,7 @@ def test_files_of_ones_own_are_evaluated(run, tmp_path, capsys):
         ("snli_ve", ["--decoder", "0.9", "--min-layers", "3"], "leaves no exit"),
         ("snli_ve", ["--split", "dev"], "no pairs for split 'dev'"),
         ("snli_ve", ["--pairs-timed", "1"], "--pairs-timed 1"),
+        ("coco", ["--encoder", "0.9", "--max-layers", "2"], "--max-layers is 2, which needs thresholds of the decoder"),
     ],
 )
 def test_bad_arguments_are_one_line(run, tmp_path, capsys, command, options, told):

@@ -78,6 +78,8 @@ def plan(options: argparse.Namespace) -> list[Variant]:
     """
     if options.timed < 0 or options.pairs_timed < 2:
         raise ValueError(f"--timed is {options.timed} and --pairs-timed {options.pairs_timed}; expected >= 0 and >= 2")
+    if options.max_layers is not None and not options.decoder:
+        raise ValueError(f"--max-layers is {options.max_layers}, which needs thresholds of the decoder: give --decoder")
     found = [Variant(FULL)]
     names = ("image", "text", "encoder", "decoder")
     for values in product(*(getattr(options, name) or [None] for name in names)):
@@ -92,7 +94,7 @@ def plan(options: argparse.Namespace) -> list[Variant]:
             decay=options.decay,
             min_layers=options.min_layers,
             encoder_min_layers=options.min_layers,
-            max_layers=None if given.get("decoder") is None else options.max_layers,
+            max_layers=options.max_layers,
         )
         found.append(Variant(_name(config), config))
     if options.blank:

@@ -109,6 +109,7 @@ def test_a_threshold_out_of_reach_asks_for_no_score(monkeypatch: pytest.MonkeyPa
         ({"decoder": float("inf"), "criterion": "patience"}, set()),
         (decays, {TokenScores}),
         ({"decoder": 1.0, "encoder": 0.9999}, {SampleScores}),
+        ({"decoder": 1.0, "criterion": "learned"}, {TokenScores}),  # heads that are still to be fitted
     ):
         mmskip.apply_(model, EarlyExitConfig(**settings))
         generate(model, tiny.inputs("bart"), max_new_tokens=3)
@@ -346,6 +347,12 @@ def test_most_layers_end_what_no_score_does(name: str, kv: str) -> None:
     threshold = mixing_threshold(name, "decoder")
     free, capped = found(decoder=threshold)[1], found(decoder=threshold, max_layers=2)[1]
     assert torch.equal(capped, free.clamp(max=2))
+    always, never = (found(decoder=threshold, max_layers=3, compact=compact)[0] for compact in ("always", "never"))
+    torch.testing.assert_close(always, never, atol=2e-5, rtol=1e-5)
+    if name.startswith("vit") or kv == "hole":  # a sample decides at once, whatever the policy
+        return
+    once = found(decoder=threshold, max_layers=3, points=(1,), once=True)[1]
+    assert set(once.unique().tolist()) <= {1, 3}
 
 
 def test_training_runs_all_layers_and_copies_are_independent() -> None:
@@ -377,7 +384,7 @@ def test_training_runs_all_layers_and_copies_are_independent() -> None:
         ({"points": ()}, "points is"),
         ({"max_layers": 1, "min_layers": 2}, "max_layers is 1; expected an integer >= min_layers"),
         ({"encoder_max_layers": 2}, "encoder_max_layers is 2, and nothing is decided below it"),
-        ({"depth": 3, "max_layers": 2}, "use depth=2 instead"),
+        ({"depth": 3, "max_layers": 2}, "max_layers is 2 and depth 3; choose one"),
         ({"decay": 1.5}, "decay is 1.5"),
         ({"decay": 0.5, "criterion": "patience"}, "thresholds in"),
         ({"decay_steps": 0}, "decay_steps is 0"),
@@ -405,6 +412,7 @@ def test_what_a_model_cannot_do_is_refused_and_leaves_it_as_it_was(tmp_path: Pat
         ({"points": (9,)}, "points has 9, and there are 4 layers"),
         ({"min_layers": 4}, "leaves no exit"),
         ({"max_layers": 4}, "max_layers is 4, and there are 4 layers"),
+        ({"max_layers": 2, "points": (3,)}, r"points \(3,\) with at least 1 and at most 2 of 4 layers leaves no exit"),
     ):
         with pytest.raises(ValueError, match=told):
             mmskip.apply_(model, EarlyExitConfig(**settings))  # type: ignore[arg-type]

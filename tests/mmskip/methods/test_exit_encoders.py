@@ -127,8 +127,14 @@ def test_samples_leave_encoders_as_alone(name: str) -> None:
     for blocks in match(shallow)[0].stacks.values():  # type: ignore[union-attr]
         stack = next(m for m in shallow.modules() if list(m.children()) == list(blocks))
         del stack[3:]  # type: ignore[attr-defined]
-    mmskip.apply_(model, EarlyExitConfig(decoder=None, encoder_depth=3))
-    torch.testing.assert_close(call(model), call(shallow))
+    capped = {"image": 1.0, "text": 1.0} if name in TOWERS else {"encoder": 1.0}
+    for config in (
+        EarlyExitConfig(decoder=None, encoder_depth=3),
+        EarlyExitConfig(decoder=None, encoder_max_layers=3, **capped),
+    ):
+        mmskip.apply_(model, config)
+        torch.testing.assert_close(call(model), call(shallow))
+        mmskip.remove_(model)
 
 
 def test_the_image_encoder_of_blip_is_left_and_its_decoder_is_not() -> None:

@@ -132,25 +132,37 @@ def test_a_depth_is_a_model_of_fewer_layers(name: str) -> None:
     assert torch.equal(model.generate(**inputs), model.generate(**inputs, use_cache=False))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"encoder_depth": 3, "depth": 2},
+        {"encoder_depth": 3, "depth": 2, "kv": "copy"},
+        {"encoder": 1.0, "decoder": 1.0},
+        {"encoder": 1.0, "encoder_max_layers": 3, "decoder": 1.0, "max_layers": 2},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["bart", "t5", "vit_trocr"])
-def test_a_depth_compiles_as_a_whole(name: str) -> None:
-    model, inputs = tiny.build(name), tiny.inputs(name)
-    mmskip.apply_(model, EarlyExitConfig(encoder_depth=3, depth=2))
-    outputs = BaseModelOutput(model.get_encoder()(**inputs)[0])
+def test_what_decides_nothing_compiles_as_a_whole(name: str, settings: dict[str, Any]) -> None:
+    eager, model, inputs = tiny.build(name), tiny.build(name), tiny.inputs(name)
+    for one in (eager, model):
+        mmskip.apply_(one, EarlyExitConfig(**settings))
 
-    def run(states: Tensor, tokens: Tensor) -> Tensor:
-        logits: Tensor = model(
-            encoder_outputs=BaseModelOutput(states), decoder_input_ids=tokens, use_cache=False
-        ).logits
-        return logits
+    def run(model: Any) -> Any:
+        def call(states: Tensor, tokens: Tensor) -> Tensor:
+            outputs = BaseModelOutput(states)
+            logits: Tensor = model(encoder_outputs=outputs, decoder_input_ids=tokens, use_cache=False).logits
+            return logits
 
-    encoder = model.get_encoder()
+        return call
+
     with torch.no_grad():
         torch._dynamo.reset()
-        compiled = torch.compile(encoder, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(**inputs)[0], outputs[0])
-        expected = run(outputs[0], TOKENS)
-        torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="eager")(outputs[0], TOKENS), expected)
+        # nothing ran before, so that nothing is remembered from an eager call
+        states = torch.compile(model.get_encoder(), fullgraph=True, backend="eager")(**inputs)[0]
+        torch.testing.assert_close(states, eager.get_encoder()(**inputs)[0])
+        found = torch.compile(run(model), fullgraph=True, backend="eager")(states, TOKENS)
+        torch.testing.assert_close(found, run(eager)(states, TOKENS))
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", "vit_gpt2"])
