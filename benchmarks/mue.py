@@ -10,6 +10,7 @@ paired and interleaved with full depth in one process.
     python benchmarks/mue.py --train full       # and --train shallow; kept under runs/mue_bench
     python benchmarks/mue.py --choose           # thresholds on the validation pictures of the search seed
     python benchmarks/mue.py --score            # quality on test pictures (without: only where no scores are kept)
+    python benchmarks/mue.py --separate         # how well scores tell settled answers, before and behind `settle`
     python benchmarks/mue.py                    # times; draws docs/mue_*.png
 
 Ways of exiting: `mue` (saturation in encoder and decoder), `entropy` and `patience` (in the decoder, with the encoder
@@ -20,10 +21,8 @@ whose heads draw lots such that as many states leave behind each layer as under 
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import pairwise, product
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +42,13 @@ from _mue import (
     records,
     where_time_goes,
 )
-from torch import Tensor, nn
+from _mue_observed import observed
 
 from mmskip import EarlyExitConfig, viz
 from mmskip.datasets.captions import CaptionData
-from mmskip.datasets.chat_labels import IGNORE
-from mmskip.exits import SampleScores, TokenScores
 from mmskip.files import write_json
 from mmskip.models.captioner import Captioner
 from mmskip.train.cli import main as train_cli
-from mmskip.train.evaluation.captioners import Batch, encoded
 from mmskip.train.evaluation.exits import depths
 from mmskip.train.trained import find_run, load_captioner, load_data
 
@@ -64,19 +60,8 @@ MARGIN = 0.5
 SHALLOW = {"encoder_layers": 2, "decoder_layers": 5}
 SETTLE = ("--model.settle_weight=0.3", "--model.lr=2e-3", "--trainer.max_epochs=3")
 SEARCH_SEED, SEEDS = 100, (1, 2)
-QUANTILES = {
-    "image": (0.0, 0.3),
-    "text": (0.0, 0.3),
-    "saturation": (0.02, 0.1, 0.2, 0.35, 0.5, 0.7),
-    "entropy": (0.02, 0.1, 0.2, 0.35, 0.5, 0.7),
-}
 ENCODERS = 2
 """Settings of the encoder that are tried with every threshold of the decoder."""
-POINTS = (1, 2, 3)
-"""How many layers of the decoder an exit is possible behind, where it is not every one: each costs a score."""
-SCORE = 0.15
-"""What a score is taken to cost when points are chosen, in layers."""
-
 Models = dict[str, Captioner]
 Tried = dict[str, Any]
 """A setting with its quality, the layers that ran per sample and, where it was measured, its cost."""
@@ -105,92 +90,6 @@ def _fit(name: str, run: str, options: Sequence[str]) -> None:
 
 
 # --- choosing thresholds --------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Observed:
-    """What full depth shows of the validation texts.
-
-    Attributes:
-        scores: `image`, `text`: saturations in the encoder; `saturation`, `entropy`: of the answers' tokens behind each
-            decoder layer but the last.
-        settled: of each of these tokens the first decoder layer from which on the head says what it says in the end.
-    """
-
-    scores: dict[str, list[list[float]]]
-    settled: list[int]
-
-    def thresholds(self, part: str, points: Sequence[int] | None = None, most: int | None = None) -> list[float]:
-        """Thresholds that differ in what they let go behind some layers (None: all below `most`), and one that never
-        fires."""
-        layers = self.scores[part][: None if most is None else most - 1]
-        taken = [value for number, values in enumerate(layers, 1) if points is None or number in points
-                 for value in values]  # fmt: skip
-        found = torch.tensor(taken).quantile(torch.tensor(QUANTILES[part])).tolist()
-        return sorted({max(min(round(value - 1e-5, 5), 1.0), 0.0) for value in (*found, 1.0001)})
-
-    def points(self, most: int, lag: int) -> list[tuple[int, ...] | None]:
-        """Sets of exit points below layer `most`, greedily those by which the fewest layers would run if every token
-        left at the first point at which it is settled for `lag` layers; and every layer."""
-        found: list[tuple[int, ...] | None] = [None]
-        chosen: tuple[int, ...] = ()
-        for size in range(1, min(max(POINTS), most - 1) + 1):
-            others = [tuple(sorted((*chosen, point))) for point in range(1, most) if point not in chosen]
-            chosen = min(others, key=lambda points: sum(_ideal(layer + lag, points, most) for layer in self.settled))
-            if size in POINTS:
-                found.append(chosen)
-        return found
-
-
-def _ideal(settled: int, points: Sequence[int], most: int) -> float:
-    """Layers, scores among them, of a token that leaves at the first point at which it is settled."""
-    passed = [point for point in points if point < settled]
-    left = next((point for point in points if point >= settled), most)
-    return left + SCORE * min(len(passed) + 1, len(points))
-
-
-@contextmanager
-def _states(blocks: Sequence[nn.Module]) -> Iterator[list[list[Tensor]]]:
-    """Of every run of the blocks inside, the states before the first one and behind each."""
-    runs: list[list[Tensor]] = []
-    keep = blocks[0].register_forward_pre_hook(lambda _, given: runs.append([given[0]]))
-    others = [block.register_forward_hook(lambda _, given, output: runs[-1].append(output)) for block in blocks]
-    try:
-        yield runs
-    finally:
-        for handle in (keep, *others):
-            handle.remove()
-
-
-@torch.no_grad()
-def observed(model: Captioner, batches: Sequence[Batch], task: str) -> Observed:
-    """See `Observed`."""
-    encoder, decoder = len(model.view.encoder), len(model.view.decoder)
-    found: dict[str, list[list[float]]] = {part: [[] for _ in range(encoder - 1)] for part in ("image", "text")}
-    found |= {criterion: [[] for _ in range(decoder - 1)] for criterion in ("saturation", "entropy")}
-    settled: list[int] = []
-    for batch in batches:
-        texts = batch[task]
-        with _states(model.view.encoder) as runs:
-            inside = encoded(model, batch, texts)
-        for name, states, real in zip(("image", "text"), runs, (None, texts.prompt_mask.bool()), strict=True):
-            sample = SampleScores("saturation", real)
-            for layer, (before, after) in zip(found[name], pairwise(states), strict=False):
-                layer += sample(after, before).tolist()
-        with _states(model.view.decoder) as runs:
-            logits, _ = model.layer_logits(*inside, texts.labels, list(range(1, decoder + 1)))
-        at = texts.labels != IGNORE
-        first = torch.zeros_like(at)
-        first[:, 0] = True
-        asked = (at & first)[at] if task == "entailment" else at[at]  # of a verdict the word, not its end
-        for criterion in ("saturation", "entropy"):
-            token = TokenScores(criterion, model.view.head())
-            for layer, (before, after) in zip(found[criterion], pairwise(runs[0]), strict=False):
-                layer += token(after, before)[at][asked].tolist()
-        said = torch.stack([of.argmax(-1)[asked] for of in logits])
-        differs = (said != said[-1]).long() * torch.arange(1, decoder + 1)[:, None]
-        settled += (differs.amax(0) + 1).tolist()
-    return Observed(found, settled)
 
 
 class Search:
@@ -357,6 +256,20 @@ def scored(models: Models, chosen: dict[str, Any], sets: Sequence[Pictures], tok
     return found
 
 
+def separation(pictures: Pictures) -> dict[str, Any]:
+    """By task, criterion and part of training, see `Observed.separation`."""
+    found: dict[str, Any] = {task: {"saturation": {}, "entropy": {}} for task in TASKS}
+    for run in ("full_base", "full"):
+        model = load_captioner(find_run(finished(run) or FOLDER / "runs" / run))
+        for task in TASKS:
+            seen = observed(model, pictures.batches(task, 50), task)
+            for criterion, by_run in found[task].items():
+                by_run[run] = seen.separation(criterion)
+                told = " ".join("   -" if one is None else f"{one:.2f}" for one in by_run[run])
+                print(f"{task:<11} {run:<10} {criterion:<11} {told}", flush=True)
+    return found
+
+
 def timed(models: Models, chosen: dict[str, Any], pictures: Pictures, options: argparse.Namespace) -> dict[str, Any]:
     """Cost of every setting against full depth, of single samples and of batches, and where full depth's time goes."""
     model, found = models["full"], dict[str, Any]()
@@ -394,7 +307,14 @@ def draw(scores: dict[str, Any], times: dict[str, Any], folder: Any) -> None:
         viz.save_png(figure, folder / f"mue_{task}.png")
 
 
-def report(model: Captioner, chosen: dict[str, Any], scores: dict[str, Any], times: dict[str, Any], clock: str) -> None:
+def report(
+    model: Captioner,
+    chosen: dict[str, Any],
+    scores: dict[str, Any],
+    times: dict[str, Any],
+    separated: dict[str, Any],
+    clock: str,
+) -> None:
     """Print the table and the JSON line."""
     for task, (metric, share) in TASKS.items():
         where = {name: round(value, 2) for name, value in times[task]["where"].items()}
@@ -416,6 +336,7 @@ def report(model: Captioner, chosen: dict[str, Any], scores: dict[str, Any], tim
             "clock": clock,
             "shape": f"{len(view.encoder)}+{len(view.decoder)} layers, width {model.llm.config.d_model}",
             "shallow": SHALLOW,
+            "separation": separated,
             "tasks": {
                 task: {
                     "chosen": {way: one for way, one in chosen[task].items() if way != "tried"},
@@ -434,6 +355,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--train", choices=("full", "shallow"), help="train one of the models, and end")
     parser.add_argument("--choose", action="store_true", help="choose thresholds, and end")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="whose thresholds are chosen")
+    parser.add_argument("--separate", action="store_true", help="how well scores tell settled answers, and end")
     parser.add_argument("--score", action="store_true", help="quality on test pictures, and end (no timing)")
     parser.add_argument("--count", type=int, default=200, help="pictures per set (default 200)")
     parser.add_argument("--timed", type=int, default=20, help="single samples that are timed (default 20)")
@@ -457,7 +379,7 @@ def main() -> None:
     models = {name: load_captioner(run) for name, run in runs.items()}
     data: CaptionData = load_data(runs["full"])
     data.prepare_data()
-    file, scores_file = FOLDER / "chosen.json", FOLDER / "scores.json"
+    file, scores_file, separation_file = (FOLDER / f"{name}.json" for name in ("chosen", "scores", "separation"))
     if options.clock == "cpu":
         torch.set_num_threads(1)
     if options.choose:
@@ -467,6 +389,10 @@ def main() -> None:
             print(task, {w: (o["quality"], o.get("measured")) for w, o in found.items() if w != "tried"})
             chosen = json.loads(file.read_text()) if file.is_file() else {}  # the other task may run beside this one
             write_json({**chosen, task: found}, file)
+        return
+    if options.separate:
+        pictures = Pictures(data, FOLDER / "data", "val", SEARCH_SEED, options.count)
+        write_json(separation(pictures), separation_file)
         return
     chosen = json.loads(file.read_text()) if file.is_file() else {}
     if missing := set(TASKS) - set(chosen):
@@ -479,7 +405,8 @@ def main() -> None:
     scores = json.loads(scores_file.read_text())
     times = timed(models, chosen, sets[0], options)
     draw(scores, times, ROOT / "docs")
-    report(models["full"], chosen, scores, times, options.clock)
+    separated = json.loads(separation_file.read_text()) if separation_file.is_file() else {}
+    report(models["full"], chosen, scores, times, separated, options.clock)
 
 
 if __name__ == "__main__":

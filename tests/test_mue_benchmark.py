@@ -16,13 +16,14 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_the_benchmark_runs_through(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import _measure
+    import _mue_observed
     import mue
 
     for module, name, value in ((mue, "FOLDER", tmp_path), (mue, "ROOT", tmp_path), (_measure, "RESULTS", tmp_path)):
         monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(mue, "QUANTILES", dict.fromkeys(mue.QUANTILES, (0.5,)))
+    monkeypatch.setattr(_mue_observed, "QUANTILES", dict.fromkeys(_mue_observed.QUANTILES, (0.5,)))
     monkeypatch.setattr(mue, "ENCODERS", 1)
-    monkeypatch.setattr(mue, "POINTS", (1,))
+    monkeypatch.setattr(_mue_observed, "POINTS", (1,))
     tiny = [f"--model.text={json.dumps(TEXTS['mbart'] | {'d_model': 64})}", "--trainer.fast_dev_run=false"]
     small = ["--data.generated.train=16", "--data.generated.val=2", "--data.generated.test=2", "--trainer.max_epochs=1"]
 
@@ -41,9 +42,11 @@ def test_the_benchmark_runs_through(tmp_path, monkeypatch, capsys):
         for way in ("entropy", "patience"):  # in no more time than MuE, or the fastest there is
             others = [one["measured"] for one in found["tried"] if one["way"] == way and "measured" in one]
             assert found[way]["measured"] <= found["mue"]["measured"] or found[way]["measured"] == min(others)
+    run("--separate", "--count", "6")
     run("--count", "33", "--timed", "4", "--pairs", "2", "--clock", "cpu")
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line == json.loads((tmp_path / "mue.json").read_text())
+    assert set(line["separation"]["caption"]["entropy"]) == {"full_base", "full"}
     for task in ("entailment", "caption"):
         told = line["tasks"][task]
         assert {"full", "mue", "entropy", "patience", "random", "blanked", "shallow"} <= set(told["scores"])
