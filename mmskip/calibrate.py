@@ -165,7 +165,9 @@ def _check(epsilon: float, delta: float | None, method: str, bound: float) -> No
 
 def _count(losses: Sequence[Sequence[float]], bound: float) -> int:
     if not losses or not losses[0]:
-        raise ValueError("there are no losses; expected one row per setting with one loss per calibration sample.")
+        raise ValueError(
+            "there are no losses (was data empty?); expected one row per setting with one loss per calibration sample."
+        )
     if len({len(row) for row in losses}) > 1:
         raise ValueError("the settings have different numbers of losses; expected the same samples for all.")
     wrong = [value for row in losses for value in row if not 0 <= value <= bound]
@@ -271,8 +273,10 @@ def _run(
         with torch.no_grad():
             for batch in batches:
                 start = time.perf_counter()
-                # reading the losses waits for the device
-                losses += [float(value) for value in risk(model, batch)]
+                found = risk(model, batch)
+                if isinstance(found, int | float) or (isinstance(found, torch.Tensor) and found.dim() != 1):
+                    raise ValueError(f"risk returned {found!r}; expected one loss per sample of the batch.")
+                losses += [float(value) for value in found]  # which waits for the device
                 costs.append(time.perf_counter() - start if cost is None else float(cost(model, batch)))
     finally:
         remove_(model)

@@ -316,8 +316,11 @@ def _points(config: EarlyExitConfig, part: str, depth: int) -> tuple[int, ...]:
         raise ValueError(f"{part}max_layers is {most}, and there are {depth} layers; expected a number below that.")
     found = tuple(p for p in (range(1, depth) if given is None else given) if least <= p < (most or depth))
     if not found and (most is None or given is not None):
-        limits = f"at least {least}" + ("" if most is None else f" and at most {most}")
-        raise ValueError(f"{part}points {given or 'None'} with {limits} of {depth} layers leaves no exit.")
+        named = f" and {part}points {given}" if given is not None else ""
+        raise ValueError(
+            f"{part}min_layers is {least}{named}, which leaves no exit: expected points from {part}min_layers to "
+            f"{(most or depth) - 1} of {depth} layers."
+        )
     return found
 
 

@@ -1,6 +1,7 @@
 """Calibration keeps its promise over many calibrations, and says when there are too few samples for one."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -161,6 +162,14 @@ def test_a_latency_budget_takes_the_least_loss_within_it(monkeypatch: pytest.Mon
     for wrong in ({}, {"epsilon": 0.1, "latency": 1.0}, {"latency": -1.0}):
         with pytest.raises(ValueError, match="latency"):
             mmskip.calibrate(_Coupled().eval(), configs, [0], risk, **wrong)
+
+
+@pytest.mark.parametrize("loss", [0.1, torch.tensor(0.1)])
+def test_one_loss_for_a_batch_is_refused(loss: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "apply_", lambda model, config: None)
+    monkeypatch.setattr(registry, "remove_", lambda model: None)
+    with pytest.raises(ValueError, match="expected one loss per sample of the batch"):
+        mmskip.calibrate(_Coupled().eval(), [mmskip.EarlyExitConfig()], [0], lambda model, batch: loss, 0.1)
 
 
 def test_a_model_that_runs_all_layers_and_an_empty_scout_are_refused() -> None:

@@ -129,6 +129,12 @@ def test_bad_arguments_are_one_line(run, tmp_path, capsys, command, options, tol
     assert told in capsys.readouterr().err
 
 
+def test_settings_the_model_cannot_have_are_told_before_anything_is_computed(run, tmp_path, capsys):
+    assert evaluated("snli_ve", run, tmp_path / "out", "--decoder", "0.9", "--max-layers", "99") == 2
+    assert "max_layers is 99, and there are" in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("*.json*"))
+
+
 def test_another_kind_of_run_is_refused(run, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(next(run.iterdir()), copy)

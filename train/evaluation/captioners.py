@@ -121,6 +121,16 @@ class CaptionTask:
         found = self.collate([dataset[number] for number in numbers])
         return {key: value.to(self.ranks.device) if hasattr(value, "to") else value for key, value in found.items()}
 
+    def check(self, variants: Sequence[Variant]) -> None:
+        """Apply every setting, before anything is computed or written.
+
+        Raises:
+            ValueError: the model cannot have one of them.
+        """
+        for variant in variants:
+            with using(self.model, variant.config):
+                pass
+
     def evaluate(self, variant: Variant, score: Score, **settings: Any) -> dict[str, dict[str, Any]]:
         """The records of all images in one setting by uid; those known from an interrupted run are not made again (a
         collective call).

@@ -27,6 +27,7 @@ def run(options: argparse.Namespace, frequency: DocumentFrequency | None) -> int
     variants = variants_of(options)
     with ranks(options.device) as team:
         task = CaptionTask.of("coco", "caption", options.annotations, options, team)
+        task.check(variants)
         if len(task.dataset) < 2 and frequency is None:
             raise ValueError(f"CIDEr weighs words by their images and there is {len(task.dataset)}; give --idf as well")
         beams = task.model.hparams["num_beams"] if options.beams is None else options.beams

@@ -26,6 +26,7 @@ def run(options: argparse.Namespace) -> int:
     variants = variants_of(options)
     with ranks(options.device) as team:
         task = CaptionTask.of("snli_ve", "entailment", options.annotations, options, team)
+        task.check(variants)
         totals: dict[str, dict[str, Any]] = {}
         for variant in variants:
             records = task.evaluate(variant, judged)
