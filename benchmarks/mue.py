@@ -300,7 +300,7 @@ def draw(scores: dict[str, Any], times: dict[str, Any], folder: Any) -> None:
             {"label": way, "value": one["quality"], "highlight": way == "mue"}
             | times[task].get(way, {}).get("1", {"counted": 1.0, "measured": 1.0})
             for way, one in scores[task].items()
-            if way != "blanked"
+            if way not in ("blanked", "mue_as_shallow")  # MuE is drawn once
         ]
         note = f"{task}, single samples; a blanked image leaves {scores[task]['blanked']['quality']:.3g}"
         figure = viz.quality_against_compute(points, metric, lower_is_better=False, note=note)
