@@ -120,10 +120,14 @@ class EarlyExitConfig(MethodConfig):
     @classmethod
     def grid(cls, **settings: Any) -> list["EarlyExitConfig"]:
         """One config per combination of the values given, a list or a single value per field; for `mmskip.calibrate`
-        with `scout`."""
+        with `scout`.
+
+        Raises:
+            ValueError: an unknown field, or a value out of range.
+        """
         names = list(settings)
         values = [value if isinstance(value, list) else [value] for value in settings.values()]
-        return [cls(**dict(zip(names, chosen, strict=True))) for chosen in itertools.product(*values)]
+        return [cls.from_dict(dict(zip(names, chosen, strict=True))) for chosen in itertools.product(*values)]
 
     def _check_exits(self) -> None:
         if self.depth is not None and self.decoder == type(self).decoder:

@@ -164,6 +164,11 @@ def test_a_latency_budget_takes_the_least_loss_within_it(monkeypatch: pytest.Mon
             mmskip.calibrate(_Coupled().eval(), configs, [0], risk, **wrong)
 
 
+def test_a_grid_of_an_unknown_field_is_refused() -> None:
+    with pytest.raises(ValueError, match="EarlyExitConfig has no decodr"):
+        mmskip.EarlyExitConfig.grid(decodr=[0.9])
+
+
 @pytest.mark.parametrize("loss", [0.1, torch.tensor(0.1)])
 def test_one_loss_for_a_batch_is_refused(loss: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "apply_", lambda model, config: None)
