@@ -357,6 +357,9 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="whose thresholds are chosen")
     parser.add_argument("--separate", action="store_true", help="how well scores tell settled answers, and end")
     parser.add_argument("--score", action="store_true", help="quality on test pictures, and end (no timing)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=list(SEEDS), help="of test pictures; others are printed and not kept"
+    )
     parser.add_argument("--count", type=int, default=200, help="pictures per set (default 200)")
     parser.add_argument("--timed", type=int, default=20, help="single samples that are timed (default 20)")
     parser.add_argument(
@@ -397,7 +400,10 @@ def main() -> None:
     chosen = json.loads(file.read_text()) if file.is_file() else {}
     if missing := set(TASKS) - set(chosen):
         raise SystemExit(f"no thresholds for {', '.join(sorted(missing))}: first python benchmarks/mue.py --choose")
-    sets = [Pictures(data, FOLDER / "data", "test", seed, options.count) for seed in SEEDS]
+    sets = [Pictures(data, FOLDER / "data", "test", seed, options.count) for seed in options.seeds]
+    if options.seeds != list(SEEDS):
+        scored(models, chosen, sets, data.tokenizer)
+        return
     if options.score or not scores_file.is_file():
         write_json(scored(models, chosen, sets, data.tokenizer), scores_file)
     if options.score:
