@@ -3,6 +3,6 @@
 import sys
 
 if __name__ == "__main__":
-    from mmskip.train.evaluation.commands import main
+    from mmskip.train.cli.evaluate import main
 
     sys.exit(main())

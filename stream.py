@@ -3,6 +3,6 @@
 import sys
 
 if __name__ == "__main__":
-    from mmskip.train.stream_cli import main
+    from mmskip.train.cli.stream import main
 
     sys.exit(main())

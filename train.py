@@ -27,6 +27,6 @@ if __name__ == "__main__":
         configs = sorted(path.name for path in (Path(__file__).parent / "configs").glob("*.yaml"))
         print(USAGE.format(configs="\n".join(f"  {name}" for name in configs)))
     else:
-        from mmskip.train.cli import main
+        from mmskip.train.cli.train import main
 
         main()

@@ -5,7 +5,7 @@ speed-up a plan of half the blocks delivers.
 Importance, thresholds and ways to draft are chosen on calibration texts; perplexities and times are of other texts.
 Runs in parts, each of which goes on where its file (`benchmarks/results/depth_MODEL.json`) stops:
 
-    python benchmarks/deep_lm.py --variant plain; python benchmarks/deep_lm.py --variant skipped
+    python benchmarks/prepare/deep_lm.py --variant plain; python benchmarks/prepare/deep_lm.py --variant skipped
     python benchmarks/depth.py --part quality     # perplexities; minutes, no timing
     python benchmarks/depth.py --part speed       # times of decoding: a quiet machine
     python benchmarks/depth.py --part speculate   # self-speculation, chosen on one text, timed on another
@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _depth import (
+
+import mmskip
+from common.depth import (
     GREEDY,
     MODELS,
     bit_widths,
@@ -37,15 +39,13 @@ from _depth import (
     texts,
     token_policies,
 )
-from _depth_pictures import bits_picture, picture
-from _measure import RESULTS, emit, interleaved_ratio, summary
-
-import mmskip
+from common.measure import RESULTS, emit, interleaved_ratio, summary
+from common.pictures import bits_picture, picture
 from mmskip import ImportanceTable, LayerPlanConfig
-from mmskip.files import write_json
 from mmskip.methods.layer_plan import report
 from mmskip.methods.self_speculation import speculation
-from mmskip.train.evaluation.lm import perplexity
+from mmskip.train.evaluation.language_model.perplexity import perplexity
+from mmskip.utils.files import write_json
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PARTS = ("quality", "speed", "speculate", "half", "draw")

@@ -14,14 +14,14 @@ import math
 from typing import Any
 
 import torch
-from _measure import emit, interleaved_ratio
-from _mue import CLOCKS
 from transformers import BartConfig, BartForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 import mmskip
+from common.measure import emit, interleaved_ratio
+from common.mue import CLOCKS
 from mmskip import EarlyExitConfig
-from mmskip.cost import torch_flops
+from mmskip.costs import torch_flops
 
 LAYERS, WIDTH, WORDS = 6, 768, 51289
 OUT_OF_REACH = {name: math.nextafter(1.0, 0.0) for name in ("saturation", "confidence", "margin", "entropy")} | {

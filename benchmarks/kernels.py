@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _measure import emit, interleaved_ratio
 from torch import Tensor
 
+from common.measure import emit, interleaved_ratio
 from mmskip.env import device_name, operation_paths
 from mmskip.ops.attention import last_queries_mask, pad_segments, ragged_attention, ragged_attention_naive
 from mmskip.ops.backend import ENV_VAR

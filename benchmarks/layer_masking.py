@@ -12,10 +12,10 @@ from typing import Any
 
 import timm
 import torch
-from _measure import Ratio, emit, interleaved_ratio
 from torch import Tensor, nn
 
 import mmskip
+from common.measure import Ratio, emit, interleaved_ratio
 
 
 def half_of_patches(batch: int, size: int, patch: int = 16) -> Tensor:

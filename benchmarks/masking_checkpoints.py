@@ -23,9 +23,9 @@ import torchvision
 from torch import Tensor, nn
 
 from mmskip.datasets.images import open_images
-from mmskip.files import write_json
-from mmskip.train.evaluation.masking import Loaded, default_patch, read_weights, sample
+from mmskip.train.evaluation.classifier.masking import Loaded, default_patch, read_weights, sample
 from mmskip.train.metrics.missingness import MASKINGS, ORDERS, Normalised, measure, table
+from mmskip.utils.files import write_json
 
 DATA = Path(os.environ.get("MMSKIP_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 SIGNED = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -150,7 +150,7 @@ class Parts:
 
 def main() -> None:
     """Report on every network and print one JSON line."""
-    from _measure import emit
+    from common.measure import emit
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=2000, help="images per network (default: all)")

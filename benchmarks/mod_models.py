@@ -19,17 +19,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _families import FAMILIES, STREAMS, Decoder, Stream, Vlm
-from _measure import RESULTS, emit, interleaved_ratio, summary
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import mmskip
+from common.decoders import FAMILIES, STREAMS, Decoder, Stream, Vlm
+from common.measure import RESULTS, emit, interleaved_ratio, summary
 from mmskip import families
-from mmskip.cost import torch_flops
+from mmskip.costs import torch_flops
 from mmskip.env import device_name
-from mmskip.families.hf_blocks import CACHE_NAME
-from mmskip.methods.mod import routed_layers
+from mmskip.hf.calls import CACHE_NAME
+from mmskip.methods.mixture_of_depths import routed_layers
 
 CONTENDERS = ("mod", "random", "keep1", "fastv", "similarity")
 PHASES = ("prefill", "decode", "train")

@@ -33,17 +33,18 @@ from typing import Any
 
 import torch
 import yaml
-from _measure import RESULTS, ROOT, emit, interleaved_ratio
-from _words import word_losses
 from lightning import Trainer, seed_everything
 
 import mmskip
-from mmskip.datasets.generated import GeneratedConfig
-from mmskip.datasets.narration import NarrationData
-from mmskip.datasets.scene import SceneConfig
-from mmskip.files import write_json
-from mmskip.models.video_llm import VideoLLM
-from mmskip.viz import quality_against_compute, save_png
+from common.measure import RESULTS, ROOT, emit, interleaved_ratio
+from common.words import word_losses
+from mmskip.datasets.narration.module import NarrationData
+from mmskip.datasets.synthetic.videos import GeneratedConfig
+from mmskip.datasets.synthetic.world import SceneConfig
+from mmskip.models.video_llm.module import VideoLLM
+from mmskip.utils.files import write_json
+from mmskip.viz.curves import quality_against_compute
+from mmskip.viz.figure import save_png
 
 CONFIG = ROOT / "configs" / "videollm_mod.yaml"
 VARIANTS = ("dense", "mod", "random", "uniform", "shallow", "coarse", "dense_blank", "mod_blank")

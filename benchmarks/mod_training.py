@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from _measure import LLAMA_8B, RESULTS, Decoder, emit, interleaved_ratio, saved_activation_bytes, summary
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mmskip
+from common.measure import LLAMA_8B, RESULTS, Decoder, emit, interleaved_ratio, saved_activation_bytes, summary
 
 
 @dataclass(frozen=True)

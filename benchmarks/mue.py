@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _measure import ROOT, emit
-from _mue import (
+
+from common.measure import ROOT, emit
+from common.mue import (
     CLOCKS,
     Call,
     Pictures,
@@ -42,15 +43,14 @@ from _mue import (
     records,
     where_time_goes,
 )
-from _mue_observed import observed
-
+from common.mue_observed import observed
 from mmskip import EarlyExitConfig, viz
-from mmskip.datasets.captions import CaptionData
-from mmskip.files import write_json
-from mmskip.models.captioner import Captioner
-from mmskip.train.cli import main as train_cli
-from mmskip.train.evaluation.exits import depths
-from mmskip.train.trained import find_run, load_captioner, load_data
+from mmskip.datasets.captioning.module import CaptionData
+from mmskip.models.captioner.module import Captioner
+from mmskip.train.cli.train import main as train_cli
+from mmskip.train.evaluation.captioner.exit_sweep import depths
+from mmskip.train.load_run import find_run, load_captioner, load_data
+from mmskip.utils.files import write_json
 
 FOLDER = ROOT / "runs" / "mue_bench"
 TASKS = {"entailment": ("accuracy", 0.99), "caption": ("cider", 0.96)}

@@ -28,22 +28,22 @@ from typing import Any
 
 import torch
 import yaml
-from _measure import ROOT, emit
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from matplotlib.figure import Figure
 from transformers import AutoConfig
 
 import mmskip
-from mmskip.datasets.chat import ChatData
-from mmskip.datasets.scene_chat import SceneChatConfig
-from mmskip.files import write_json
-from mmskip.methods.mod import anneal, policies
-from mmskip.methods.mod_fit import fit_routers
-from mmskip.models.language_model import LoRA
-from mmskip.models.vlm import VLM, answering_tokens, inputs_of
-from mmskip.models.vlm_build import save_base
-from mmskip.routers import LEARNED
-from mmskip.viz import save_png
+from common.measure import ROOT, emit
+from mmskip.calibration.fit_routers import fit_routers
+from mmskip.datasets.chat.module import ChatData
+from mmskip.datasets.synthetic.chat import SceneChatConfig
+from mmskip.methods.mixture_of_depths import anneal, policies
+from mmskip.models.common.language_model import LoRA
+from mmskip.models.vlm.build import save_base
+from mmskip.models.vlm.module import VLM, answering_tokens, inputs_of
+from mmskip.tokens.router import LEARNED
+from mmskip.utils.files import write_json
+from mmskip.viz.figure import save_png
 
 CONFIGS = ROOT / "configs"
 FOLDER = ROOT / "runs" / "router_tuning"
@@ -197,7 +197,7 @@ def evaluate(model: VLM, data: ChatData, batch: dict[str, Any]) -> dict[str, flo
         "token_accuracy": right / labels,
         "answer_accuracy": whole / answers,
         "answers": answers,
-        "keep": mmskip.methods.mod.keep_in_use(model.llm),
+        "keep": mmskip.methods.mixture_of_depths.keep_in_use(model.llm),
     }
     return point(model, 0, batch)
 

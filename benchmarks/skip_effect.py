@@ -20,20 +20,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import _measure
-from _skip_probes import cancelled, noise_scaled, other_ways, reach, unconverged
-from ddpm_unets import DATA
 from skip_tuning import Bench, judged, known_in, open_bench, verdict
 from skip_tuning import arguments as tuning_arguments
 from torch import Tensor, nn
 
-from mmskip.files import whole
-from mmskip.models.diffusion import Diffusion
-from mmskip.train.cli import main as train
+from common import measure as _measure
+from common.skip_probes import cancelled, noise_scaled, other_ways, reach, unconverged
+from mmskip.models.diffusion.module import Diffusion
+from mmskip.train.cli.train import main as train
 from mmskip.train.metrics.frechet import FeatureStatistics, frechet_distance
+from mmskip.utils.files import whole
+from prepare.ddpm_unets import DATA
 
 MNIST, FASHION = DATA / "mnist" / "mnist_test_first6667.npz", DATA / "fashion_mnist" / "fashion_mnist_sprite_600.npz"
-CIFAR_FEATURES = "benchmarks/cifar_features.py:resnet20"
+CIFAR_FEATURES = "benchmarks/prepare/cifar_features.py:resnet20"
 # as many pixels as the recipe's pictures; with the data change their channels, classes, spread and flips, the number of
 # steps (more images per epoch), and the feature network with its real images: the case "digits_cifar" takes those back
 DIGITS = (
@@ -119,7 +119,7 @@ CASES = {
     "digits_cifar": dataclasses.replace(_DIGITS, about="digits, 8 epochs, CIFAR features", features=CIFAR_FEATURES),
     "ddpm_fashion": Case(
         "DDPM, Fashion-MNIST",
-        "benchmarks/ddpm_unets.py:fashion",
+        "benchmarks/prepare/ddpm_unets.py:fashion",
         features="runs/fashion_features",
         real=FASHION,
         nfe=(3, 5, 9),

@@ -8,12 +8,12 @@ Ends with one JSON line; `overhead` is the share of a forward pass (issue's limi
 import argparse
 from collections.abc import Sequence
 
-import _measure
 import torch
 
 import mmskip
+from common import measure as _measure
 from mmskip.families import find
-from mmskip.models.diffusion import build_unet
+from mmskip.models.diffusion.module import build_unet
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -51,7 +51,7 @@ def main(given: Sequence[str] | None = None) -> None:
             "batch": options.batch,
             "size": options.size,
             "widths": options.widths,
-            "skips": len(find(plain, ("diffusers_unet",)).skips),
+            "skips": len(find(plain, ("unet",)).skips),
             "parameters": sum(p.numel() for p in plain.parameters()),
         },
     }

@@ -5,7 +5,7 @@
 For each number of evaluations: rho on a grid on a search seed, the best rho by a finer search there; then, on seeds
 the search never saw, the plain network, the found rho, random scales of equal size, FreeU (the best of a few settings
 on the search seed) and step caching, with measured time. Resumable; ends with one JSON line, a JSON file and a picture
-in benchmarks/results. The network may be any that `evaluate.py fid` takes: `benchmarks/ddpm_unets.py:mnist`.
+in benchmarks/results. The network may be any that `evaluate.py fid` takes: `benchmarks/prepare/ddpm_unets.py:mnist`.
 """
 
 import argparse
@@ -18,14 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import _measure
-
 import mmskip
-from mmskip.cost import torch_flops
+from common import measure as _measure
+from mmskip.costs import torch_flops
 from mmskip.families import find
-from mmskip.files import whole, write_json
-from mmskip.models.samplers import Drawer, steps_of
-from mmskip.train.evaluation.drawing import (
+from mmskip.models.diffusion.samplers import Drawer, steps_of
+from mmskip.train.evaluation.generation.image_sampler import (
     Judge,
     Opened,
     add_drawing_arguments,
@@ -34,6 +32,7 @@ from mmskip.train.evaluation.drawing import (
     reference_features,
 )
 from mmskip.train.metrics.feature_nets import open_feature_net
+from mmskip.utils.files import whole, write_json
 
 FREEU = (((1.1, 1.1), (0.9, 0.5)), ((1.2, 1.2), (0.9, 0.5)), ((1.1, 1.1), (1.0, 1.0)))
 
@@ -130,7 +129,7 @@ def drawn(bench: Bench, nfe: int, seeds: Sequence[int], configs: Sequence[Any]) 
 def judged(bench: Bench, nfe: int, options: argparse.Namespace) -> dict[str, Any]:
     """Everything about one number of evaluations."""
     unet, search_seed = bench.opened.drawer.unet, options.search_seed
-    count = len(find(unet, ("diffusers_unet",)).skips)
+    count = len(find(unet, ("unet",)).skips)
     rho, scores = searched(bench, nfe, search_seed, options.grid, options.rounds)
     found = {"best_rho": rho, "search": {str(k): v for k, v in scores.items()}}
     found["plain"] = bench.mean(nfe, options.seeds)
@@ -139,7 +138,7 @@ def judged(bench: Bench, nfe: int, options: argparse.Namespace) -> dict[str, Any
     # of equal size: with rho found to be 1, a change of 5 %
     shaken = [random_scales(rho if rho != 1 else 0.95, count, draw) for draw in range(options.randoms)]
     found.update(drawn(bench, nfe, options.seeds, shaken))
-    stages = 1 + max(skip.stage for skip in find(unet, ("diffusers_unet",)).skips)
+    stages = 1 + max(skip.stage for skip in find(unet, ("unet",)).skips)
     freeu = [mmskip.FreeUConfig(b=b[:stages], s=s[:stages]) for b, s in FREEU]
     best = min(freeu, key=lambda c: bench.distance(nfe, search_seed, c))
     found["freeu"], found["freeu_config"] = bench.mean(nfe, options.seeds, best), best.to_dict()
@@ -149,7 +148,7 @@ def judged(bench: Bench, nfe: int, options: argparse.Namespace) -> dict[str, Any
 def cached(bench: Bench, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Step caching: Frechet distance, and the time of a batch in interleaved pairs beside the counted operations."""
     other = open_drawer(options.checkpoint, options.guidance, device_of(options.device)).drawer
-    deepest = len(find(other.unet, ("diffusers_unet",)).decoder) - 1
+    deepest = len(find(other.unet, ("unet",)).decoder) - 1
     rows = []
     for nfe, interval, depth in itertools.product(options.cache_nfe, options.intervals, options.depths):
         if depth > deepest:
@@ -278,7 +277,7 @@ def main(given: Sequence[str] | None = None) -> None:
         "ideal": best["ideal"],
         "shape": {
             "image": list(opened.drawer.image_shape),
-            "skips": len(find(opened.drawer.unet, ("diffusers_unet",)).skips),
+            "skips": len(find(opened.drawer.unet, ("unet",)).skips),
             "parameters": sum(p.numel() for p in opened.drawer.unet.parameters()),
             "samples": options.samples,
             "real_images": len(judge.real_NF),

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _measure import RESULTS, emit, environment, interleaved_ratio, summary
 from torch.nn import functional as F
 
-from mmskip.files import write_json
-from mmskip.models.logits import fp32_linear
-from mmskip.models.stream import StreamSettings
-from mmskip.models.stream_check import Comparison, compare
-from mmskip.train.trained import find_run, load_data, load_model
+from common.measure import RESULTS, emit, environment, interleaved_ratio, summary
+from common.stream_exactness import Comparison, compare
+from mmskip.models.common.fp32_head import fp32_linear
+from mmskip.models.video_llm.streaming.engine import StreamSettings
+from mmskip.train.load_run import find_run, load_data, load_model
+from mmskip.utils.files import write_json
 
 KINDS = {"float32": ("float32", False), "bfloat16": ("bfloat16", False), "bfloat16, rounded": ("bfloat16", True)}
 # frames a call, streams of a batch, calls after which they are saved and restored

@@ -30,15 +30,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _measure import LLAMA_8B, RESULTS, Decoder, emit, environment, interleaved_ratio, summary
 from matplotlib.figure import Figure
 
 import mmskip
-from mmskip.files import write_json
-from mmskip.models.narrator import TokenIds
-from mmskip.models.stream import StreamEngine, StreamSettings
-from mmskip.models.video_llm import VideoLLM
-from mmskip.viz import HIGHLIGHT, INK, LINE, RAN, save_png
+from common.measure import LLAMA_8B, RESULTS, Decoder, emit, environment, interleaved_ratio, summary
+from mmskip.models.video_llm.module import VideoLLM
+from mmskip.models.video_llm.speaking import TokenIds
+from mmskip.models.video_llm.streaming.engine import StreamEngine, StreamSettings
+from mmskip.utils.files import write_json
+from mmskip.viz.figure import HIGHLIGHT, INK, LINE, RAN, save_png
 
 FEATURES = 64
 MOD = mmskip.MoDConfig(keep=0.2, layers="alternate", gate="tanh")

@@ -5,24 +5,25 @@ Verbs change a model in place (`apply_`, `remove_`, `load_`); functions do not (
 `MoDConfig`.
 """
 
-from mmskip.calibrate import Calibration, calibrate
-from mmskip.cost import Cost, cost
-from mmskip.importance import ImportanceTable, importance
+from mmskip.calibration.importance import ImportanceTable, importance
+from mmskip.calibration.line_search import search
+from mmskip.calibration.risk_control import Calibration, calibrate
+from mmskip.costs import Cost, cost
 from mmskip.methods.early_exit import EarlyExitConfig
 from mmskip.methods.freeu import FreeUConfig
 from mmskip.methods.layer_bits import LayerBitsConfig
 from mmskip.methods.layer_mask import LayerMaskConfig, masked
 from mmskip.methods.layer_plan import LayerPlanConfig
-from mmskip.methods.mod import MoDConfig
+from mmskip.methods.mixture_of_depths import MoDConfig
 from mmskip.methods.self_speculation import SelfSpeculationConfig, generate
 from mmskip.methods.skip_policy import SkipPolicyConfig
 from mmskip.methods.skip_scale import SkipScaleConfig, skip_norms
 from mmskip.methods.step_cache import StepCacheConfig
 from mmskip.methods.token_reduction import TokenReductionConfig
 from mmskip.registry import applied, apply_, remove_
-from mmskip.save import load_, save
-from mmskip.search import search
-from mmskip.trace import Trace, trace
+from mmskip.saving import load_, save
+from mmskip.tracing import Trace, trace
+from mmskip.utils import moved
 
 __version__ = "0.1.0"
 
@@ -56,3 +57,5 @@ __all__ = [
     "skip_norms",
     "trace",
 ]
+
+moved.install()

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 import mmskip
 from mmskip import LayerMaskConfig
-from mmskip.train.schedules import SCHEDULES, warmup_schedule
+from mmskip.models.common.optim import SCHEDULES, warmup_schedule
 
 if TYPE_CHECKING:
-    from mmskip.train.evaluation.masking import Loaded
+    from mmskip.train.evaluation.classifier.masking import Loaded
 
 AUGMENTS = ("none", "patches", "layer_masking")
 
@@ -36,7 +36,7 @@ class Classifier(LightningModule):
         mean, std: of images in [0, 1], per channel.
         lr: peak learning rate of AdamW, > 0.
         weight_decay: on matrices only, >= 0.
-        schedule, warmup: see `mmskip.train.schedules`.
+        schedule, warmup: see `mmskip.models.common.optim`.
         label_smoothing: in [0, 1).
 
     Raises:
@@ -232,7 +232,7 @@ class Classifier(LightningModule):
 
     def loaded(self) -> "Loaded":
         """The network without the methods on it, for `evaluate.py masking`."""
-        from mmskip.train.evaluation.masking import Loaded
+        from mmskip.train.evaluation.classifier.masking import Loaded
 
         mmskip.remove_(self.net)
         return Loaded(self.net, self.size, None, self.hparams["mean"], self.hparams["std"])

@@ -9,8 +9,8 @@ from importlib.metadata import metadata, version
 from pathlib import Path
 
 import pytest
+from locations import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("models", "datasets", "train")
 
 

@@ -8,9 +8,9 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from mmskip.datasets.resumable import ResumableLoader
-from mmskip.files import whole
-from mmskip.models.step_loss import StepLossModule
+from mmskip.datasets.common.resumable import ResumableLoader
+from mmskip.models.common.base import StepLossModule
+from mmskip.utils.files import whole
 
 
 class WholeFileIO(TorchCheckpointIO):
@@ -27,9 +27,9 @@ class WholeFileIO(TorchCheckpointIO):
 class Resume(Callback):
     """What a run needs to go on from a checkpoint as if it had not stopped.
 
-    Gives a training loader back its place in the epoch (see `mmskip.datasets.resumable`): Lightning stores that place,
-    but forgets to restore it when a schedule has asked for the number of steps before. And saves the end of training,
-    which a checkpoint every so many steps misses."""
+    Gives a training loader back its place in the epoch (see `mmskip.datasets.common.resumable`): Lightning stores
+    that place, but forgets to restore it when a schedule has asked for the number of steps before. And saves the end
+    of training, which a checkpoint every so many steps misses."""
 
     def __init__(self) -> None:
         self._states: list[dict[str, Any]] = []

@@ -21,7 +21,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from mmskip.files import whole, write_text
 from mmskip.registry import config_types
 from mmskip.train.checkpoints import (
     Resume,
@@ -30,6 +29,7 @@ from mmskip.train.checkpoints import (
     find_checkpoint,
     last_checkpoint,
 )
+from mmskip.utils.files import whole, write_text
 
 # Ranks started by Lightning inherit the environment of rank 0, and with it the folder.
 RUN_FOLDER = "MMSKIP_RUN_FOLDER"
@@ -65,7 +65,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class RunCLI(LightningCLI):
-    """Any model and data module of the project, by class_path in YAML; see `mmskip.train.cli`."""
+    """Any model and data module of the project, by class_path in YAML; see `mmskip.train.cli.train`."""
 
     def __init__(self, arguments: Sequence[str], default_name: str) -> None:
         self.default_name = default_name
@@ -197,7 +197,7 @@ def run(arguments: Sequence[str], name: str) -> None:
     """Carry out one command.
 
     Args:
-        arguments: subcommand and settings, see `mmskip.train.cli.prepare_arguments`.
+        arguments: subcommand and settings, see `mmskip.train.cli.train.prepare_arguments`.
         name: of the run, unless the settings give one.
     """
     # method configs are dataclasses; this lets YAML give them as class_path and init_args

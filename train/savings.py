@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import mmskip
-from mmskip.timing import interleaved_ratio
+from mmskip.utils.timing import interleaved_ratio
 
 if TYPE_CHECKING:
-    from mmskip.models.step_loss import StepLossModule
-    from mmskip.models.video_llm import VideoLLM
+    from mmskip.models.common.base import StepLossModule
+    from mmskip.models.video_llm.module import VideoLLM
 
 
 def counted_savings(model: "StepLossModule", batch: dict[str, Any]) -> dict[str, Any]:

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from mmskip.config import MethodConfig, check_choice
-from mmskip.exits import (
+from mmskip.exits.criteria import (
     CRITERIA,
     HEAD_CRITERIA,
     LEARNED,
     SAMPLE_CRITERIA,
-    ExitHead,
     SampleScores,
     TokenScores,
     check_threshold,
@@ -34,10 +33,11 @@ from mmskip.exits import (
     is_single,
     never_fires,
 )
-from mmskip.families.encoders import EncoderView
-from mmskip.families.hf_encoder_decoder import EncoderDecoderView
-from mmskip.families.hf_exits import POLICIES, Decide, ExitRule
-from mmskip.families.hf_modalities import MODALITIES, telling
+from mmskip.exits.heads import ExitHead
+from mmskip.families.encoder import EncoderView
+from mmskip.families.encoder_decoder import EncoderDecoderView
+from mmskip.hf.exits.block import POLICIES, Decide, ExitRule
+from mmskip.hf.exits.modalities import MODALITIES, telling
 from mmskip.registry import register
 from mmskip.swap import Change, states
 
@@ -328,7 +328,7 @@ def _points(config: EarlyExitConfig, part: str, depth: int) -> tuple[int, ...]:
     return found
 
 
-@register(EarlyExitConfig, "hf_encoder_decoder")
+@register(EarlyExitConfig, "encoder_decoder")
 def _changes(config: EarlyExitConfig, view: EncoderDecoderView) -> list[Change]:
     changes: list[Change] = []
     blocks = view.encoder
@@ -346,8 +346,8 @@ def _changes(config: EarlyExitConfig, view: EncoderDecoderView) -> list[Change]:
     return changes + _leave_decoder(config, view.decoder, view.head, partial(view.exit_changes, "decoder"))
 
 
-@register(EarlyExitConfig, "hf_decoder")
-@register(EarlyExitConfig, "hf_vlm")
+@register(EarlyExitConfig, "decoder")
+@register(EarlyExitConfig, "vlm")
 def _decoder_changes(config: EarlyExitConfig, view: Any) -> list[Change]:
     for name in ("encoder", "image", "encoder_depth"):
         if getattr(config, name) is not None:
@@ -364,7 +364,7 @@ def _decoder_changes(config: EarlyExitConfig, view: Any) -> list[Change]:
     return _leave_decoder(config, view.blocks, view.head, view.exit_changes)
 
 
-@register(EarlyExitConfig, "encoders")
+@register(EarlyExitConfig, "encoder")
 def _encoder_changes(config: EarlyExitConfig, view: EncoderView) -> list[Change]:
     name = type(view.root).__name__
     if config.decoder is not None or config.depth is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmskip.config import MethodConfig
-from mmskip.families.diffusers_unet import SkipSite, UNetView
+from mmskip.families.unet import SkipSite, UNetView
 from mmskip.methods.skip_scale import check_joint, with_first
 from mmskip.registry import register
 from mmskip.swap import Change, state_of
@@ -102,7 +102,7 @@ def scale_low_frequencies(x_BCHW: Tensor, s: float, radius: int = 1) -> Tensor:
     return back.real.to(x_BCHW.dtype)
 
 
-@register(FreeUConfig, "diffusers_unet")
+@register(FreeUConfig, "unet")
 def free(config: FreeUConfig, view: UNetView) -> list[Change]:
     """The changes that put FreeU on the deep stages of a network."""
     stages = 1 + max(skip.stage for skip in view.skips)

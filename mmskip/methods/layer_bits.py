@@ -16,10 +16,10 @@ from typing import Any, Self
 from torch import nn
 
 from mmskip import families
+from mmskip.calibration.importance import ImportanceTable, fingerprint
 from mmskip.config import MethodConfig, check_choice, check_count
-from mmskip.families import BitsView
-from mmskip.importance import ImportanceTable, fingerprint
 from mmskip.ops.quantize import STORES
+from mmskip.protocols import BitsView
 from mmskip.registry import register
 from mmskip.swap import Change
 
@@ -145,7 +145,7 @@ def report(model: nn.Module) -> BitsReport:
     Raises:
         ValueError: it carries none.
     """
-    found = families.find(model, ("hf_decoder", "hf_vlm")).bits_held()
+    found = families.find(model, ("decoder", "vlm")).bits_held()
     if all(block.bits is None for block in found):
         raise ValueError(f"no LayerBitsConfig is applied to this {type(model).__name__}, or it leaves all as it is.")
     widths = [8 * block.original_bytes // block.weights if block.bits is None else block.bits for block in found]
@@ -160,8 +160,8 @@ def report(model: nn.Module) -> BitsReport:
     )
 
 
-@register(LayerBitsConfig, "hf_vlm")
-@register(LayerBitsConfig, "hf_decoder")
+@register(LayerBitsConfig, "vlm")
+@register(LayerBitsConfig, "decoder")
 def quantize_blocks(config: LayerBitsConfig, view: BitsView) -> list[Change]:
     """The changes by which the blocks of a decoder hold weights of few bits."""
     if config.made_for not in (None, fingerprint(view)):

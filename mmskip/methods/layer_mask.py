@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmskip import families
-from mmskip.families.timm_cnn import KeepMask, active
+from mmskip.families.cnn import KeepMask, active
 from mmskip.ops.masked.fills import filled
 from mmskip.ops.masked.state import Mask, MaskRules, Window
+from mmskip.protocols import View
 from mmskip.registry import applied, register
 from mmskip.swap import Change, check_swappable, swap, unswap
 
@@ -84,7 +85,7 @@ class LayerMaskConfig:
         return cls(**values)
 
 
-class CNNView(families.View, Protocol):
+class CNNView(View, Protocol):
     """A network whose image can be paired with a mask."""
 
     @property
@@ -150,7 +151,7 @@ def _rules(config: LayerMaskConfig, view: CNNView) -> LayerMaskRules:
     return LayerMaskRules(config, concat)
 
 
-@register(LayerMaskConfig, "timm_cnn")
+@register(LayerMaskConfig, "cnn")
 def mask_cnn(config: LayerMaskConfig, view: CNNView) -> list[Change]:
     """The changes by which a CNN obeys `masked`."""
     return view.mask_changes(_rules(config, view))
@@ -179,7 +180,7 @@ def masked(model: nn.Module, mask: Tensor, config: LayerMaskConfig | None = None
     """
     if config is not None and not isinstance(config, LayerMaskConfig):
         raise ValueError(f"config is {config!r}; expected a LayerMaskConfig, or None.")
-    view = families.find(model, ["timm_cnn"])
+    view = families.find(model, ["cnn"])
     present = [c for c in applied(model) if isinstance(c, LayerMaskConfig)]
     if present and config not in (None, present[0]):
         raise ValueError(f"config is {config!r}, but the model carries {present[0]!r}; remove_ that first.")

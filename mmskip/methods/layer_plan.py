@@ -15,9 +15,10 @@ from typing import Any, Self
 from torch import nn
 
 from mmskip import families
+from mmskip.calibration.importance import ImportanceTable, fingerprint
 from mmskip.config import MethodConfig, check_choice, check_count
-from mmskip.families import PHASES, DepthPlan, PlanView, Visit
-from mmskip.importance import ImportanceTable, fingerprint
+from mmskip.plan import PHASES, DepthPlan, Visit
+from mmskip.protocols import PlanView
 from mmskip.registry import register
 from mmskip.swap import Change
 
@@ -46,7 +47,7 @@ class LayerPlanConfig(MethodConfig):
             token, so that all cache entries have one length and the phases may differ from turn to turn.
         phase: where the plan holds: `"both"`, `"prefill"` (the prompt) or `"decode"` (tokens after it); in the other
             phase the model runs as it was. Inside `generate` the prompt is what it was given; elsewhere a call of one
-            token onto a filled cache decodes (see `mmskip.families.hf_plan.decode_from`). With `"decode"` and
+            token onto a filled cache decodes (see `mmskip.hf.plans.block.decode_from`). With `"decode"` and
             `"compact"` a cache serves one prompt: a second prompt on it is refused.
         layers: number of blocks the indices were made for; None: not checked.
         made_for: the architecture they were made for, as an importance table names it; None: not checked.
@@ -170,14 +171,14 @@ class LayerPlanConfig(MethodConfig):
     ) -> Self:
         """`n` blocks, attentions or MLPs left out one after another, each time the one whose absence raises the loss on
         `data` least beside those that are gone: as many passes over the data as there are candidates, `n` times. See
-        `mmskip.methods.greedy_drops`, which also tells the order and the losses.
+        `mmskip.calibration.greedy_drops`, which also tells the order and the losses.
 
         Raises:
             ValueError: as `greedy_drops`.
         """
-        from mmskip.methods.greedy_drops import greedy_drops, plan_of
+        from mmskip.calibration.greedy_drops import greedy_drops, plan_of
 
-        view = families.find(model, ("hf_decoder", "hf_vlm"))
+        view = families.find(model, ("decoder", "vlm"))
         chosen = greedy_drops(model, data, n, kind, phase, kv)
         plan = plan_of(chosen, phase, kv, layers=len(view.blocks), made_for=fingerprint(view))
         return cls(**plan.to_dict())
@@ -314,7 +315,7 @@ def report(model: nn.Module, config: LayerPlanConfig) -> PlanReport:
     Raises:
         ValueError: the config does not fit the model.
     """
-    return _report(config, families.find(model, ("hf_decoder", "hf_vlm")))
+    return _report(config, families.find(model, ("decoder", "vlm")))
 
 
 def _report(config: LayerPlanConfig, view: PlanView) -> PlanReport:
@@ -333,8 +334,8 @@ def _report(config: LayerPlanConfig, view: PlanView) -> PlanReport:
     return PlanReport(order, gain, config.speedup, tuple(below + above))
 
 
-@register(LayerPlanConfig, "hf_vlm")
-@register(LayerPlanConfig, "hf_decoder")
+@register(LayerPlanConfig, "vlm")
+@register(LayerPlanConfig, "decoder")
 def plan_decoder(config: LayerPlanConfig, view: PlanView) -> list[Change]:
     """The changes by which a decoder runs by a plan."""
     changes = view.plan_changes(resolve(config, view))
@@ -344,7 +345,7 @@ def plan_decoder(config: LayerPlanConfig, view: PlanView) -> list[Change]:
 
 
 def export(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Write a model with a plan of whole blocks as a stock checkpoint, see `mmskip.families.hf_plan_export.export`."""
-    from mmskip.families.hf_plan_export import export as write
+    """Write a model with a plan of whole blocks as a stock checkpoint, see `mmskip.hf.plans.export.export`."""
+    from mmskip.hf.plans.export import export as write
 
     return write(model, folder)

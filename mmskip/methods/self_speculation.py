@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmskip.config import MethodConfig, check_choice, check_count, check_ratio
-from mmskip.families import PlanView
 from mmskip.methods.layer_plan import CONTEXT
+from mmskip.protocols import PlanView
 from mmskip.registry import applied, apply_, register, remove_
 from mmskip.swap import Change, states
 
@@ -304,7 +304,7 @@ def gaussian_process_proposal(
     return sets[int(np.argmax(mean + kappa * deviation))]
 
 
-@register(SelfSpeculationConfig, "hf_decoder")
+@register(SelfSpeculationConfig, "decoder")
 def speculate(config: SelfSpeculationConfig, view: PlanView) -> list[Change]:
     """The changes by which a decoder decodes by speculation."""
     if config.search == "bayes" and importlib.util.find_spec("sklearn") is None:
@@ -327,7 +327,7 @@ def speculate(config: SelfSpeculationConfig, view: PlanView) -> list[Change]:
     return view.speculation_changes(Speculation(config, units, costs))
 
 
-@register(SelfSpeculationConfig, "hf_encoder_decoder")
+@register(SelfSpeculationConfig, "encoder_decoder")
 def speculate_early(config: SelfSpeculationConfig, view: Any) -> list[Change]:
     """The changes by which an encoder-decoder decodes by speculation: drafts leave its decoder early."""
     if view.generator is None:

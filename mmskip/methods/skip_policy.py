@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from mmskip import families
+from mmskip.calibration.importance import LAC_ALPHA, fingerprint, lac_voids
 from mmskip.config import MethodConfig, check_choice, check_count
-from mmskip.families import PolicyView
-from mmskip.importance import LAC_ALPHA, fingerprint, lac_voids
+from mmskip.protocols import PolicyView
 from mmskip.registry import applied, register
 from mmskip.swap import Change
 
@@ -85,7 +85,7 @@ class SkipPolicyConfig(MethodConfig):
         """
         if not 0 < share < 1:
             raise ValueError(f"share is {share!r}; expected a number in (0, 1).")
-        view = families.find(model, ("hf_decoder",))
+        view = families.find(model, ("decoder",))
         if applied(model):
             raise ValueError(f"calibration needs the untouched model, but it carries {applied(model)}; remove_ that.")
         chosen = _chosen(len(view.blocks), cold_first, cold_last)
@@ -157,7 +157,7 @@ class LacRule:
         return lac_voids(y_BTD.float().norm(dim=-1) - x_BTD.float().norm(dim=-1), memory, self.alpha)
 
 
-@register(SkipPolicyConfig, "hf_decoder")
+@register(SkipPolicyConfig, "decoder")
 def skip_by_token(config: SkipPolicyConfig, view: PolicyView) -> list[Change]:
     """The changes by which a decoder leaves out what a policy says, token by token."""
     if config.policy == "lac":

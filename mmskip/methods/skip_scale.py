@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmskip import families
 from mmskip.config import MethodConfig, check_choice, check_count
-from mmskip.families.diffusers_unet import SkipSite, UNetView
+from mmskip.families.unet import SkipSite, UNetView
 from mmskip.registry import register
 from mmskip.swap import Change, bind, state_of
 
@@ -282,7 +282,7 @@ def effective_schedule(config: SkipScaleConfig) -> str:
     return "increasing" if config.prediction == "epsilon" else "decreasing"
 
 
-@register(SkipScaleConfig, "diffusers_unet")
+@register(SkipScaleConfig, "unet")
 def scale_skips(config: SkipScaleConfig, view: UNetView) -> list[Change]:
     """The changes that scale the skips of a network."""
     level = NoiseLevel()
@@ -316,7 +316,7 @@ def skip_norms(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, float]:
     Raises:
         ValueError: the model has no skip connections.
     """
-    view = families.find(model, ("diffusers_unet",))
+    view = families.find(model, ("unet",))
     ratios: dict[str, float] = {}
 
     def measure(site: str, skip: SkipSite) -> Any:

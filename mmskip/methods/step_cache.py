@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmskip.config import MethodConfig, check_count
-from mmskip.families.diffusers_unet import UNetView
+from mmskip.families.unet import UNetView
 from mmskip.registry import register
 from mmskip.swap import Change, bind, state_of
 
@@ -128,7 +128,7 @@ class CachedStage(nn.Module):
         return state.outputs[lane]
 
 
-@register(StepCacheConfig, "diffusers_unet")
+@register(StepCacheConfig, "unet")
 def cache_steps(config: StepCacheConfig, view: UNetView) -> list[Change]:
     """The changes by which a network reuses its deep features."""
     name = type(view.root).__name__

@@ -12,21 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from mmskip.config import MethodConfig, check_choice, check_count, check_ratio
-from mmskip.families import TokenView
-from mmskip.methods.mod import ATTENTIONS
+from mmskip.methods.mixture_of_depths import ATTENTIONS
 from mmskip.ops.similarity import match_similar
+from mmskip.protocols import TokenView
 from mmskip.registry import register
-from mmskip.routers import (
-    ATTENTION_SCORES,
-    Selection,
-    TokenGroups,
-    norm_scores,
-    random_scores,
-    ranking_queries,
-    select,
-    uniform_scores,
-)
 from mmskip.swap import Change
+from mmskip.tokens.controls import norm_scores, random_scores, uniform_scores
+from mmskip.tokens.groups import ATTENTION_SCORES, TokenGroups
+from mmskip.tokens.queries import ranking_queries
+from mmskip.tokens.selection import Selection, select
 
 SCORES = ("attention", "norm", "random", "uniform", "similarity")
 QUERIES = ("next", "last")
@@ -180,8 +174,8 @@ def _represents(groups: TokenGroups) -> Tensor:
     return scores[:-1].view(batch, length)
 
 
-@register(TokenReductionConfig, "hf_vlm")
-@register(TokenReductionConfig, "hf_decoder")
+@register(TokenReductionConfig, "vlm")
+@register(TokenReductionConfig, "decoder")
 def reduce_decoder(config: TokenReductionConfig, view: TokenView) -> list[Change]:
     """The changes that reduce the tokens of a decoder.
 

@@ -9,8 +9,14 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "skip": ("mmskip.search.skip", "the scale of a diffusion network's skip connections for few evaluations"),
-    "cola": ("mmskip.search.cola", "paths of a language model's layers that answer each sample (an oracle bound)"),
+    "skip": (
+        "mmskip.train.search.skip_scale",
+        "the scale of a diffusion network's skip connections for few evaluations",
+    ),
+    "cola": (
+        "mmskip.train.search.layer_paths",
+        "paths of a language model's layers that answer each sample (an oracle bound)",
+    ),
 }
 
 
@@ -20,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: without the program's name; None: those of the process.
     """
-    from mmskip.train.cli import told as own_message
+    from mmskip.train.cli.train import told as own_message
 
     parser = argparse.ArgumentParser(prog="python -m mmskip.search", description="Search for the setting of a dial.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

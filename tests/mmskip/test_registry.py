@@ -94,7 +94,7 @@ def test_applying_twice_is_refused_and_changes_nothing():
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(nn.Conv2d(3, 4, 3))])
 def test_a_model_without_decoder_layers_is_refused(model):
-    with pytest.raises(ValueError, match=r"no family fits.*hf_decoder"):
+    with pytest.raises(ValueError, match=r"no family fits.*decoder"):
         mmskip.apply_(model, mmskip.MoDConfig())
 
 

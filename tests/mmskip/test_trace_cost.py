@@ -7,7 +7,7 @@ from tiny_decoders import VOCAB, stream_layout, tiny_decoder
 from transformers import DynamicCache
 
 import mmskip
-from mmskip.cost import torch_flops
+from mmskip.costs import torch_flops
 
 LAYOUT = stream_layout(6, lead=0).expand(2, -1)
 IDS = torch.randint(3, VOCAB, LAYOUT.shape, generator=torch.Generator().manual_seed(0))

@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 import mmskip
 from mmskip.datasets.images import ImageData
 from mmskip.models.classifier import Classifier
-from mmskip.train.evaluation.commands import main
+from mmskip.train.cli.evaluate import main
 
 TINY = {"model": "resnet18", "model_kwargs": {"channels": [8, 8, 8, 8], "layers": [1, 1, 1, 1]}}
 VIT = {"model": "vit_tiny_patch16_224", "model_kwargs": {"depth": 1, "embed_dim": 12, "num_heads": 2, "img_size": 32}}

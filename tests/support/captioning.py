@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from tiny_seq2seq import build
 
-from mmskip.datasets.captions import CaptionData
-from mmskip.datasets.scene_captions import SceneCaptionsConfig
-from mmskip.models.captioner import Captioner
-from mmskip.models.captioner_build import token_ids
+from mmskip.datasets.captioning.module import CaptionData
+from mmskip.datasets.synthetic.captions import SceneCaptionsConfig
+from mmskip.models.captioner.build import token_ids
+from mmskip.models.captioner.module import Captioner
 
 SMALL = SceneCaptionsConfig(train=12, val=4, test=4, pairs=2, steps=(0.5, 0.5))
 _BART: dict[str, Any] = {

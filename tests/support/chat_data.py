@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from mmskip.datasets.chat import ChatData
-from mmskip.datasets.scene_chat import SceneChatConfig
+from mmskip.datasets.chat.module import ChatData
+from mmskip.datasets.synthetic.chat import SceneChatConfig
 
 SMALL = SceneChatConfig(train=12, val=4, test=2, image_size=48, clips=0.4)
 TINY_VLM: dict[str, Any] = {

@@ -9,7 +9,7 @@ from torch import nn
 
 from mmskip.datasets.images import ImageData
 from mmskip.models.classifier import Classifier
-from mmskip.train.cli import main
+from mmskip.train.cli.train import main
 
 pytest.importorskip("diffusers", reason="needs the extra 'diffusion'")
 

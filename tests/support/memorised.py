@@ -6,8 +6,8 @@ import torch
 from narration_data import FEATURES, FPS, LLAMA, sample, token_ids
 
 import mmskip
-from mmskip.datasets.turns import collate_narration
-from mmskip.models.video_llm import VideoLLM
+from mmskip.datasets.narration.turns import collate_narration
+from mmskip.models.video_llm.module import VideoLLM
 
 MOD = mmskip.MoDConfig(keep=0.4, gate="sigmoid")
 LENGTHS = ([2, 3, 4], [4, 2, 3], [3, 5])

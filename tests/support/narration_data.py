@@ -6,10 +6,10 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule
 from torch.utils.data import DataLoader, DistributedSampler
 
-from mmskip.datasets.resumable import ResumableLoader
-from mmskip.datasets.tokenizer import StreamTokens, train_tokenizer
-from mmskip.datasets.turns import Turn, build_sample, collate_narration
-from mmskip.models.narrator import TokenIds
+from mmskip.datasets.common.resumable import ResumableLoader
+from mmskip.datasets.narration.tokenizer import StreamTokens, train_tokenizer
+from mmskip.datasets.narration.turns import Turn, build_sample, collate_narration
+from mmskip.models.video_llm.speaking import TokenIds
 
 WORDS = ["red circle enters", "blue square leaves", "green star hides now", "red star"]
 FEATURES, TOKENS, FPS = 6, 5, 2.0

@@ -7,9 +7,9 @@ from naive_stream import naive_stream_logits
 from narration_data import FEATURES, FPS, LLAMA, TOKENS, stream_tokens, token_ids
 
 import mmskip
-from mmskip.models.narrator import speaks
-from mmskip.models.stream import StreamEngine, StreamSettings
-from mmskip.models.video_llm import VideoLLM
+from mmskip.models.video_llm.module import VideoLLM
+from mmskip.models.video_llm.speaking import speaks
+from mmskip.models.video_llm.streaming.engine import StreamEngine, StreamSettings
 
 MOD = mmskip.MoDConfig(keep=0.4, gate="sigmoid")
 HEAD = [stream_tokens().bos]

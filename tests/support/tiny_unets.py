@@ -33,7 +33,7 @@ class UserUNet(nn.Module):
 
 
 def _describe_user_unet() -> None:
-    from mmskip.families.diffusers_unet import SkipSite, UNetView, describe_unet
+    from mmskip.families.unet import SkipSite, UNetView, describe_unet
 
     @describe_unet(UserUNet)
     def _(unet):

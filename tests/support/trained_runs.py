@@ -8,8 +8,8 @@ import numpy as np
 import yaml
 from narration_data import LLAMA
 
-from mmskip.datasets.video import write_video
-from mmskip.train.cli import main
+from mmskip.datasets.video.reader import write_video
+from mmskip.train.cli.train import main
 
 TOWER = {
     "tower": "timm/vit_tiny_patch16_224",

@@ -9,8 +9,8 @@ import torch
 import yaml
 from captioning import SMALL, TEXTS, TOWER
 
-from mmskip.datasets.snli_ve import LABELS
-from mmskip.train.cli import main
+from mmskip.datasets.captioning.snli_ve import LABELS
+from mmskip.train.cli.train import main
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def config(tmp_path_factory) -> Path:
             "accelerator": "cpu",
             "enable_progress_bar": False,
             "num_sanity_val_steps": -1,
-            "callbacks": [{"class_path": "mmskip.train.caption_report.CaptionReport"}],
+            "callbacks": [{"class_path": "mmskip.train.reports.captioning.CaptionReport"}],
         },
         "checkpoint": {"every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}"},
         "model": {
@@ -31,7 +31,7 @@ def config(tmp_path_factory) -> Path:
             "init_args": {"text": TEXTS["mbart"], **TOWER, "max_new_tokens": 5, "random_exits": 0.5},
         },
         "data": {
-            "class_path": "mmskip.datasets.captions.CaptionData",
+            "class_path": "mmskip.datasets.captioning.CaptionData",
             "init_args": {
                 "root": str(root / "data"),
                 "generated": asdict(SMALL) | {"steps": list(SMALL.steps), "claims": list(SMALL.claims)},

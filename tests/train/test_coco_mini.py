@@ -1,15 +1,15 @@
 """The 99 real COCO images with captions run through training, captioning and scoring."""
 
 import json
-from pathlib import Path
 
 import pytest
 from captioning import TEXTS, TOWER
+from locations import SHARED_DATA
 
-from mmskip.train.cli import main as train
-from mmskip.train.evaluation.commands import main
+from mmskip.train.cli.evaluate import main
+from mmskip.train.cli.train import main as train
 
-COCO = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "coco" / "mini"
+COCO = SHARED_DATA / "coco" / "mini"
 pytestmark = pytest.mark.skipif(not COCO.is_dir(), reason="the real images (../shared/data/coco/mini) are not here")
 
 
@@ -24,7 +24,7 @@ def test_real_images_are_trained_on_captioned_and_scored(tmp_path):
             "init_args": {"text": TEXTS["bart"], **TOWER, "lr": 1e-2, "max_new_tokens": 12, "num_beams": 2},
         },
         "data": {
-            "class_path": "mmskip.datasets.captions.CaptionData",
+            "class_path": "mmskip.datasets.captioning.CaptionData",
             "init_args": {"captions": files, "caption_images": images, "image_size": 48, "batch_size": 10},
         },
     }

@@ -15,9 +15,9 @@ from drawing import UNET_OPTIONS
 from narration_data import LLAMA
 from trained_runs import coin_set
 
-from mmskip.datasets.generated import GeneratedConfig, generate
-from mmskip.datasets.scene_captions import generate_captions
-from mmskip.train.cli import CONFIGS, main
+from mmskip.datasets.synthetic.captions import generate_captions
+from mmskip.datasets.synthetic.videos import GeneratedConfig, generate
+from mmskip.train.cli.train import CONFIGS, main
 from mmskip.train.runs import RunCLI
 
 RECIPES = sorted(path.name for path in CONFIGS.glob("*.yaml"))

@@ -11,13 +11,13 @@ import torch
 import yaml
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
+from locations import ROOT
 from narration_data import LLAMA, RecordGradients, TinyData
 from ports import unused_port
 
 import mmskip
-from mmskip.models.video_llm import VideoLLM
+from mmskip.models.video_llm.module import VideoLLM
 
-ROOT = Path(__file__).resolve().parents[2]
 METHOD = {"class_path": "mmskip.MoDConfig", "init_args": {"keep": 0.4, "gate": "sigmoid"}}
 
 
@@ -93,7 +93,7 @@ def test_two_ranks_of_train_py_equal_one(tmp_path):
             "num_sanity_val_steps": 0,
             "callbacks": [
                 {"class_path": "narration_data.RecordGradients", "init_args": {"path": "gradients.pt"}},
-                {"class_path": "mmskip.train.callbacks.NarrationReport", "init_args": {"pairs": 0}},
+                {"class_path": "mmskip.train.reports.narration.NarrationReport", "init_args": {"pairs": 0}},
             ],
         },
         "model": {

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, kl_div
 
 from mmskip import families
-from mmskip.families.hf_residuals import Residual, entering, leaving, residuals
+from mmskip.hf.probes.residuals import Residual, entering, leaving, residuals
 
 POINTS = ("attn", "mlp", "block")
 Batches = Sequence[Tensor]
@@ -30,7 +30,7 @@ def view_of(model: Any) -> Any:
 
     if applied(model):
         raise ValueError(f"the analysis is of the untouched model, but it carries {applied(model)}; remove_ that.")
-    return families.find(model, ("hf_decoder",))
+    return families.find(model, ("decoder",))
 
 
 def _logits(model: Any, ids_BT: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmskip.datasets.features import fingerprint
-from mmskip.train.evaluation.own import call_function
+from mmskip.datasets.video.features import fingerprint
+from mmskip.utils.user_function import call_function
 
 KINDS = (
     "a run or checkpoint of mmskip's Classifier; inception:FILE; open_clip:MODEL:FILE; timm:MODEL:FILE; "
@@ -120,7 +120,7 @@ def open_feature_net(given: str, device: str | torch.device = "cpu") -> FeatureN
 
 def _classifier(given: str) -> tuple[nn.Module, int | None, str]:
     from mmskip.models.classifier import Classifier
-    from mmskip.train.trained import find_run
+    from mmskip.train.load_run import find_run
 
     checkpoint = find_run(given).checkpoint
     loaded = Classifier.from_checkpoint(str(checkpoint)).loaded()
@@ -134,7 +134,7 @@ def _headless(net: Any, mean: Sequence[float], std: Sequence[float]) -> nn.Modul
 def _timm(path: Path, model: str) -> tuple[nn.Module, int | None]:
     import timm
 
-    from mmskip.train.evaluation.masking import read_weights
+    from mmskip.train.evaluation.classifier.masking import read_weights
 
     if not timm.is_model(model):
         raise ValueError(f"timm has no model {model!r}.")

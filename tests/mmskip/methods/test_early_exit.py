@@ -16,9 +16,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import mmskip
 from mmskip import EarlyExitConfig
-from mmskip.exits import SampleScores, TokenScores
-from mmskip.families.hf_encoder_decoder import match
-from mmskip.families.hf_exit_cache import ExitLayer
+from mmskip.exits.criteria import SampleScores, TokenScores
+from mmskip.families.encoder_decoder import match
+from mmskip.hf.exits.cache import ExitLayer
 from mmskip.methods.early_exit import Compaction, exit_layers
 
 POLICIES = ("project", "copy", "hole")

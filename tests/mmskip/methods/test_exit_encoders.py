@@ -27,8 +27,9 @@ from transformers import (
 
 import mmskip
 from mmskip import EarlyExitConfig
-from mmskip.exits import ExitHead, SampleScores
-from mmskip.families.encoders import match
+from mmskip.exits.criteria import SampleScores
+from mmskip.exits.heads import ExitHead
+from mmskip.families.encoder import match
 from mmskip.methods.early_exit import exit_heads, exit_layers
 
 LAYERS = 4

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import mmskip
 from mmskip import EarlyExitConfig
-from mmskip.families.hf_encoder_decoder import match
+from mmskip.families.encoder_decoder import match
 from mmskip.methods.early_exit import TokenScores, exit_layers, image_tokens
 from mmskip.swap import states
 

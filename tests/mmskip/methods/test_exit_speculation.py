@@ -9,7 +9,7 @@ from transformers import T5Model
 
 import mmskip
 from mmskip import EarlyExitConfig, SelfSpeculationConfig
-from mmskip.families.hf_encoder_decoder import match
+from mmskip.families.encoder_decoder import match
 from mmskip.methods.self_speculation import speculation
 
 

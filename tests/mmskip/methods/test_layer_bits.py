@@ -84,7 +84,7 @@ def test_of_a_vlm_the_blocks_of_its_language_model_are_quantized():
     name = "qwen2_5_vl"
     model, reference = tiny_vlm(name), tiny_vlm(name)
     call, _ = collate(name, example_rows(name))
-    blocks, bits = mmskip.families.find(reference, ("hf_vlm",)).blocks, (4, 16, 3, 8)
+    blocks, bits = mmskip.families.find(reference, ("vlm",)).blocks, (4, 16, 3, 8)
     with torch.no_grad():
         before = model(**call).logits
         for width, block in zip(bits, blocks, strict=True):
@@ -234,9 +234,9 @@ def test_twice_is_refused_and_an_error_half_way_changes_nothing(monkeypatch, kee
     with pytest.raises(ValueError, match="weights already"):
         mmskip.apply_(model, LayerBitsConfig((4,) * 4))
     mmskip.remove_(model)
-    from mmskip.families import hf_bits
+    from mmskip.hf import quantized_blocks
 
-    quantize, calls = hf_bits.quantize_, []
+    quantize, calls = quantized_blocks.quantize_, []
 
     def failing(*args):
         quantize(*args)
@@ -244,7 +244,7 @@ def test_twice_is_refused_and_an_error_half_way_changes_nothing(monkeypatch, kee
         if len(calls) == 3:
             raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(hf_bits, "quantize_", failing)
+    monkeypatch.setattr(quantized_blocks, "quantize_", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         mmskip.apply_(model, LayerBitsConfig((4,) * 4, keep_original=keep))
     assert torch.equal(logits(model), logits(decoder())) and not mmskip.applied(model)

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import mmskip
 from mmskip import LayerPlanConfig, families
-from mmskip.cost import torch_flops
-from mmskip.families.hf_plan import decode_from
+from mmskip.costs import torch_flops
+from mmskip.hf.plans.block import decode_from
 from mmskip.methods.layer_plan import export, report, unified_released
 
 FAMILIES = (

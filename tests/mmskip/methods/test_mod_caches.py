@@ -69,13 +69,14 @@ def test_generate_with_a_static_cache_says_what_to_do(name):
 
 def test_without_the_refusal_a_static_cache_would_be_wrong(monkeypatch):
     """A decoded token would attend to the places that routed blocks left empty."""
-    from mmskip.families import hf_cache, hf_subset
+    from mmskip.hf.routing import block as routing_block
+    from mmskip.hf.routing import cache as routing_cache
 
     model = routed("llama")
     token = torch.tensor([[7]])
-    monkeypatch.setattr(hf_subset, "check_cache", lambda cache: None)
-    monkeypatch.setattr(hf_cache, "check_cache", lambda cache: None)
-    monkeypatch.setattr(hf_subset, "slot_layer", PassingSlotLayer)
+    monkeypatch.setattr(routing_block, "check_cache", lambda cache: None)
+    monkeypatch.setattr(routing_cache, "check_cache", lambda cache: None)
+    monkeypatch.setattr(routing_block, "slot_layer", PassingSlotLayer)
     cache = StaticCache(config=model.config, max_cache_len=64)
     with torch.no_grad():
         whole = torch.cat([IDS, token], 1), torch.cat([LAYOUT, torch.full_like(token, -1)], 1)

@@ -22,7 +22,10 @@ from tiny_vlms import collate, example_rows, tiny_vlm
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import mmskip
-from mmskip.families import hf_blocks, hf_cache, hf_decoder, hf_subset
+from mmskip.families import decoder
+from mmskip.hf import structure
+from mmskip.hf.routing import block as routing_block
+from mmskip.hf.routing import cache as routing_cache
 
 SAMPLE = ("gpt2", "gpt_neox", "deepseek_v3", "gpt_oss", "gemma4_text", "qwen3_next", "nemotron_h")
 # with the three of test_mod_training.py at least sixteen; the others are trained in the slow run
@@ -232,7 +235,7 @@ NO_LAYOUT = ("falcon", "gptj", "bloom", "codegen", "mpt", "mamba")
 CRASHES = {
     "deepseek_v32": ("forward", TypeError, "not subscriptable", "modeling_deepseek_v32.py"),
     "beam": ("forward", RuntimeError, "must match the size", "modeling_beam.py"),
-    "minimax": ("generate", RuntimeError, "24 tokens of the stream in its cache, the model 0", "hf_subset.py"),
+    "minimax": ("generate", RuntimeError, "24 tokens of the stream in its cache, the model 0", "block.py"),
     "gemma4_text": ("generate", ValueError, "expected positions within", "tokens.py"),
     "falcon_h1": ("generate", ValueError, "Cannot get conv state", "cache_utils.py"),
     "qwen3_next": ("generate", ValueError, "Cannot get conv state", "cache_utils.py"),
@@ -241,10 +244,10 @@ GENERATE = {"layout": LAYOUT, "max_new_tokens": 5, "do_sample": False, "pad_toke
 
 
 def routed_in_spite_of_the_refusal(name, monkeypatch):
-    monkeypatch.setattr(hf_decoder, "unfit", lambda *args: "")
-    monkeypatch.setattr(hf_blocks, "_carries_state", lambda block, causal: False)
-    monkeypatch.setattr(hf_blocks, "attention_of", lambda block, causal=True: any_state(block))
-    monkeypatch.setattr(hf_subset, "slot_layer", lenient_slot_layer)
+    monkeypatch.setattr(decoder, "unfit", lambda *args: "")
+    monkeypatch.setattr(structure, "_carries_state", lambda block, causal: False)
+    monkeypatch.setattr(structure, "attention_of", lambda block, causal=True: any_state(block))
+    monkeypatch.setattr(routing_block, "slot_layer", lenient_slot_layer)
     torch.manual_seed(0)
     model = (tiny_decoder(name) if name not in REFUSED else other_decoder(name, **REFUSED[name][0])).eval()
     base = copy.deepcopy(model)
@@ -297,9 +300,9 @@ def any_state(block):
 
 def lenient_slot_layer(cache, index, window):
     """Puts our cache layer in the place of any other."""
-    cache.layers += [hf_cache.SlotCacheLayer() for _ in range(index + 1 - len(cache.layers))]
-    if not isinstance(cache.layers[index], hf_cache.SlotCacheLayer):
-        cache.layers[index] = hf_cache.SlotCacheLayer(window)
+    cache.layers += [routing_cache.SlotCacheLayer() for _ in range(index + 1 - len(cache.layers))]
+    if not isinstance(cache.layers[index], routing_cache.SlotCacheLayer):
+        cache.layers[index] = routing_cache.SlotCacheLayer(window)
     return cache.layers[index]
 
 

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, DynamicCache
 
 import mmskip
-from mmskip.families import hf_blocks, hf_decoder
+from mmskip.families import decoder
+from mmskip.hf import structure
 
 TEXT = {
     "vocab_size": 90,
@@ -64,17 +65,17 @@ def vipllava():
 @pytest.mark.parametrize(("build", "reason"), [(mllama, "cross_attention_mask"), (llama4, "chunked_attention")])
 def test_language_models_that_a_subset_cannot_serve_are_refused_with_the_reason(build, reason):
     model = build()
-    with pytest.raises(ValueError, match=rf"hf_vlm: the language model of \w+ does not fit: .*{reason}"):
+    with pytest.raises(ValueError, match=rf"vlm: the language model of \w+ does not fit: .*{reason}"):
         mmskip.apply_(model, mmskip.MoDConfig())
     assert mmskip.applied(model) == []
 
 
 def in_spite_of_the_refusal(build, index, monkeypatch):
     """The language model inside `build()`, whose block `index` is routed all the same, and a dense copy."""
-    monkeypatch.setattr(hf_decoder, "unfit", lambda *args: "")
-    monkeypatch.setattr(hf_blocks, "_carries_state", lambda block, causal: False)
+    monkeypatch.setattr(decoder, "unfit", lambda *args: "")
+    monkeypatch.setattr(structure, "_carries_state", lambda block, causal: False)
     monkeypatch.setattr(
-        hf_blocks,
+        structure,
         "attention_of",
         lambda block, causal=True: next(c for c in block.children() if hasattr(c, "layer_idx")),
     )
@@ -107,7 +108,7 @@ def test_without_the_refusal_chunks_would_be_counted_in_kept_tokens(monkeypatch)
 
 
 def test_a_model_that_is_neither_gets_the_reason_of_each_family():
-    with pytest.raises(ValueError, match=r"hf_decoder: .*needs.*; hf_vlm: needs a transformers vision-language model"):
+    with pytest.raises(ValueError, match=r"decoder: .*needs.*; vlm: needs a transformers vision-language model"):
         mmskip.apply_(nn.Linear(2, 2), mmskip.MoDConfig())
 
 

@@ -7,8 +7,10 @@ from tiny_vlms import NO_PLACEHOLDERS, collate, example_rows, tiny_vlm
 from transformers import StaticCache
 
 import mmskip
-from mmskip.families import hf_subset, hf_vlm, hf_vlm_groups
-from mmskip.families.hf_vlm_groups import layout_of_call
+from mmskip.families import vlm
+from mmskip.hf.routing import block as routing_block
+from mmskip.hf.routing import vlm_layout
+from mmskip.hf.routing.vlm_layout import layout_of_call
 
 FEW = mmskip.MoDConfig(keep=0.3, router="norm")
 
@@ -32,8 +34,8 @@ def answers(model, call, **how):
 
 @pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl", "gemma3"])
 def test_an_image_cut_by_two_calls_would_be_chosen_from_in_parts(name, monkeypatch):
-    monkeypatch.setattr(hf_subset, "seen_after", lambda seen, new: None)
-    monkeypatch.setattr(hf_vlm, "_check_begins_outside", lambda blocks, start: None)
+    monkeypatch.setattr(routing_block, "seen_after", lambda seen, new: None)
+    monkeypatch.setattr(vlm, "_check_begins_outside", lambda blocks, start: None)
     model = mmskip.apply_(tiny_vlm(name), FEW)
     call, layout = collate(name, example_rows(name)[:1])
     expected = answers(model, call, **NO_PLACEHOLDERS)
@@ -43,7 +45,7 @@ def test_an_image_cut_by_two_calls_would_be_chosen_from_in_parts(name, monkeypat
 
 def test_guidance_would_give_the_second_prompt_the_layout_of_the_first(monkeypatch):
     """Words of the negative prompt would be dropped where the prompt has an image."""
-    monkeypatch.setattr(hf_vlm, "check_guidance", lambda model, call: None)
+    monkeypatch.setattr(vlm, "check_guidance", lambda model, call: None)
     model = mmskip.apply_(tiny_vlm("llava_onevision"), FEW)
     call, layout = collate("llava_onevision", example_rows("llava_onevision")[:1])
     words = torch.arange(1, 13)[None]
@@ -81,7 +83,7 @@ def test_grids_in_another_order_would_tear_pictures_apart(name, monkeypatch):
     swapped = {key: value.flip(0) if key.endswith("grid_thw") else value for key, value in call.items()}
     with pytest.raises(ValueError, match="torn apart"):
         layout_of_call(model.model, swapped)
-    monkeypatch.setattr(hf_vlm_groups, "_check_places", lambda *args: None)
+    monkeypatch.setattr(vlm_layout, "_check_places", lambda *args: None)
     torn = layout_of_call(model.model, swapped)
     mmskip.apply_(model, FEW)
     with torch.no_grad():
@@ -90,8 +92,8 @@ def test_grids_in_another_order_would_tear_pictures_apart(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl", "gemma3"])
 def test_a_static_cache_would_hold_the_wrong_tokens_in_a_vlm(name, monkeypatch):
-    monkeypatch.setattr(hf_subset, "check_cache", lambda cache: None)
-    monkeypatch.setattr(hf_subset, "slot_layer", PassingSlotLayer)
+    monkeypatch.setattr(routing_block, "check_cache", lambda cache: None)
+    monkeypatch.setattr(routing_block, "slot_layer", PassingSlotLayer)
     model = mmskip.apply_(tiny_vlm(name), FEW)
     call, _ = collate(name, example_rows(name)[:1])
     expected = answers(model, call, use_cache=False, **NO_PLACEHOLDERS)

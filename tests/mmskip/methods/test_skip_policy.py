@@ -7,7 +7,7 @@ from torch.nn.functional import cosine_similarity
 
 import mmskip
 from mmskip import LayerPlanConfig, SkipPolicyConfig
-from mmskip.importance import lac_activity
+from mmskip.calibration.importance import lac_activity
 from mmskip.methods.skip_policy import left_out
 
 FAMILIES = (

@@ -11,13 +11,13 @@ from torch import nn
 import mmskip
 from mmskip import swap
 from mmskip.families import find
-from mmskip.families.diffusers_unet import SkipSite, UNetView, describe_unet
+from mmskip.families.unet import SkipSite, UNetView, describe_unet
 from mmskip.methods.freeu import PartState, _stronger
 from mmskip.methods.skip_scale import JointState, NoiseLevel, _rho, ddpm_sigmas
 
 
 def count(unet):
-    return len(find(unet, ("diffusers_unet",)).skips)
+    return len(find(unet, ("unet",)).skips)
 
 
 @torch.no_grad()
@@ -138,7 +138,7 @@ class OnePath(nn.Module):
 def test_one_path_alone_sees_the_scale(path):
     unet, arguments = tiny_unet("unet2d"), inputs("unet2d")
     reference = copy.deepcopy(unet)
-    skips = iter(find(unet, ("diffusers_unet",)).skips)
+    skips = iter(find(unet, ("unet",)).skips)
     for stage in reference.up_blocks:
         for index, block in enumerate(stage.resnets):
             stage.resnets[index] = OnePath(block, next(skips).start, 0.5, path)
@@ -292,7 +292,7 @@ def test_skip_norms_measure_skip_over_decoder_features(name):
     def record(module, args, kwargs):
         parts.append(args[0] if args else kwargs["input_tensor"])
 
-    view = find(unet, ("diffusers_unet",))
+    view = find(unet, ("unet",))
     handles = [skip.joint.register_forward_pre_hook(record, with_kwargs=True) for skip in view.skips]
     output(unet, arguments)
     for handle in handles:
@@ -391,7 +391,7 @@ def test_freeu_equals_that_of_diffusers():
 @pytest.mark.parametrize("name", STAGED)
 def test_freeu_by_content_touches_half_of_the_features_by_their_mean(name):
     unet, arguments = tiny_unet(name), inputs(name)
-    skip = find(unet, ("diffusers_unet",)).skips[-1]
+    skip = find(unet, ("unet",)).skips[-1]
     stage = skip.stage
     dials = tuple(1.0 if i < stage else 1.7 for i in range(stage + 1))
     mmskip.apply_(unet, mmskip.FreeUConfig(b=dials, s=(1.0,) * len(dials)))

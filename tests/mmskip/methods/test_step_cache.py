@@ -11,7 +11,7 @@ from mmskip.families import find
 
 
 def deep_stages(unet, depth=1):
-    view = find(unet, ("diffusers_unet",))
+    view = find(unet, ("unet",))
     middle = [] if view.middle is None else [view.middle]
     return [*view.encoder[depth:], *middle, *view.decoder[: len(view.decoder) - depth]]
 

@@ -12,9 +12,10 @@ from transformers import DynamicCache
 
 import mmskip
 from mmskip import families
-from mmskip.families.hf_stream import StreamCache
+from mmskip.hf.streaming.cache import StreamCache
 from mmskip.ops.similarity import match_similar_naive
-from mmskip.routers import norm_scores, random_scores, token_groups, uniform_scores
+from mmskip.tokens.controls import norm_scores, random_scores, uniform_scores
+from mmskip.tokens.groups import token_groups
 
 NAMES = (
     "llama",
@@ -301,7 +302,7 @@ def test_scores_are_read_under_every_attention_backend(name, attention):
 def test_flex_masks_are_read_too():
     from torch.nn.attention.flex_attention import create_block_mask
 
-    from mmskip.families.hf_probe import _mask_rows
+    from mmskip.hf.probes.attention import _mask_rows
 
     mask = create_block_mask(lambda b, h, q, k: (k <= q) & (k >= b), 2, None, 6, 6, device="cpu")
     seen = _mask_rows(mask, 1, torch.tensor([2, 5]), 6, 6) == 0

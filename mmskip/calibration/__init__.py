@@ -1,0 +1,1 @@
+"""What is measured or searched once: importance, thresholds, routers, drops."""

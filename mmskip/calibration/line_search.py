@@ -1,0 +1,108 @@
+"""The search along one dial, from coarse to fine."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmskip.utils.files import write_json
+
+_DIGITS = 4  # values nearer than this are one value
+
+
+@dataclass(frozen=True)
+class Found:
+    """The result of a search.
+
+    Attributes:
+        best: value of the lowest score.
+        score: its score.
+        scores: of all values tried, by value.
+    """
+
+    best: float
+    score: float
+    scores: dict[float, float]
+
+
+def search(
+    evaluate: Callable[[float], float],
+    low: float,
+    high: float,
+    points: int = 5,
+    rounds: int = 3,
+    also: Sequence[float] = (),
+    file: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Found:
+    """Find the value of one dial that has the lowest score.
+
+    The first round tries `points` even values from `low` to `high`; every further round tries the middles between the
+    best value and its neighbours. A score with one valley is found to (high - low) / (points - 1) / 2^(rounds - 1).
+
+    Args:
+        evaluate: score of a value, the lower the better; the same for the same value.
+        low, high: range of the values, low < high.
+        points: values of the first round, >= 3.
+        rounds: >= 1.
+        also: further values to try first, such as the one that changes nothing; they may win.
+        file: JSON file in which every score is kept as soon as it is known; a search goes on where its file stops.
+        settings: what the scores depend on, JSON-ready; kept in `file`, which must not be of other settings.
+
+    Raises:
+        ValueError: arguments out of range, a score that is not finite, or a file of another search.
+    """
+    if not low < high or points < 3 or rounds < 1:
+        raise ValueError(
+            f"(low, high) is {(low, high)}, points {points}, rounds {rounds}; expected low < high, points >= 3, "
+            "rounds >= 1."
+        )
+    told = json.loads(json.dumps(settings or {}))
+    scores = _read(Path(file), told) if file is not None else {}
+
+    def score(value: float) -> None:
+        value = round(value, _DIGITS)
+        if value in scores:
+            return
+        found = float(evaluate(value))
+        if not math.isfinite(found):
+            raise ValueError(f"the score of {value} is {found}; expected a finite number. Look at the range searched.")
+        scores[value] = found
+        if file is not None:
+            rows = [{"value": v, "score": s} for v, s in scores.items()]
+            write_json({"settings": told, "evaluated": rows}, file)
+
+    for value in [*also, *(low + i * (high - low) / (points - 1) for i in range(points))]:
+        score(value)
+    for _ in range(rounds - 1):
+        ordered = sorted(scores)
+        place = ordered.index(_best(scores))
+        for neighbour in ordered[max(place - 1, 0) : place] + ordered[place + 1 : place + 2]:
+            score((ordered[place] + neighbour) / 2)
+    best = _best(scores)
+    return Found(best, scores[best], dict(sorted(scores.items())))
+
+
+def _best(scores: dict[float, float]) -> float:
+    return min(scores, key=lambda value: scores[value])
+
+
+def _read(file: Path, settings: dict[str, Any]) -> dict[float, float]:
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text())
+        found, rows = content["settings"], content["evaluated"]
+        scores = {float(row["value"]): float(row["score"]) for row in rows}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not a file of this search ({error!r}); give another folder.") from error
+    if found != settings:
+        keys = sorted(k for k in {*found, *settings} if found.get(k) != settings.get(k))
+        raise ValueError(
+            f"{file} holds a search with other settings ({', '.join(keys)}): "
+            f"{ {k: found.get(k) for k in keys} } there, { ({k: settings.get(k) for k in keys}) } now. Give another "
+            "folder, or remove it."
+        )
+    return scores

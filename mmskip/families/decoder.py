@@ -1,0 +1,322 @@
+"""Family `decoder`: causal language models of transformers, found by structure."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmskip.exits.heads import TiedHead
+from mmskip.hf.exits.block import ExitRule
+from mmskip.hf.exits.decoder import exit_changes, tied_head
+from mmskip.hf.mlp_skipping import policy_changes, void_changes
+from mmskip.hf.plans.block import plan_changes
+from mmskip.hf.probes.attention import Watch, own_attention, own_config, probe_changes, watch_changes
+from mmskip.hf.probes.residuals import mlp_cosines
+from mmskip.hf.quantized_blocks import bits_changes, held
+from mmskip.hf.routing.block import BlockState, LayoutRoot, RootState, SubsetBlock, check_backend
+from mmskip.hf.routing.generate import LayoutGenerator
+from mmskip.hf.speculation.decoding import draft_units, speculation_changes
+from mmskip.hf.streaming.cache import StreamCache
+from mmskip.hf.structure import (
+    attention_of,
+    is_stack,
+    kinds,
+    output_projection,
+    parts_of,
+    unfit,
+    windows,
+    without_attention,
+)
+from mmskip.plan import DepthPlan
+from mmskip.protocols import STATE, HeldBits, MlpRule, Speculator, TokenPolicy, VoidRule
+from mmskip.swap import Change
+from mmskip.tokens.groups import TokenGroups
+
+
+@dataclass(frozen=True)
+class DecoderView:
+    """A causal decoder: the module that calls the blocks (`root`), and the blocks in order.
+
+    Attributes:
+        windows: per block, the sliding window in tokens, or None for full attention.
+        generators: the modules around the root that have `generate`.
+        kinds: per block `full`, `sliding` or `state`, see `mmskip.hf.structure`.
+    """
+
+    family: str
+    root: nn.Module
+    blocks: tuple[nn.Module, ...]
+    windows: tuple[int | None, ...]
+    generators: tuple[nn.Module, ...]
+    kinds: tuple[str, ...]
+
+    @property
+    def config(self) -> Any:
+        """The text config of the model."""
+        return self.root.config
+
+    @property
+    def width(self) -> int:
+        """Hidden width D."""
+        return int(self.config.hidden_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states, which the embeddings set, whatever quantization made of the blocks."""
+        dtype: torch.dtype = self.root.get_input_embeddings().weight.dtype  # type: ignore[operator]
+        return dtype if dtype.is_floating_point else self.root.dtype  # type: ignore[return-value]
+
+    def site(self, index: int) -> str:
+        """The site name of a block."""
+        return f"block.{index}"
+
+    @property
+    def routed(self) -> tuple[int, ...]:
+        """Indices of the blocks that process a subset of the tokens."""
+        return tuple(index for index, block in enumerate(self.blocks) if isinstance(block, SubsetBlock))
+
+    def attention_types(self) -> tuple[str, ...]:
+        """Per block, `full` or `sliding`; `state` for a block that must see every token."""
+        return self.kinds
+
+    def matrix_products(self, index: int) -> list[tuple[int, int, int]]:
+        """Weight matrices of a block that every token is multiplied by: (inputs, outputs, how many). The scans of
+        state-space and linear attention are not counted.
+
+        Raises:
+            ValueError: the block has expert weights whose use per token the config does not tell.
+        """
+        return self._products(self.blocks[index])
+
+    def _products(self, whole: nn.Module) -> list[tuple[int, int, int]]:
+        products = []
+        for module in whole.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(module, nn.Linear):
+                # not the shape of the weight, which quantization packs
+                products.append((module.in_features, module.out_features, 1))
+            elif type(module).__name__ == "Conv1D":
+                products.append((weight.shape[0], weight.shape[1], 1))  # type: ignore[union-attr]
+            for parameter in module._parameters.values():
+                # weights of three dimensions are experts, but for short convolutions, whose cost is small
+                if parameter is not None and parameter.dim() == 3 and not isinstance(module, nn.Conv1d):
+                    products.append((parameter.shape[1], parameter.shape[2], self._experts_per_token()))
+        return products
+
+    def _experts_per_token(self) -> int:
+        count = getattr(self.config, "num_experts_per_tok", None)
+        if count is None:
+            raise ValueError(f"{type(self.config).__name__} does not say how many experts a token uses.")
+        return int(count)
+
+    def attention_width(self, index: int) -> int:
+        """Heads times head width of a block (the mean of keys' and values' width where they differ); 0 without
+        attention."""
+        if self.kinds[index] == STATE:
+            return 0
+        config, attention = self.config, attention_of(self.blocks[index], causal=False)
+        head = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None)
+        head = head or self.width // config.num_attention_heads
+        key = getattr(attention, "qk_head_dim", head)
+        value = getattr(attention, "v_head_dim", head)
+        return int((key + value) * config.num_attention_heads) // 2
+
+    def block_flops(self, index: int, part: str, keys: int) -> float:
+        """FLOPs per token of `"attn"`, `"mlp"`, `"fill"` (what stores keys and values: all of the attention before its
+        scores) or `"block"`, with so many keys."""
+        attention, mlp = parts_of(self.blocks[index])
+        pairs = 4.0 * self.attention_width(index) * keys
+        modules = {"block": self.blocks[index], "attn": attention, "fill": attention, "mlp": mlp}
+        linear = 0 if modules[part] is None else _flops(self._products(modules[part]))
+        if part == "fill" and attention is not None:
+            linear -= _flops(self._products(output_projection(attention)))
+        return linear + (pairs if part in ("block", "attn") else 0.0)
+
+    def head_flops(self) -> float:
+        """FLOPs of the output heads per token."""
+        heads = {id(h): h for h in (m.get_output_embeddings() for m in self.generators) if h is not None}  # type: ignore[operator]
+        return 2.0 * sum(h.weight.numel() for h in heads.values())
+
+    def item_bytes(self, index: int) -> int:
+        """Bytes of one number of the hidden states."""
+        return next(p.element_size() for p in self.blocks[index].parameters() if p.is_floating_point())
+
+    def router_flops(self, index: int) -> tuple[int, int]:
+        """FLOPs per token of the scores and of the gates of a block's router."""
+        router = getattr(self.blocks[index], "mmskip_router", None)
+        return (0, 0) if router is None else router.flops()
+
+    def cache_use(self, index: int, cache: Any, length: int) -> tuple[int, int, int]:
+        """After a call with `length` tokens: keys a dense block attends over, KV bytes stored, KV bytes a dense block
+        stores. A block without attention stores none."""
+        if self.kinds[index] == STATE:
+            return 0, 0, 0
+        if cache is None:
+            return length, 0, 0
+        if isinstance(cache, StreamCache):
+            return cache.use(index)
+        same = [i for i, kind in enumerate(self.kinds) if kind == self.kinds[index] and i < len(cache.layers)]
+        held = [i for i in same if getattr(cache.layers[i], "keys", None) is not None]
+        if not held:
+            return 0, 0, 0
+        # a plan leaves some entries short or empty: a dense block would store what another of its kind does
+        total, window = max(int(cache.get_seq_length(i)) for i in held), self.windows[index]
+        entry = cache.layers[index if index in held else held[0]]
+        past = total - length if window is None else min(total - length, window - 1)
+        stored = total if window is None else min(total, window - 1)
+        per_slot = (entry.keys[:, :, :1].numel() + entry.values[:, :, :1].numel()) * entry.keys.element_size()
+        return past + length, per_slot * entry.keys.shape[-2], per_slot * stored
+
+    def subset_changes(
+        self,
+        policies: Mapping[int, TokenPolicy],
+        children: Mapping[int, dict[str, nn.Module]],
+        attention: str | None = None,
+    ) -> list[Change]:
+        """The changes by which the blocks in `policies` process a subset of the tokens of every call, with the model's
+        attention implementation or one of their own.
+
+        Raises:
+            ValueError: a block must see every token, or routed blocks cannot build masks for the model's attention
+                implementation.
+        """
+        config = own_config(self.config, [self.blocks[i] for i in policies], attention)
+        check_backend(config)
+        for index in policies:
+            if self.kinds[index] == STATE:
+                raise ValueError(
+                    f"{self.site(index)} ({type(self.blocks[index]).__name__}) carries a state from token to token and "
+                    "must see every token; blocks with attention are "
+                    f"{[i for i, kind in enumerate(self.kinds) if kind != STATE]}."
+                )
+        changes = [
+            Change(
+                self.site(i),
+                self.blocks[i],
+                SubsetBlock,
+                BlockState(policy, i, self.windows[i], config, self.site(i)),
+                children[i],
+            )
+            for i, policy in policies.items()
+        ]
+        if attention is not None:
+            changes += [own_attention(self.blocks[i], config, self.site(i)) for i in policies]
+        if not isinstance(self.root, LayoutRoot):
+            changes.append(Change("decoder", self.root, LayoutRoot, RootState(self.blocks)))
+            changes += [Change("generate", module, LayoutGenerator, self.root) for module in self.generators]
+        return changes
+
+    def plan_changes(self, plan: DepthPlan) -> list[Change]:
+        """The changes by which the blocks run as `plan` says.
+
+        Raises:
+            ValueError: the model cannot run this plan exactly.
+        """
+        return plan_changes(self, plan)
+
+    def draft_units(self) -> list[tuple[int | None, int | None]]:
+        """What a draft may leave out: indices of (attention, MLP), None where that runs."""
+        return draft_units(self)
+
+    def speculation_changes(self, speculator: Speculator) -> list[Change]:
+        """The changes by which `generate` decodes by speculation.
+
+        Raises:
+            ValueError: the model cannot roll back.
+        """
+        return speculation_changes(self, speculator)
+
+    def policy_changes(self, rule: MlpRule, chosen: range) -> list[Change]:
+        """The changes by which the MLPs of some blocks are left out as `rule` says.
+
+        Raises:
+            ValueError: a block has no module for its MLP alone.
+        """
+        return policy_changes(self, rule, chosen)
+
+    def void_changes(self, rule: VoidRule) -> list[Change]:
+        """The changes by which what a block did is taken back for the tokens that `rule` calls voids."""
+        return void_changes(self, rule)
+
+    def mlp_cosines(self, model: nn.Module, data: Any, chosen: range, warmup: int) -> Tensor:
+        """Cosines [blocks, tokens] between the states before and after the MLP of some blocks."""
+        return mlp_cosines(self, model, data, chosen, warmup)
+
+    def exit_changes(self, rule: ExitRule) -> list[Change]:
+        """The changes by which tokens leave the decoder early.
+
+        Raises:
+            ValueError: layers that cannot be left.
+        """
+        return exit_changes(self, rule)
+
+    def head(self) -> TiedHead:
+        """The tied exit head.
+
+        Raises:
+            ValueError: the output is more than a norm and a projection, or missing.
+        """
+        return tied_head(self)
+
+    def bits_changes(self, bits: Mapping[int, int], group: int | None, store: str, keep: bool) -> list[Change]:
+        """The changes by which blocks hold their weights in so many bits, by block index.
+
+        Raises:
+            ValueError: a block cannot be served.
+        """
+        return bits_changes(self, bits, group, store, keep)
+
+    def bits_held(self) -> list[HeldBits]:
+        """What the weights of each block take."""
+        return [held(self, index) for index in range(len(self.blocks))]
+
+    def probe_changes(self, index: int, which: str) -> list[Change]:
+        """The changes by which a block scores the tokens of every call by the attention that text pays to them."""
+        return probe_changes(self.blocks[index], self.config, which, self.site(index))
+
+    def watch_changes(
+        self, index: int, tell: Callable[[Tensor, Tensor, TokenGroups], None]
+    ) -> tuple[Watch, list[Change]]:
+        """What names the queries of a call, and the changes by which a block tells where their attention goes."""
+        watch = Watch(tell)
+        return watch, watch_changes(self.blocks[index], self.config, watch, self.site(index))
+
+
+def _flops(products: list[tuple[int, int, int]]) -> float:
+    return 2.0 * sum(count * rows * columns for rows, columns, count in products)
+
+
+def match(model: nn.Module, causal: bool = True) -> tuple[DecoderView | None, str]:
+    """The view of `model`, or None and the reason why it does not fit. Without `causal`, blocks whose masks a module
+    around the decoder makes causal fit too."""
+    from transformers import PreTrainedModel
+
+    found = []
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            stacks = [child for child in module.children() if is_stack(child, causal)]
+            found += [(module, tuple(stack.children())) for stack in stacks]
+    if not found:
+        return None, (
+            "needs a transformers causal decoder: a PreTrainedModel with a list of decoder layers that take "
+            "`hidden_states` and hold a causal self-attention (`is_causal`, `layer_idx`); " + without_attention(model)
+        )
+    if len(found) > 1:
+        names = ", ".join(type(module).__name__ for module, _ in found)
+        return None, f"found several stacks of decoder layers ({names}); pass the one to be changed"
+    root, blocks = found[0]
+    reason = unfit(model, root, blocks, causal)
+    if reason:
+        return None, reason
+    generators = tuple(
+        m for m in model.modules() if isinstance(m, PreTrainedModel) and m.can_generate() and _contains(m, root)
+    )
+    config = root.config
+    view = DecoderView("decoder", root, blocks, windows(config, len(blocks)), generators, kinds(config, blocks, causal))
+    return view, ""
+
+
+def _contains(module: nn.Module, inner: nn.Module) -> bool:
+    return any(child is inner for child in module.modules())

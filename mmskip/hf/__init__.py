@@ -1,0 +1,1 @@
+"""How blocks of transformers are run otherwise: one folder per mechanism."""

@@ -1,0 +1,1 @@
+"""Blocks that states leave early."""

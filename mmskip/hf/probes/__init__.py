@@ -1,0 +1,1 @@
+"""What blocks do, measured while they run."""

@@ -1,0 +1,1 @@
+"""Blocks that process a subset of the tokens."""

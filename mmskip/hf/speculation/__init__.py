@@ -1,0 +1,1 @@
+"""Decoding by drafts that skip parts of the model."""

@@ -1,0 +1,1 @@
+"""Files, timing, pretrained names: nothing about depth."""

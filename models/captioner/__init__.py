@@ -1,0 +1,5 @@
+"""Image captioner with early exits (MuE)."""
+
+from mmskip.models.captioner.module import Captioner
+
+__all__ = ["Captioner"]

@@ -1,0 +1,54 @@
+"""The loss of a streaming video LLM: what to say (LM) and when to stay silent (stream).
+
+Shapes: B samples, T tokens, P labelled positions of the batch, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, stack
+from torch.nn import functional as F
+
+from mmskip.datasets.narration.turns import IGNORE
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The labelled positions of a batch.
+
+    Attributes:
+        rows: LongTensor [P], row in the batch.
+        cols: LongTensor [P], index of the token that *predicts*; the label is that of the next token.
+        labels: LongTensor [P], the token to predict.
+        stream: BoolTensor [P], whether the predicting token is a vision token (the decision silent or speak).
+    """
+
+    rows: Tensor
+    cols: Tensor
+    labels: Tensor
+    stream: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor, layout: Tensor) -> "Positions":
+        """Positions of unshifted `labels` [B, T] (-100: not learned), with `layout` [B, T] (-1: text)."""
+        rows, cols = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+        return cls(rows, cols, labels[rows, cols + 1], layout[rows, cols] >= 0)
+
+
+def loss_sums(logits: Tensor, positions: Positions, stream_weight: float) -> Tensor:
+    """Sums, not means: what a mean is taken over is only known at the end of an optimizer step.
+
+    Args:
+        logits: [P, V].
+        positions: the labelled positions the logits belong to.
+        stream_weight: factor on the cross-entropy of stream labels, >= 0.
+
+    Returns:
+        FloatTensor [5] in fp32: weighted cross-entropy (the differentiable one), LM cross-entropy, stream
+        cross-entropy, number of LM labels, number of stream labels.
+    """
+    nll = F.cross_entropy(logits.float(), positions.labels, reduction="none")
+    stream = positions.stream
+    lm_sum, stream_sum = nll[~stream].sum(), nll[stream].sum()
+    stream_count = stream.sum().to(nll.dtype)
+    weighted = lm_sum + stream_weight * stream_sum
+    return stack([weighted, lm_sum.detach(), stream_sum.detach(), stream.numel() - stream_count, stream_count])

@@ -1,0 +1,5 @@
+"""The command lines."""
+
+from mmskip.train.cli.train import main
+
+__all__ = ["main"]

@@ -1,0 +1,300 @@
+"""Early exits of a trained captioner: sweeps of thresholds, what ran, and what it cost.
+
+Shapes: B rows, T tokens.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mmskip
+from mmskip import EarlyExitConfig
+from mmskip.costs import torch_flops
+from mmskip.exits.criteria import HEAD_CRITERIA, STATE_CRITERIA
+from mmskip.hf.exits.block import POLICIES
+from mmskip.methods.early_exit import exit_layers
+from mmskip.models.captioner.module import Captioner
+from mmskip.utils.timing import interleaved_ratio
+
+FULL = "full"
+PARTS = ("image", "prompt", "decoder")
+_LEAVES = {"encoder": ("encoder", "image", "text"), "decoder": ("decoder",)}
+_DEPTHS = {"encoder": "encoder_depth", "decoder": "depth"}  # settings by which every state leaves at one layer
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One setting a checkpoint is evaluated in.
+
+    Attributes:
+        name: for folders and tables.
+        config: exits; None: every layer runs.
+        blank: whether the images are black.
+    """
+
+    name: str
+    config: EarlyExitConfig | None = None
+    blank: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the results depend on."""
+        return {"exits": None if self.config is None else self.config.to_dict(), "blank": self.blank}
+
+
+def add_exit_arguments(parser: argparse.ArgumentParser) -> None:
+    """The settings of a sweep."""
+    parser.add_argument("--image", type=float, nargs="+", help="thresholds of images in the encoder (MuE: 0.9)")
+    parser.add_argument("--text", type=float, nargs="+", help="thresholds of prompts in the encoder (MuE: 0.95)")
+    parser.add_argument("--encoder", type=float, nargs="+", help="the same for both, instead")
+    parser.add_argument("--decoder", type=float, nargs="+", help="thresholds of tokens in the decoder")
+    parser.add_argument(
+        "--criterion", default="saturation", choices=(*STATE_CRITERIA, *HEAD_CRITERIA), help="of the decoder"
+    )  # without the learned one, whose heads no checkpoint holds
+    parser.add_argument("--encoder-criterion", default="saturation", choices=STATE_CRITERIA, help="of the encoder")
+    parser.add_argument("--kv", default="project", choices=POLICIES, help="keys and values of exited tokens")
+    parser.add_argument("--decay", type=float, help="CALM's share of the constant part of the decoder's threshold")
+    parser.add_argument("--min-layers", type=int, default=1, help="layers that always run (default 1)")
+    parser.add_argument("--max-layers", type=int, help="decoder layers that run at most, whatever the scores")
+    parser.add_argument("--blank", action="store_true", help="also at full depth with the images blanked")
+    parser.add_argument("--timed", type=int, default=8, help="images behind measured times; 0: none (default 8)")
+    parser.add_argument("--pairs-timed", type=int, default=15, help="paired runs of them (default 15)")
+
+
+def plan(options: argparse.Namespace) -> list[Variant]:
+    """Full depth, and every combination of the thresholds given.
+
+    Raises:
+        ValueError: a threshold out of range, or numbers below what measuring needs.
+    """
+    if options.timed < 0 or options.pairs_timed < 2:
+        raise ValueError(f"--timed is {options.timed} and --pairs-timed {options.pairs_timed}; expected >= 0 and >= 2")
+    if options.max_layers is not None and not options.decoder:
+        raise ValueError(f"--max-layers is {options.max_layers}, which needs thresholds of the decoder: give --decoder")
+    found = [Variant(FULL)]
+    names = ("image", "text", "encoder", "decoder")
+    for values in product(*(getattr(options, name) or [None] for name in names)):
+        given = {name: value for name, value in zip(names, values, strict=True) if value is not None}
+        if not given:
+            continue
+        config = EarlyExitConfig(
+            **{"decoder": None, **given},
+            criterion=options.criterion,
+            encoder_criterion=options.encoder_criterion,
+            kv=options.kv,
+            decay=options.decay,
+            min_layers=options.min_layers,
+            encoder_min_layers=options.min_layers,
+            max_layers=options.max_layers,
+        )
+        found.append(Variant(_name(config), config))
+    if options.blank:
+        found.append(Variant("blanked", blank=True))
+    return found
+
+
+def _name(config: EarlyExitConfig) -> str:
+    """What is asked for: thresholds, and whatever differs from the default, so that no two settings share a folder."""
+    thresholds = ("image", "text", "encoder", "decoder")
+    others = [f.name for f in fields(config) if f.name not in thresholds and getattr(config, f.name) != f.default]
+    given = [name for name in thresholds if getattr(config, name) is not None]
+    return "_".join(f"{name}-{getattr(config, name)}" for name in (*given, *others))
+
+
+@contextmanager
+def using(model: Captioner, config: EarlyExitConfig | None) -> Iterator[None]:
+    """The exits inside the block, none behind it."""
+    if config is not None:
+        mmskip.apply_(model.llm, config)
+    try:
+        yield
+    finally:
+        if config is not None:
+            mmskip.remove_(model.llm)
+
+
+# --- what ran -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Recorder:
+    """Layers that ran for every state of the calls inside `recording`.
+
+    Attributes:
+        encoder: [B] per call of the encoder, or two where a call runs image and text apart.
+        encodings: calls of the encoder.
+        decoder: [B, T] per call of the decoder.
+    """
+
+    encoder: list[Tensor] = field(default_factory=list)
+    encodings: int = 0
+    decoder: list[Tensor] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Forget."""
+        self.encoder, self.encodings, self.decoder = [], 0, []
+
+
+@contextmanager
+def recording(model: Captioner) -> Iterator[Recorder]:
+    """Record the layers that run, with and without exits."""
+    record, view = Recorder(), model.view
+    config = next((c for c in mmskip.applied(model.llm) if isinstance(c, EarlyExitConfig)), None)
+
+    def keep(part: str, depth: int) -> Any:
+        fixed = getattr(config, _DEPTHS[part], None) is not None
+        names = [name for name in _LEAVES[part] if fixed or getattr(config, name, None) is not None]
+
+        def hook(block: Any, arguments: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            told = exit_layers(model.llm) if names else {}
+            layers = [told[name].cpu().clone() for name in names if name in told]
+            shape = hidden.shape[:1] if part == "encoder" else hidden.shape[:2]
+            record.encodings += part == "encoder"
+            getattr(record, part).extend(layers or [torch.full(shape, depth)])
+
+        return hook
+
+    handles = [
+        view.encoder[-1].register_forward_hook(keep("encoder", len(view.encoder))),
+        view.decoder[-1].register_forward_hook(keep("decoder", len(view.decoder))),
+    ]
+    try:
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def encoder_exits(record: Recorder, image: Tensor) -> tuple[list[int], list[int]]:
+    """Layers that ran for the image and for the prompt of every row (the same where both ran together).
+
+    Args:
+        record: of one `encode`.
+        image: LongTensor [R], see `mmskip.datasets.captioning.module.Texts`.
+    """
+    if record.encodings == 1:  # one row per prompt, of both
+        return record.encoder[0].tolist(), record.encoder[-1].tolist()
+    images, prompts = record.encoder
+    return images[image.cpu()].tolist(), prompts.tolist()
+
+
+def depths(records: Iterable[Mapping[str, Any]], model: Captioner) -> dict[str, Any]:
+    """Means and histograms of the layers that ran, split by right and wrong, and the share of layers left out.
+
+    Args:
+        records: each with "image", "prompt" (numbers), "decoder" (numbers, one per token) and "right".
+        model: gives the depths.
+    """
+    view = model.view
+    full = {"image": len(view.encoder), "prompt": len(view.encoder), "decoder": len(view.decoder)}
+    kept = list(records)
+    ran = {part: [n for one in kept for n in _numbers(one[part])] for part in PARTS}
+    found: dict[str, Any] = {
+        "depth": full,
+        "mean": {part: statistics.fmean(values) if values else None for part, values in ran.items()},
+        "histogram": {},
+    }
+    for part in PARTS:
+        found["histogram"][part] = {}
+        for name, wanted in (("right", True), ("wrong", False)):
+            counted = Counter(n for one in kept if one["right"] is wanted for n in _numbers(one[part]))
+            found["histogram"][part][name] = [counted[layer] for layer in range(1, full[part] + 1)]
+    layers = sum(sum(values) for values in ran.values())
+    whole = sum(full[part] * len(values) for part, values in ran.items())
+    return found | {"layers_left_out": 1 - layers / whole if whole else 0.0}
+
+
+def _numbers(value: Any) -> list[int]:
+    return value if isinstance(value, list) else [value]
+
+
+# --- what it costs --------------------------------------------------------------------------------------------------
+
+
+def compute(
+    model: Captioner,
+    config: EarlyExitConfig | None,
+    calls: Sequence[Callable[[Captioner], Any]],
+    pairs: int,
+    clock: Callable[[], float] = time.perf_counter,
+    ready: Callable[[Any], None] = lambda llm: None,
+) -> dict[str, float]:
+    """Counted and measured cost of some calls with exits, as shares of the same calls at full depth.
+
+    Args:
+        model: in evaluation mode; call it without gradients.
+        config: exits.
+        calls: one per sample, run one by one: an exited token then costs nothing but its keys and values.
+        pairs: paired, interleaved runs of all calls, at least 2.
+        clock: see `mmskip.utils.timing.interleaved_ratio`.
+        ready: called with the encoder-decoder once it has its exits.
+
+    Returns:
+        `counted` (FLOPs), `measured` (time; median ratio with its quartiles `low` and `high`), `seconds` per call.
+    """
+    if config is None:
+        seconds = interleaved_ratio(lambda: _run(model, calls), lambda: _run(model, calls), 2, clock=clock).fn_s
+        return {"counted": 1.0, "measured": 1.0, "low": 1.0, "high": 1.0, "seconds": seconds / len(calls)}
+    own = model.llm
+    weights = {id(tensor): tensor for tensor in (*own.parameters(), *own.buffers())}
+    left = mmskip.apply_(copy.deepcopy(own, weights), config)  # shares all weights
+    ready(left)
+
+    def runs(llm: Any) -> Callable[[], None]:
+        def run() -> None:
+            model.llm = llm
+            _run(model, calls)
+
+        return run
+
+    try:
+        counted = [_flops(runs(llm)) for llm in (own, left)]
+        ratio = interleaved_ratio(runs(own), runs(left), pairs, clock=clock)
+    finally:
+        model.llm = own
+    return {
+        "counted": counted[1] / counted[0],
+        "measured": 1 / ratio.median,
+        "low": 1 / ratio.q3,
+        "high": 1 / ratio.q1,
+        "seconds": ratio.fn_s / len(calls),
+    }
+
+
+def _run(model: Captioner, calls: Sequence[Callable[[Captioner], Any]]) -> None:
+    for call in calls:
+        call(model)
+
+
+def _flops(run: Callable[[], None]) -> int:
+    with torch_flops() as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def exits_table(totals: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> str:
+    """One line per variant: metrics, mean layers, layers left out, counted FLOPs and measured time."""
+    width = max(map(len, totals))
+    head = [*metrics, "image", "prompt", "decoder", "layers", "FLOPs", "time"]
+    lines = [" " * width + "".join(f"{title:>10}" for title in head) + "  (quartiles)"]
+    for name, values in totals.items():
+        cells = [f"{values['metrics'][metric]:>10.4f}" for metric in metrics]
+        mean = values["exits"]["mean"]
+        cells += [f"{mean[part]:>10.2f}" if mean[part] is not None else f"{'-':>10}" for part in PARTS]
+        cells.append(f"{1 - values['exits']['layers_left_out']:>10.3f}")
+        cost = values.get("compute")
+        if cost:
+            cells += [f"{cost['counted']:>10.3f}", f"{cost['measured']:>10.3f}"]
+            cells.append(f"  {cost['low']:.3f} to {cost['high']:.3f}")
+        lines.append(f"{name:<{width}}" + "".join(cells))
+    return "\n".join(lines)

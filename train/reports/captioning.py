@@ -1,0 +1,166 @@
+"""What a captioner's run reports at its end."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from mmskip.datasets.captioning.coco import write_results
+from mmskip.datasets.captioning.module import PictureEntry
+from mmskip.datasets.captioning.snli_ve import LABELS
+from mmskip.models.captioner.module import Captioner
+from mmskip.train.metrics.captions import score_captions
+from mmskip.utils.files import write_json, write_text
+
+COLUMNS = (("accuracy", "entailment acc."), ("cider", "CIDEr"), ("caption_loss", "caption loss"))
+
+
+class CaptionReport(Callback):
+    """Prints and writes, at the end of fit, validate and test: accuracy, CIDEr and loss of a `Captioner` beside those
+    of the untrained model and of a majority baseline, and captions beside the truth; after predict: all answers.
+
+    Files in the folder of the run: `report.txt`, `results.json`; `captions.json` (COCO's result format),
+    `answers.json`.
+
+    The untrained model is evaluated by Lightning's check, if that runs over the whole validation set
+    (`trainer.num_sanity_val_steps: -1`).
+
+    Args:
+        samples: captions shown, >= 0.
+    """
+
+    def __init__(self, samples: int = 4) -> None:
+        if samples < 0:
+            raise ValueError(f"CaptionReport needs samples >= 0, got {samples}")
+        self.samples = samples
+        self.untrained: dict[str, float] = {}
+        self._started = 0.0
+        self._captions: dict[str, str] = {}
+        self._answers: dict[str, str] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run cannot find out again."""
+        return {"untrained": self.untrained}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore `state_dict`."""
+        self.untrained = state_dict["untrained"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse other models.
+
+        Raises:
+            ValueError: the model is no Captioner.
+        """
+        if not isinstance(pl_module, Captioner):
+            raise ValueError(f"CaptionReport is for Captioner, the model is a {type(pl_module).__name__}")
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the results of the untrained model."""
+        # a resumed run is checked too, but has those results from its checkpoint
+        if trainer.num_sanity_val_steps == float("inf") and not self.untrained:
+            self.untrained = dict(_captioner(pl_module).results)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report on the validation set."""
+        self._report(trainer, _captioner(pl_module), "val", trainer.val_dataloaders)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report on the validation set, where validating is all there is to do."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._report(trainer, _captioner(pl_module), "val", trainer.val_dataloaders)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report on the test set."""
+        self._report(trainer, _captioner(pl_module), "test", trainer.test_dataloaders)
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the captions and answers of a batch."""
+        self._captions |= outputs["captions"]
+        self._answers |= {uid: LABELS[place] for uid, place in outputs["answers"].items()}
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the captions and answers of this rank."""
+        folder, suffix = Path(trainer.default_root_dir), f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
+        paths = []
+        if self._captions:
+            # COCO's results have no place for a caption without words
+            numbered = {int(uid): text.strip() or "?" for uid, text in self._captions.items()}
+            paths.append(write_results(numbered, folder / f"captions{suffix}.json"))
+        if self._answers:
+            paths.append(write_json(self._answers, folder / f"answers{suffix}.json"))
+        print(
+            f"{len(self._captions)} captions, {len(self._answers)} answers: "
+            + (", ".join(map(str, paths)) or "nothing written")
+        )
+
+    def _report(self, trainer: Trainer, model: Captioner, stage: str, loaders: Any) -> None:
+        if not trainer.is_global_zero or not loaders or not model.results:
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        rows = {"untrained model": self.untrained} if self.untrained and stage == "val" else {}
+        if "train" in data.splits:
+            rows["majority baseline"] = majority(data.entries("train"), data.entries(stage))
+        rows["this model"] = model.results
+        counts = f"{model.results.get('pairs', 0):.0f} pairs, {model.results.get('captions', 0):.0f} captions"
+        parts = [f"Results on {stage} ({counts})", table(rows)]
+        for uid, (text, told) in list(model.said.items())[: self.samples]:
+            parts.append(f"image {uid}\n  truth  {told[0]}\n  model  {text}")
+        if self._started:
+            parts.append(f"training took {time.perf_counter() - self._started:.0f} s")
+        folder = Path(trainer.default_root_dir)
+        results = {
+            "name": folder.parent.name,
+            "stage": stage,
+            "metrics": {"model": model.results, **{key: rows[key] for key in rows if key != "this model"}},
+        }
+        path = write_json(results, folder / "results.json")
+        write_text("\n\n".join(parts) + "\n", folder / "report.txt")
+        print("\n\n".join(["", *parts, f"written to {path}"]))
+
+
+def majority(train: Sequence[PictureEntry], entries: Sequence[PictureEntry]) -> dict[str, float]:
+    """What the commonest training answer and the commonest training caption reach, unseen."""
+    found = {}
+    labels = Counter(pair.label for entry in train for pair in entry.pairs)
+    asked = [pair.label for entry in entries for pair in entry.pairs]
+    if labels and asked:
+        found["accuracy"] = asked.count(labels.most_common(1)[0][0]) / len(asked)
+    captions = Counter(text for entry in train for text in entry.captions)
+    references = {entry.uid: entry.captions for entry in entries if entry.captions}
+    if captions and len(references) > 1:
+        text = captions.most_common(1)[0][0]
+        found["cider"] = score_captions(dict.fromkeys(references, text), references).totals["CIDEr"]
+    return found
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """One line per model; "-" where a row has no such value."""
+    shown = [(key, title) for key, title in COLUMNS if any(key in values for values in rows.values())]
+    width = max(map(len, rows))
+    lines = [" " * width + "".join(f"{title:>17}" for _, title in shown)]
+    for name, values in rows.items():
+        cells = "".join(f"{values[key]:>17.4f}" if key in values else f"{'-':>17}" for key, _ in shown)
+        lines.append(f"{name:<{width}}{cells}")
+    return "\n".join(lines)
+
+
+def _captioner(module: LightningModule) -> Captioner:
+    assert isinstance(module, Captioner)
+    return module
