@@ -1,4 +1,4 @@
-"""The one verb: `apply_` finds the family of a model and the handler of a config, and changes the model."""
+"""Apply a method to a model: config type and model family -> handler -> changes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,38 +6,66 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from mmskip import families
+from mmskip import composition, families
+from mmskip.composition import Claim
 from mmskip.swap import Change, is_swapped, swap_all, unswap
+from mmskip.utils.plugins import load_plugins
 
 _APPLIED = "_mmskip_applied"
-_HANDLERS: dict[tuple[type, str], Callable[[Any, Any], Sequence[Change]]] = {}
+Handler = Callable[[Any, Any], Sequence[Change]]
+_HANDLERS: dict[type, dict[str, Handler]] = {}
 
 M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class Applied:
-    """One method on a model: its config, the family that took it, and the sites it claims."""
+    """One method on a model: its config, the family that took it, and what it claims."""
 
     config: Any
     family: str
-    sites: tuple[str, ...]
+    claims: tuple[Claim, ...]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites claimed."""
+        return tuple(claim.site for claim in self.claims)
 
 
-def register(config_type: type, family: str) -> Callable[[Any], Any]:
-    """Decorator: the function turns (config, family view of a model) into the changes to be made. It
-    validates everything and changes nothing."""
+def register(config_type: type, *served: str) -> Callable[[Handler], Handler]:
+    """Decorator: the function turns (config, view of a model) into the changes to be made. It validates everything and
+    changes nothing.
 
-    def add(handler: Callable[[Any, Any], Sequence[Change]]) -> Callable[[Any, Any], Sequence[Change]]:
-        _HANDLERS[config_type, family] = handler
+    Args:
+        served: families, in the order in which they are tried. A config may have several handlers.
+
+    Raises:
+        ValueError: another config type has the same name.
+    """
+
+    def add(handler: Handler) -> Handler:
+        for other in _HANDLERS:
+            if other is not config_type and other.__name__ == config_type.__name__:
+                raise ValueError(
+                    f"{config_type.__module__}.{config_type.__name__} has the name of "
+                    f"{other.__module__}.{other.__name__}, under which its settings are saved; rename it."
+                )
+        _HANDLERS.setdefault(config_type, {}).update(dict.fromkeys(served, handler))
         return handler
 
     return add
 
 
 def config_types() -> dict[str, type]:
-    """Config classes by name, for configs read from files."""
-    return {config_type.__name__: config_type for config_type, _ in _HANDLERS}
+    """Config classes by name, for configs read from files; those of plug-ins (entry points of the group
+    `mmskip.methods`, each a module that registers) too."""
+    load_plugins("mmskip.methods")
+    return {config_type.__name__: config_type for config_type in _HANDLERS}
+
+
+def families_of(config_type: type) -> tuple[str, ...]:
+    """The families that a method serves, in the order in which they are tried."""
+    return tuple(_HANDLERS[config_type])
 
 
 def apply_(model: M, config: Any) -> M:
@@ -52,23 +80,17 @@ def apply_(model: M, config: Any) -> M:
         ValueError: no family fits the model, the method does not serve the family, a setting does not fit
             the model, a site is claimed already, or the model is wrapped by FSDP or DDP. The model is then as it was.
     """
-    methods = config_types()
     if isinstance(config, nn.Module):
         raise TypeError(f"config is a model ({type(config).__name__}); the order is mmskip.apply_(model, config).")
-    if type(config).__name__ not in methods or not isinstance(config, methods[type(config).__name__]):
-        raise TypeError(f"config is {config!r}; expected an instance of one of {', '.join(sorted(methods))}.")
+    if type(config) not in _HANDLERS:
+        known = ", ".join(sorted(config_types()))
+        if type(config) not in _HANDLERS:
+            raise TypeError(f"config is {config!r}; expected an instance of one of {known}.")
     _check_unwrapped(model)
-    served = [family for config_type, family in _HANDLERS if config_type is type(config)]
-    view = families.find(model, served)
-    changes = list(_HANDLERS[type(config), view.family](config, view))
-    claims = tuple(change.site for change in changes if change.site.count("."))
-    for earlier in applied(model, details=True):
-        clash = sorted(set(claims) & set(earlier.sites))
-        if clash:
-            raise ValueError(
-                f"{type(config).__name__} claims {', '.join(clash)}, which {earlier.config!r} holds already; "
-                "remove_ that method first, or choose other layers."
-            )
+    view = families.find(model, families_of(type(config)))
+    changes = list(_HANDLERS[type(config)][view.family](config, view))
+    claims = composition.claims_of(changes)
+    composition.check(config, claims, [(record.config, record.claims) for record in applied(model, details=True)])
     record = Applied(config, view.family, claims)
 
     def remember() -> None:
@@ -92,7 +114,7 @@ def _check_unwrapped(model: Any) -> None:
 
 
 def applied(model: nn.Module, details: bool = False) -> list[Any]:
-    """The configs applied to `model`, oldest first; with `details`, `Applied` records with the sites."""
+    """The configs applied to `model`, oldest first; with `details`, `Applied` records with the claims."""
     records = [record for module in model.modules() for record in module.__dict__.get(_APPLIED, ())]
     return records if details else [record.config for record in records]
 
@@ -114,8 +136,11 @@ def remove_(model: M) -> M:
         check_end = getattr(module, "mmskip_check_end", None)
         if check_end is not None:
             check_end()
-    for module in modules:
-        while is_swapped(module):
-            unswap(module)
-        module.__dict__.pop(_APPLIED, None)
+    while modules:
+        for module in modules:
+            while is_swapped(module):
+                unswap(module)
+            module.__dict__.pop(_APPLIED, None)
+        # a module that was replaced is back, and may carry methods from before
+        modules = [module for module in model.modules() if is_swapped(module)]
     return model

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mmskip import families
 from mmskip.registry import M, applied, apply_, config_types, remove_
+from mmskip.swap import added
 from mmskip.utils.files import whole, write_json
 
 CONFIG_FILE = "mmskip.json"
 WEIGHTS_FILE = "mmskip.safetensors"
-_FORMAT = 1
+_FORMAT = 2
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -59,19 +59,16 @@ def _like(value: Tensor, parameter: Any) -> Tensor:
 
 def added_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights mmskip added, by site: `block.1.mmskip_router.weight`, whatever wraps the model (peft, ...)."""
-    if not any("mmskip_" in name for name, _ in model.named_parameters()):
-        return {}
-    view = families.find(model, families.WITH_WEIGHTS)
     found = {}
-    for index, block in enumerate(view.blocks):
-        for name, parameter in block.named_parameters():
-            top, _, rest = name.partition(".")
-            if top.startswith("mmskip_") and "original_module." not in rest:
-                # peft's modules_to_save keeps one trained copy per adapter beside the original
-                _, copied, own = rest.partition("modules_to_save.")
-                adapter, _, key = own.partition(".")
-                if not copied or adapter in getattr(block, top).active_adapters:
-                    found[f"{view.site(index)}.{top}.{key or rest}"] = parameter
+    for site, name, module in added(model):
+        for key, parameter in getattr(module, name).named_parameters():
+            if "original_module." in key:
+                continue
+            # peft's modules_to_save keeps one trained copy per adapter beside the original
+            _, copied, rest = key.partition("modules_to_save.")
+            adapter, _, own = rest.partition(".")
+            if not copied or adapter in getattr(module, name).active_adapters:
+                found[f"{site}.{name}.{own or key}"] = parameter
     return found
 
 
@@ -85,7 +82,7 @@ def load_(model: M, folder: str | os.PathLike[str]) -> M:
             was.
     """
     configs = _read_configs(Path(folder))
-    weights = load_file(str(Path(folder) / WEIGHTS_FILE))
+    weights = _read_weights(Path(folder))
     present = applied(model)
     if present and sorted(map(repr, present)) != sorted(map(repr, configs)):
         raise ValueError(
@@ -114,13 +111,28 @@ def _read_configs(folder: Path) -> list[Any]:
         found_format = description["format"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG_FILE} is not a file written by mmskip.save ({error!r}).") from error
-    if found_format != _FORMAT:
-        raise ValueError(f"{folder / CONFIG_FILE} has format {found_format!r}; this mmskip reads format {_FORMAT}.")
+    if found_format not in range(1, _FORMAT + 1):
+        raise ValueError(
+            f"{folder / CONFIG_FILE} has format {found_format!r}; this mmskip reads formats up to {_FORMAT}."
+        )
     types = config_types()
     for name, _ in entries:
         if name not in types:
             raise ValueError(f"{folder} was saved with {name}; this mmskip knows {', '.join(sorted(types))}.")
     return [types[name].from_dict(values) for name, values in entries]  # type: ignore[attr-defined]
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a folder. Format 1 counted the layers of encoders and encoder-decoders from 1."""
+    weights: dict[str, Tensor] = load_file(str(folder / WEIGHTS_FILE))
+    if json.loads((folder / CONFIG_FILE).read_text())["format"] > 1:
+        return weights
+    stacks = {"encoder", "decoder", "image", "text"}
+    parts = {name: name.split(".", 2) for name in weights}
+    return {
+        f"{stack}.{int(index) - 1}.{rest}" if stack in stacks else name: weights[name]
+        for name, (stack, index, rest) in parts.items()
+    }
 
 
 def _copy(own: dict[str, Tensor], saved: dict[str, Tensor], folder: Any) -> None:

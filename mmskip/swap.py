@@ -9,25 +9,101 @@ import functools
 import inspect
 import pickle
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+
+from mmskip.families.base import Site
 
 _INSTALLED = "_mmskip_installed"
 
 
 @dataclass(frozen=True)
 class Change:
-    """One module to be changed: its site name, the mixin put in front of its class, the state the mixin
-    reads through `state_of`, and new children, whose names must begin with `mmskip_`."""
+    """One module to be changed; made by `around`, `replace` or `children`.
+
+    Attributes:
+        site: name of the place, `block.3`; new weights are saved under it.
+        module: what is changed.
+        mixin: put in front of the module's class.
+        state: what the mixin reads through `state_of`.
+        children: new children, whose names must begin with `mmskip_`.
+        aspect: what of the module changes, see `mmskip.composition`.
+    """
 
     site: str
     module: nn.Module
     mixin: type
     state: Any
     children: dict[str, nn.Module] = field(default_factory=dict)
+    aspect: str = ""
+
+
+def around(
+    site: Site, mixin: type, state: Any, aspect: str = "", children: Mapping[str, nn.Module] | None = None
+) -> Change:
+    """Run `mixin.forward` around the forward of a site's module.
+
+    Args:
+        state: what the mixin reads through `state_of`.
+        aspect: what of the module changes, see `mmskip.composition`.
+        children: new children, whose names must begin with `mmskip_`.
+    """
+    return Change(site.name, site.module, mixin, state, dict(children or {}), aspect)
+
+
+def replace(site: Site, module: nn.Module, root: nn.Module) -> Change:
+    """Put `module` in the place of a site's module, wherever it stands below `root`. The original is kept aside: it is
+    no child any more (no parameters, no keys), but moves and changes its dtype with `module`, and `remove_` puts it
+    back."""
+    holders = tuple((p, key) for p in root.modules() for key, child in p._modules.items() if child is site.module)
+    return Change(site.name, module, Replacement, Replaced(site.module, holders), aspect="module")
+
+
+def children(site: Site, new: Mapping[str, nn.Module], aspect: str = "children") -> Change:
+    """Give a site's module new children, whose names must begin with `mmskip_`; its forward stays."""
+    return Change(site.name, site.module, Parent, None, dict(new), aspect)
+
+
+class Parent:
+    """Mixin of a module that only gets children."""
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """What a replacement stands for.
+
+    Attributes:
+        original: the module that stood there.
+        holders: the modules whose child it was, with its name there.
+    """
+
+    original: nn.Module
+    holders: tuple[tuple[nn.Module, str], ...]
+
+
+class Replacement:
+    """Mixin of a module that stands in the place of another."""
+
+    def mmskip_begin(self: Any) -> None:
+        """Take the place."""
+        state: Replaced = state_of(self, Replacement)
+        for parent, key in state.holders:
+            parent._modules[key] = self
+
+    def mmskip_end(self: Any) -> None:
+        """Give the place back."""
+        state: Replaced = state_of(self, Replacement)
+        state.original.train(self.training)
+        for parent, key in state.holders:
+            parent._modules[key] = state.original
+
+    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        """`.to(...)` and the like, of the original too."""
+        state_of(self, Replacement).original._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[misc]
 
 
 def is_swapped(module: nn.Module) -> bool:
@@ -43,8 +119,34 @@ def state_of(module: nn.Module, mixin: type) -> Any:
 def states(model: nn.Module) -> Iterator[Any]:
     """The states of all mixins installed in `model`."""
     for module in model.modules():
-        for state, _ in module.__dict__.get(_INSTALLED, {}).values():
+        for state, *_ in module.__dict__.get(_INSTALLED, {}).values():
             yield state
+
+
+def added(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """New children in `model`: the site, the name, and the module that holds the child."""
+    for module in model.modules():
+        for _, names, site in module.__dict__.get(_INSTALLED, {}).values():
+            for name in names:
+                yield site, name, module
+
+
+def base_class(module: nn.Module) -> type:
+    """The class of a module without our mixins."""
+    cls = type(module)
+    while "_mmskip_base" in cls.__dict__:
+        cls = cls._mmskip_base  # type: ignore[attr-defined]
+    return cls
+
+
+def states_of(output: Any) -> Any:
+    """The hidden states in what a block returns: the output, or its first part."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_states(output: Any, states: Any) -> Any:
+    """What a block returned, with other hidden states."""
+    return (states, *output[1:]) if isinstance(output, tuple) else states
 
 
 def bind(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -158,7 +260,11 @@ def swap(change: Change) -> None:
     module = change.module
     # the class first: it is the step that can fail, and nothing else has changed by then
     module.__class__ = _subclass(change.mixin, type(module))  # type: ignore[arg-type]
-    module.__dict__.setdefault(_INSTALLED, {})[change.mixin.__name__] = (change.state, tuple(change.children))
+    module.__dict__.setdefault(_INSTALLED, {})[change.mixin.__name__] = (
+        change.state,
+        tuple(change.children),
+        change.site,
+    )
     for name, child in change.children.items():
         module.add_module(name, child)
     _rebind_forward(module)
@@ -186,10 +292,10 @@ def unswap(module: nn.Module) -> None:
         cls._mmskip_mixin.mmskip_end(module)  # type: ignore[attr-defined]
     module.__class__ = cls._mmskip_base  # type: ignore[attr-defined]
     installed = module.__dict__[_INSTALLED]
-    _, children = installed.pop(cls._mmskip_mixin.__name__)  # type: ignore[attr-defined]
+    _, names, _ = installed.pop(cls._mmskip_mixin.__name__)  # type: ignore[attr-defined]
     if not installed:
         del module.__dict__[_INSTALLED]
-    for name in children:
+    for name in names:
         del module._modules[name]
     _rebind_forward(module)
 

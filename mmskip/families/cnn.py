@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from mmskip.families.base import View
 from mmskip.ops.masked import Mask, MaskedTensor, MaskRules, wrap
 from mmskip.ops.masked.tensor import settled, zeroed
 from mmskip.swap import Change, state_of
@@ -147,7 +148,7 @@ class _AnyLayout(TorchFunctionMode):
 
 
 @dataclass(frozen=True)
-class CNNView:
+class CNNView(View):
     """A convolutional network.
 
     Attributes:
@@ -156,6 +157,11 @@ class CNNView:
 
     family: str
     root: nn.Module
+
+    @property
+    def stacks(self) -> dict[str, tuple[nn.Module, ...]]:  # type: ignore[override]
+        """None: its sites are convolutions and norms."""
+        return {}
 
     @property
     def joins_parallel_branches(self) -> bool:

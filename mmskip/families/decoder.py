@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmskip.exits.heads import TiedHead
+from mmskip.families.base import View
 from mmskip.hf.exits.block import ExitRule
 from mmskip.hf.exits.decoder import exit_changes, tied_head
 from mmskip.hf.mlp_skipping import policy_changes, void_changes
@@ -36,7 +37,7 @@ from mmskip.tokens.groups import TokenGroups
 
 
 @dataclass(frozen=True)
-class DecoderView:
+class DecoderView(View):
     """A causal decoder: the module that calls the blocks (`root`), and the blocks in order.
 
     Attributes:
@@ -51,6 +52,15 @@ class DecoderView:
     windows: tuple[int | None, ...]
     generators: tuple[nn.Module, ...]
     kinds: tuple[str, ...]
+
+    @property
+    def stacks(self) -> dict[str, tuple[nn.Module, ...]]:  # type: ignore[override]
+        """The blocks."""
+        return {"block": self.blocks}
+
+    def parts(self, block: nn.Module) -> tuple[Any, Any]:
+        """The attention and the MLP of a block, None for a part that is no module of its own."""
+        return parts_of(block)
 
     @property
     def config(self) -> Any:

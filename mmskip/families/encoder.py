@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from mmskip.families.base import View
 from mmskip.hf.calls import CACHE_ARGUMENTS
 from mmskip.hf.exits.block import BlockState, EncoderExit, ExitRule, Run
 from mmskip.swap import Change
@@ -19,7 +20,7 @@ _IMAGE = ("vis", "image", "pixel")
 
 
 @dataclass(frozen=True)
-class EncoderView:
+class EncoderView(View):
     """One encoder, or a tower for images and one for text.
 
     Attributes:
@@ -38,7 +39,7 @@ class EncoderView:
 
     def site(self, index: int) -> str:
         """The site name of a layer."""
-        names = [f"{name}.{i + 1}" for name, blocks in self.stacks.items() for i in range(len(blocks))]
+        names = [f"{name}.{i}" for name, blocks in self.stacks.items() for i in range(len(blocks))]
         return names[index]
 
     def exit_changes(self, name: str, rule: ExitRule) -> list[Change]:
@@ -46,7 +47,7 @@ class EncoderView:
         blocks = self.stacks[name]
         run, first = Run(len(blocks)), _first_argument(blocks[0])
         return [
-            Change(f"exit.{name}.{index + 1}", block, EncoderExit, BlockState(index, rule, run, x_name=first))
+            Change(f"{name}.{index}", block, EncoderExit, BlockState(index, rule, run, x_name=first), aspect="exit")
             for index, block in enumerate(blocks)
         ]
 

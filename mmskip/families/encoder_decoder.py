@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmskip.exits.heads import TiedHead
+from mmskip.families.base import View
 from mmskip.hf.calls import CACHE_NAME, argument_names
 from mmskip.hf.exits.block import BlockState, DecoderExit, EncoderExit, ExitRule, Run
 from mmskip.hf.exits.decoder import check_output, final_norm
@@ -36,7 +37,7 @@ class ModelHead(TiedHead):
 
 
 @dataclass(frozen=True)
-class EncoderDecoderView:
+class EncoderDecoderView(View):
     """An encoder-decoder.
 
     Attributes:
@@ -54,6 +55,11 @@ class EncoderDecoderView:
     family: str = field(default="encoder_decoder")
 
     @property
+    def stacks(self) -> dict[str, tuple[nn.Module, ...]]:  # type: ignore[override]
+        """The layers of both."""
+        return {"encoder": self.encoder, "decoder": self.decoder}
+
+    @property
     def blocks(self) -> tuple[nn.Module, ...]:
         """All layers: the encoder's, then the decoder's."""
         return self.encoder + self.decoder
@@ -61,7 +67,7 @@ class EncoderDecoderView:
     def site(self, index: int) -> str:
         """The site name of a layer."""
         depth = len(self.encoder)
-        return f"encoder.{index + 1}" if index < depth else f"decoder.{index - depth + 1}"
+        return f"encoder.{index}" if index < depth else f"decoder.{index - depth}"
 
     def head(self) -> ModelHead:
         """The tied exit head of the decoder.
@@ -90,7 +96,7 @@ class EncoderDecoderView:
         blocks: Sequence[nn.Module] = getattr(self, module)
         run, mixin = Run(len(blocks)), EncoderExit if module == "encoder" else DecoderExit
         return [
-            Change(f"exit.{module}.{index + 1}", block, mixin, BlockState(index, rule, run))
+            Change(f"{module}.{index}", block, mixin, BlockState(index, rule, run), aspect="exit")
             for index, block in enumerate(blocks)
         ]
 

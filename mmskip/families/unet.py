@@ -6,11 +6,13 @@ transformers with token skips (Hunyuan-DiT, U-ViT), and in any network of a user
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+from mmskip.families.base import Site, View
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class SkipSite:
 
 
 @dataclass(frozen=True)
-class UNetView:
+class UNetView(View):
     """A network with skip connections.
 
     Attributes:
@@ -58,6 +60,22 @@ class UNetView:
     middle: nn.Module | None = None
     decoder: tuple[nn.Module, ...] = ()
     family: str = "unet"
+
+    @property
+    def stacks(self) -> dict[str, tuple[nn.Module, ...]]:  # type: ignore[override]
+        """None: its sites are skips and stages."""
+        return {}
+
+    def _sites(self, kind: str) -> Iterator[Site]:
+        if kind == "skip":
+            for index, skip in enumerate(self.skips):
+                yield Site(f"skip.{index}", kind, skip.joint, index)
+        elif kind == "stage":
+            middle = () if self.middle is None else (self.middle,)
+            for index, stage in enumerate((*self.encoder, *middle, *self.decoder)):
+                yield Site(f"stage.{index}", kind, stage, index)
+        else:
+            yield from super()._sites(kind)
 
     @property
     def config(self) -> Any:

@@ -346,8 +346,7 @@ def _changes(config: EarlyExitConfig, view: EncoderDecoderView) -> list[Change]:
     return changes + _leave_decoder(config, view.decoder, view.head, partial(view.exit_changes, "decoder"))
 
 
-@register(EarlyExitConfig, "decoder")
-@register(EarlyExitConfig, "vlm")
+@register(EarlyExitConfig, "vlm", "decoder")
 def _decoder_changes(config: EarlyExitConfig, view: Any) -> list[Change]:
     for name in ("encoder", "image", "encoder_depth"):
         if getattr(config, name) is not None:

@@ -160,8 +160,7 @@ def report(model: nn.Module) -> BitsReport:
     )
 
 
-@register(LayerBitsConfig, "vlm")
-@register(LayerBitsConfig, "decoder")
+@register(LayerBitsConfig, "decoder", "vlm")
 def quantize_blocks(config: LayerBitsConfig, view: BitsView) -> list[Change]:
     """The changes by which the blocks of a decoder hold weights of few bits."""
     if config.made_for not in (None, fingerprint(view)):

@@ -334,8 +334,7 @@ def _report(config: LayerPlanConfig, view: PlanView) -> PlanReport:
     return PlanReport(order, gain, config.speedup, tuple(below + above))
 
 
-@register(LayerPlanConfig, "vlm")
-@register(LayerPlanConfig, "decoder")
+@register(LayerPlanConfig, "decoder", "vlm")
 def plan_decoder(config: LayerPlanConfig, view: PlanView) -> list[Change]:
     """The changes by which a decoder runs by a plan."""
     changes = view.plan_changes(resolve(config, view))

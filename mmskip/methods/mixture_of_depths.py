@@ -275,8 +275,7 @@ def _check_learning(block: nn.Module, index: int) -> None:
         )
 
 
-@register(MoDConfig, "vlm")
-@register(MoDConfig, "decoder")
+@register(MoDConfig, "decoder", "vlm")
 def route_decoder(config: MoDConfig, view: TokenView) -> list[Change]:
     """The changes that route the blocks of a decoder."""
     routed = routed_layers(config.layers, view.attention_types())

@@ -174,8 +174,7 @@ def _represents(groups: TokenGroups) -> Tensor:
     return scores[:-1].view(batch, length)
 
 
-@register(TokenReductionConfig, "vlm")
-@register(TokenReductionConfig, "decoder")
+@register(TokenReductionConfig, "decoder", "vlm")
 def reduce_decoder(config: TokenReductionConfig, view: TokenView) -> list[Change]:
     """The changes that reduce the tokens of a decoder.
 

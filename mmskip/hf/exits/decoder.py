@@ -84,6 +84,6 @@ def exit_changes(view: Any, rule: ExitRule) -> list[Change]:
     for index, block in enumerate(view.blocks):
         cache_name = next(name for name in CACHE_ARGUMENTS if name in argument_names(block))
         changes.append(
-            Change(f"exit.decoder.{index + 1}", block, DecoderExit, BlockState(index, rule, run, cache_name))
+            Change(view.site(index), block, DecoderExit, BlockState(index, rule, run, cache_name), aspect="exit")
         )
     return changes

@@ -149,7 +149,7 @@ def split_changes(root: nn.Module, blocks: tuple[nn.Module, ...], rules: dict[st
     """The changes by which the modalities run an encoder apart."""
     modalities, runs = Modalities(), {name: Run(len(blocks)) for name in MODALITIES}
     changes = [
-        Change(f"exit.encoder.{index + 1}", block, SplitEncoder, SplitState(index, rules, runs, modalities))
+        Change(f"encoder.{index}", block, SplitEncoder, SplitState(index, rules, runs, modalities), aspect="exit")
         for index, block in enumerate(blocks)
     ]
     holders = [module for module in root.modules() if hasattr(module, "get_placeholder_mask")]

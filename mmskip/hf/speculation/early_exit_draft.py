@@ -90,7 +90,7 @@ def speculation_changes(view: Any, speculator: Any, exit_after: int) -> list[Cha
     speculator.start(draft)
     rule = DraftRule(draft, (exit_after,))
     changes = [
-        Change(f"exit.decoder.{index + 1}", block, DecoderExit, BlockState(index, rule, run))
+        Change(f"decoder.{index}", block, DecoderExit, BlockState(index, rule, run), aspect="exit")
         for index, block in enumerate(view.decoder)
     ]
     state = GeneratorState(draft, speculator, decoding=ExitDecoding)

@@ -1,0 +1,89 @@
+"""What every family says of a model: its stacks of blocks, and its sites by kind."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+KINDS = ("block", "attn", "mlp", "conv", "norm", "skip", "stage")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A named place in a model.
+
+    Attributes:
+        name: `block.3`, `block.3.attn`, `encoder.0`, `conv.layer2.0.conv2`, `skip.1`.
+        kind: one of `KINDS`.
+        module: what stands there.
+        index: 0-based position among the sites of its kind, in its stack.
+        stack: the stack of blocks that it belongs to (`decoder`, `encoder`, `image`, `text`), or "".
+        argument: the argument of the module's `forward` with the hidden states; "" where it is the first one.
+    """
+
+    name: str
+    kind: str
+    module: nn.Module
+    index: int
+    stack: str = ""
+    argument: str = ""
+
+
+class View:
+    """A model as a family sees it. Subclasses set `family` and `root`, and name their blocks by `stacks`.
+
+    Attributes:
+        family: name of the family.
+        root: the module that stands for the whole model.
+        stacks: blocks in the order they run, by the name of their stack; a decoder's only one is called `block`.
+    """
+
+    family: str
+    root: nn.Module
+    stacks: Mapping[str, tuple[nn.Module, ...]]
+
+    def sites(self, kind: str) -> tuple[Site, ...]:
+        """The sites of one kind, in the order they run; empty where the model has none of that kind.
+
+        Raises:
+            ValueError: no such kind.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"kind is {kind!r}; expected one of {', '.join(KINDS)}.")
+        return tuple(self._sites(kind))
+
+    def _sites(self, kind: str) -> Iterator[Site]:
+        """What `sites` lists; families extend it by the kinds that only they know."""
+        if kind == "block":
+            for stack, blocks in self.stacks.items():
+                for index, block in enumerate(blocks):
+                    yield Site(f"{stack}.{index}", kind, block, index, stack, self.hidden_argument(block))
+        elif kind in ("attn", "mlp"):
+            for site in self.sites("block"):
+                part: Any = dict(zip(("attn", "mlp"), self.parts(site.module), strict=True))[kind]
+                if part is not None:
+                    yield Site(f"{site.name}.{kind}", kind, part, site.index, site.stack)
+        elif kind in ("conv", "norm"):
+            fits = _is_conv if kind == "conv" else _is_norm
+            found = [(name, module) for name, module in self.root.named_modules() if fits(module)]
+            for index, (name, module) in enumerate(found):
+                yield Site(f"{kind}.{name}", kind, module, index)
+
+    def hidden_argument(self, block: nn.Module) -> str:
+        """Name of the argument of a block's `forward` that carries the hidden states; "" for the first one."""
+        return ""
+
+    def parts(self, block: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+        """The attention and the MLP of a block, None for a part that is no module of its own."""
+        return None, None
+
+
+def _is_conv(module: nn.Module) -> bool:
+    return isinstance(module, _ConvNd)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it is a norm; libraries write their own (`LlamaRMSNorm`), with weights and the word in their name."""
+    return "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None
