@@ -12,7 +12,7 @@ from torch import nn
 
 from mmskip.swap import Change
 
-TOGETHER: frozenset[frozenset[str]] = frozenset()
+TOGETHER: frozenset[frozenset[str]] = frozenset({frozenset({"backbone", "skip"})})
 """Pairs of aspects of one module that compose exactly."""
 
 

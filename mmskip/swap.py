@@ -176,6 +176,15 @@ def bind_call(
     return call, bound
 
 
+def with_first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], change: Any) -> tuple[Any, ...]:
+    """The positional arguments with the first one changed; one given by name is changed in `kwargs`."""
+    if args:
+        return (change(args[0]), *args[1:])
+    name = type(module)._mmskip_names[0]  # type: ignore[attr-defined]
+    kwargs[name] = change(kwargs[name])
+    return args
+
+
 def check_swappable(module: nn.Module, site: str) -> None:
     """Raise if swapping the class of `module` would have no effect on its calls.
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 KINDS = ("block", "attn", "mlp", "conv", "norm", "skip", "stage")
@@ -29,6 +29,41 @@ class Site:
     index: int
     stack: str = ""
     argument: str = ""
+
+
+@dataclass(frozen=True)
+class SkipSite:
+    """Where one skip connection enters the decoder.
+
+    Attributes:
+        joint: the module whose first argument is the concatenation of skip and decoder features.
+        start, stop: channels of the concatenation that belong to the skip.
+        channels: channels of the whole concatenation.
+        dim: its channel dimension: 1 for images, -1 for tokens.
+        stage: number of the decoder stage, 0 the deepest.
+        norm: inside the joint, the first module on the residual branch; None if there is none.
+        shortcut: inside the joint, the module on the shortcut path; None if there is none.
+        fresh: the concatenation is made for the joint alone and read by nothing else, so that without gradients it
+            may be scaled where it lies.
+    """
+
+    joint: nn.Module
+    start: int
+    stop: int
+    channels: int
+    dim: int = 1
+    stage: int = 0
+    norm: nn.Module | None = None
+    shortcut: nn.Module | None = None
+    fresh: bool = False
+
+    def check(self, x: Tensor) -> None:
+        """Raise RuntimeError if what reaches the joint is not the concatenation that was described."""
+        if x.shape[self.dim] != self.channels:
+            raise RuntimeError(
+                f"{type(self.joint).__name__} got {x.shape[self.dim]} channels; its skip connection was described for "
+                f"a concatenation of {self.channels}."
+            )
 
 
 class View:

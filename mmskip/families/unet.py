@@ -2,7 +2,7 @@
 
 A skip site is named by its *joint*: the module whose first argument is the concatenation, and the channels of it that
 are the skip's. Found by structure in diffusers' UNets (also those for video and with ControlNet residuals), in
-transformers with token skips (Hunyuan-DiT, U-ViT), and in any network of a user's own described by `describe_unet`.
+transformers with token skips (Hunyuan-DiT, U-ViT), and in any custom network described by `describe_unet`.
 """
 
 import inspect
@@ -12,34 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from mmskip.families.base import Site, View
+from mmskip.families.base import Site, SkipSite, View
 
-
-@dataclass(frozen=True)
-class SkipSite:
-    """Where one skip connection enters the decoder.
-
-    Attributes:
-        joint: the module whose first argument is the concatenation of skip and decoder features.
-        start, stop: channels of the concatenation that belong to the skip.
-        channels: channels of the whole concatenation.
-        dim: its channel dimension: 1 for images, -1 for tokens.
-        stage: number of the decoder stage, 0 the deepest.
-        norm: inside the joint, the first module on the residual branch; None if there is none.
-        shortcut: inside the joint, the module on the shortcut path; None if there is none.
-        fresh: the concatenation is made for the joint alone and read by nothing else, so that without gradients it
-            may be scaled where it lies.
-    """
-
-    joint: nn.Module
-    start: int
-    stop: int
-    channels: int
-    dim: int = 1
-    stage: int = 0
-    norm: nn.Module | None = None
-    shortcut: nn.Module | None = None
-    fresh: bool = False
+__all__ = ["SkipSite", "UNetView", "describe_unet", "match"]
 
 
 @dataclass(frozen=True)
@@ -88,7 +63,7 @@ _DESCRIBED: dict[type, Finder] = {}
 
 
 def describe_unet(cls: type[nn.Module]) -> Callable[[Finder], Finder]:
-    """Decorator that makes a network of one's own known: the function turns an instance of `cls` into its `UNetView`.
+    """Decorator that makes a custom network known: the function turns an instance of `cls` into its `UNetView`.
 
     ```python
     @describe_unet(MyUNet)
@@ -119,7 +94,8 @@ def match(model: nn.Module) -> tuple[UNetView | None, str]:
         return _token_unet(model, joints), ""
     return None, (
         "needs skip connections that are concatenated: a UNet of diffusers (down_blocks, up_blocks), a transformer "
-        f"with token skips (skip_linear), or a network made known by `describe_unet`; {type(model).__name__} has none"
+        "with token skips (skip_linear), or a custom network described by `describe_unet`; "
+        f"{type(model).__name__} has none"
     )
 
 

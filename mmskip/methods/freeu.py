@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mmskip.config import MethodConfig
-from mmskip.families.unet import SkipSite, UNetView
-from mmskip.methods.skip_scale import check_joint, with_first
+from mmskip.families.base import SkipSite
 from mmskip.registry import register
-from mmskip.swap import Change, state_of
+from mmskip.swap import Change, state_of, with_first
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class FreeUBackbone(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state: PartState = state_of(self, FreeUBackbone)
-        return super().forward(*with_first(self, args, kwargs, lambda x: _stronger(x, state)), **kwargs)
+        return super().forward(*with_first(self, args, kwargs, lambda x: _amplify(x, state)), **kwargs)
 
 
 class FreeUSkip(nn.Module):
@@ -63,12 +62,12 @@ class FreeUSkip(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state: PartState = state_of(self, FreeUSkip)
-        return super().forward(*with_first(self, args, kwargs, lambda x: _smoothed(x, state)), **kwargs)
+        return super().forward(*with_first(self, args, kwargs, lambda x: _smooth(x, state)), **kwargs)
 
 
-def _stronger(x_BCHW: Tensor, state: PartState) -> Tensor:
+def _amplify(x_BCHW: Tensor, state: PartState) -> Tensor:
     skip = state.skip
-    check_joint(x_BCHW, skip)
+    skip.check(x_BCHW)
     out = x_BCHW.clone()
     first, width = (0, skip.start) if skip.start else (skip.stop, skip.channels - skip.stop)
     factor = _content(x_BCHW.narrow(1, first, width), state.factor) if state.content_dependent else state.factor
@@ -76,9 +75,9 @@ def _stronger(x_BCHW: Tensor, state: PartState) -> Tensor:
     return out
 
 
-def _smoothed(x_BCHW: Tensor, state: PartState) -> Tensor:
+def _smooth(x_BCHW: Tensor, state: PartState) -> Tensor:
     skip = state.skip
-    check_joint(x_BCHW, skip)
+    skip.check(x_BCHW)
     out, width = x_BCHW.clone(), skip.stop - skip.start
     out.narrow(1, skip.start, width).copy_(scale_low_frequencies(x_BCHW.narrow(1, skip.start, width), state.factor))
     return out
@@ -103,7 +102,7 @@ def scale_low_frequencies(x_BCHW: Tensor, s: float, radius: int = 1) -> Tensor:
 
 
 @register(FreeUConfig, "unet")
-def free(config: FreeUConfig, view: UNetView) -> list[Change]:
+def freeu_unet(config: FreeUConfig, view: Any) -> list[Change]:
     """The changes that put FreeU on the deep stages of a network."""
     stages = 1 + max(skip.stage for skip in view.skips)
     if len(config.b) > stages:
@@ -119,10 +118,10 @@ def free(config: FreeUConfig, view: UNetView) -> list[Change]:
         b, s = float(config.b[skip.stage]), float(config.s[skip.stage])
         if b != 1:
             state = PartState(skip, b, config.content_dependent)
-            changes.append(Change(f"backbone.{index}", skip.joint, FreeUBackbone, state))
+            changes.append(Change(f"skip.{index}", skip.joint, FreeUBackbone, state, aspect="backbone"))
         if s != 1:
             # with s = 1 the skip stays free for a scale
-            changes.append(Change(f"skip.{index}", skip.joint, FreeUSkip, PartState(skip, s, False)))
+            changes.append(Change(f"skip.{index}", skip.joint, FreeUSkip, PartState(skip, s, False), aspect="skip"))
     if not changes:
         raise ValueError("b and s are all 1; that changes nothing.")
     return changes

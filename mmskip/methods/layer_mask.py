@@ -11,20 +11,20 @@ where a round of neighbour padding, with K a 3 x 3 box of ones, is
 Means over space are taken over what is kept. Shapes: B samples, C channels, H and W positions.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmskip import families
-from mmskip.families.cnn import KeepMask, active
-from mmskip.ops.masked.fills import filled
-from mmskip.ops.masked.state import Mask, MaskRules, Window
-from mmskip.protocols import View
+from mmskip.config import MethodConfig, check_choice, check_count
+from mmskip.ops.masked.fills import fill_hidden
+from mmskip.ops.masked.root import KeepMask, active, mask_changes
+from mmskip.ops.masked.state import Mask, Window
 from mmskip.registry import applied, register
 from mmskip.swap import Change, check_swappable, swap, unswap
 
@@ -34,7 +34,7 @@ CONCATS = ("auto", "majority", "and", "or")
 
 
 @dataclass(frozen=True)
-class LayerMaskConfig:
+class LayerMaskConfig(MethodConfig):
     """Layer masking.
 
     Args:
@@ -60,40 +60,12 @@ class LayerMaskConfig:
 
     def __post_init__(self) -> None:
         for name, choices in (("padding", PADDINGS), ("add", ADDS), ("concat", CONCATS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}.")
+            check_choice(name, getattr(self, name), choices)
         for name in ("soft", "fill_gradient"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected true or false.")
-        rounds = self.iterations
-        if rounds is not None and (isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0):
-            raise ValueError(f"iterations is {rounds!r}; expected an integer >= 0, or None.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary; `LayerMaskConfig.from_dict` reverses it."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "LayerMaskConfig":
-        """Raises ValueError for unknown keys and for values out of range."""
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown:
-            raise ValueError(
-                f"LayerMaskConfig has no {', '.join(sorted(unknown))}; expected keys among "
-                f"{', '.join(f.name for f in fields(cls))}."
-            )
-        return cls(**values)
-
-
-class CNNView(View, Protocol):
-    """A network whose image can be paired with a mask."""
-
-    @property
-    def joins_parallel_branches(self) -> bool:
-        """Whether its concats join branches of which one position may be enough."""
-
-    def mask_changes(self, rules: MaskRules) -> list[Change]:
-        """The changes by which the network looks for a mask at every call."""
+        if self.iterations is not None:
+            check_count("iterations", self.iterations)
 
 
 @dataclass(frozen=True)
@@ -109,7 +81,7 @@ class LayerMaskRules:
             return x
         steps = window.reach if self.config.iterations is None else self.config.iterations
         steps = steps if self.config.padding == "neighbour" else 0
-        return filled(x, mask, steps, window.reach, not self.config.soft, self.config.fill_gradient)
+        return fill_hidden(x, mask, steps, window.reach, not self.config.soft, self.config.fill_gradient)
 
     def conv_output(self, y: Tensor, mask: Mask, window: Window, bias: Tensor | None) -> Tensor:
         """Partial convolution's scale; the output of the other paddings stays as it is. [B, C', H', W']."""
@@ -144,7 +116,7 @@ def _partial_scale(mask: Mask, window: Window) -> Tensor:
     return torch.where(seen > 0, size / (seen + 1e-8), 0)
 
 
-def _rules(config: LayerMaskConfig, view: CNNView) -> LayerMaskRules:
+def _rules(config: LayerMaskConfig, view: Any) -> LayerMaskRules:
     concat = config.concat
     if concat == "auto":
         concat = "or" if view.joins_parallel_branches else "majority"
@@ -152,9 +124,9 @@ def _rules(config: LayerMaskConfig, view: CNNView) -> LayerMaskRules:
 
 
 @register(LayerMaskConfig, "cnn")
-def mask_cnn(config: LayerMaskConfig, view: CNNView) -> list[Change]:
+def layer_mask_cnn(config: LayerMaskConfig, view: Any) -> list[Change]:
     """The changes by which a CNN obeys `masked`."""
-    return view.mask_changes(_rules(config, view))
+    return mask_changes(view.root, _rules(config, view))
 
 
 @contextmanager
@@ -186,7 +158,7 @@ def masked(model: nn.Module, mask: Tensor, config: LayerMaskConfig | None = None
         raise ValueError(f"config is {config!r}, but the model carries {present[0]!r}; remove_ that first.")
     settings = config or (present[0] if present else LayerMaskConfig())
     keep = KeepMask(check_mask(mask, settings.soft), settings.soft)
-    changes = [] if present else view.mask_changes(_rules(settings, view))
+    changes = [] if present else mask_changes(view.root, _rules(settings, view))
     for change in changes:
         check_swappable(change.module, change.site)
         swap(change)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from mmskip import families
 from mmskip.config import MethodConfig, check_choice, check_count
-from mmskip.families.unet import SkipSite, UNetView
+from mmskip.families.base import SkipSite
 from mmskip.registry import register
-from mmskip.swap import Change, bind, state_of
+from mmskip.swap import Change, bind, state_of, with_first
 
 SPACINGS = ("ends", "from_deepest", "to_shallowest")
 SCHEDULES = ("constant", "increasing", "decreasing", "window", "auto")
@@ -221,30 +221,12 @@ class ScaledJoint(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state: JointState = state_of(self, ScaledJoint)
-        return super().forward(*with_first(self, args, kwargs, lambda x: _scaled(x, state)), **kwargs)
+        return super().forward(*with_first(self, args, kwargs, lambda x: _scale(x, state)), **kwargs)
 
 
-def with_first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], change: Any) -> tuple[Any, ...]:
-    """The positional arguments with the first one changed; one given by name is changed in `kwargs`."""
-    if args:
-        return (change(args[0]), *args[1:])
-    name = type(module)._mmskip_names[0]  # type: ignore[attr-defined]
-    kwargs[name] = change(kwargs[name])
-    return args
-
-
-def check_joint(x: Tensor, skip: SkipSite) -> None:
-    """Raise if what reaches a joint is not the concatenation that the family described."""
-    if x.shape[skip.dim] != skip.channels:
-        raise RuntimeError(
-            f"{type(skip.joint).__name__} got {x.shape[skip.dim]} channels; its skip connection was described for a "
-            f"concatenation of {skip.channels}."
-        )
-
-
-def _scaled(x: Tensor, state: JointState) -> Tensor:
+def _scale(x: Tensor, state: JointState) -> Tensor:
     skip = state.skip
-    check_joint(x, skip)
+    skip.check(x)
     rho = _rho(state, x)
     # inside the joint both paths read the concatenation, and a checkpointed block reads it again for its gradients
     in_place = skip.fresh and state.config.target == "both" and not torch.is_grad_enabled()
@@ -283,7 +265,7 @@ def effective_schedule(config: SkipScaleConfig) -> str:
 
 
 @register(SkipScaleConfig, "unet")
-def scale_skips(config: SkipScaleConfig, view: UNetView) -> list[Change]:
+def skip_scale_unet(config: SkipScaleConfig, view: Any) -> list[Change]:
     """The changes that scale the skips of a network."""
     level = NoiseLevel()
     changes = []
@@ -294,7 +276,7 @@ def scale_skips(config: SkipScaleConfig, view: UNetView) -> list[Change]:
             raise ValueError(
                 f"{site}: {type(skip.joint).__name__} has no {config.target} path of its own; use target='both'."
             )
-        changes.append(Change(site, module, ScaledJoint, JointState(config, rho, skip, level)))
+        changes.append(Change(site, module, ScaledJoint, JointState(config, rho, skip, level), aspect="skip"))
     if effective_schedule(config) != "constant":
         if view.timestep is None:
             raise ValueError(
@@ -322,7 +304,7 @@ def skip_norms(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, float]:
     def measure(site: str, skip: SkipSite) -> Any:
         def hook(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             x = arguments[0] if arguments else named[list(inspect.signature(type(module).forward).parameters)[1]]
-            check_joint(x, skip)
+            skip.check(x)
             ratios[site] = float(_norm_ratio(x.detach().float(), skip))
 
         return hook

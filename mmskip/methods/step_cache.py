@@ -1,4 +1,4 @@
-"""Reuse of deep features between the steps of a sampler (DeepCache, arXiv 2312.00858), for UNets.
+"""DeepCache (arXiv 2312.00858): reuse the deep features of a UNet between the steps of a sampler.
 
 Between two full steps only the outermost stages run; the stages below them return what they returned at the last full
 step, so that the skips of the outer stages stay fresh and the deep features are stale by at most `interval` - 1 steps.
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mmskip.config import MethodConfig, check_count
-from mmskip.families.unet import UNetView
 from mmskip.registry import register
-from mmskip.swap import Change, bind, state_of
+from mmskip.swap import Change, around, bind, state_of
 
 # a guided solver of second order makes four calls at one timestep; more are trajectories of one step each
 _MOST_LANES = 4
@@ -21,7 +20,7 @@ _MOST_LANES = 4
 
 @dataclass(frozen=True)
 class StepCacheConfig(MethodConfig):
-    """Reuse of deep features between sampling steps. For inference only.
+    """DeepCache: reuse deep features between sampling steps. For inference only.
 
     Args:
         interval: every `interval`-th step of a trajectory runs in full, >= 1 (1: all, exact).
@@ -40,7 +39,7 @@ class StepCacheConfig(MethodConfig):
 
 @dataclass
 class Trajectory:
-    """Where a sampler is, told by the root to the stages.
+    """Where a sampler is, shared by the root and the stages.
 
     A *lane* is the number of a call among the calls at one timestep: classifier-free guidance may call twice per step,
     and solvers of second order and PNDM repeat timesteps. Every lane has features of its own, so that the branches of
@@ -129,7 +128,7 @@ class CachedStage(nn.Module):
 
 
 @register(StepCacheConfig, "unet")
-def cache_steps(config: StepCacheConfig, view: UNetView) -> list[Change]:
+def step_cache_unet(config: StepCacheConfig, view: Any) -> list[Change]:
     """The changes by which a network reuses its deep features."""
     name = type(view.root).__name__
     if view.timestep is None or not view.decoder:
@@ -142,9 +141,9 @@ def cache_steps(config: StepCacheConfig, view: UNetView) -> list[Change]:
     trajectory = Trajectory(config.interval)
     deep = [*view.encoder[config.depth :], view.middle, *view.decoder[: len(view.decoder) - config.depth]]
     changes = [
-        Change(f"stage.{index}", stage, CachedStage, StageState(trajectory))
-        for index, stage in enumerate(deep)
-        if stage is not None
+        around(site, CachedStage, StageState(trajectory), aspect="steps")
+        for site in view.sites("stage")
+        if any(site.module is stage for stage in deep)
     ]
-    changes.append(Change("root.steps", view.root, CachedRoot, CacheRootState(trajectory, view.timestep)))
+    changes.append(Change("root", view.root, CachedRoot, CacheRootState(trajectory, view.timestep), aspect="steps"))
     return changes

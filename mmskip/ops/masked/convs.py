@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmskip.ops.masked.state import Mask, Window
-from mmskip.ops.masked.tensor import NCHW, MaskedTensor, need, rule, settled, unwrap, wrap, zeroed
+from mmskip.ops.masked.tensor import NCHW, MaskedTensor, keep_border, need, rule, unwrap, wrap, zero_hidden
 
 
 def pair(value: Any) -> tuple[int, int]:
@@ -60,7 +60,7 @@ def _convolved(x: Any, window: Window, weight: Tensor, bias: Tensor | None, run:
     if window.pointwise and x.edge is None:
         return run(unwrap(x), bias), after
     if x.edge is not None and x.edge[4] != 0:
-        x = settled(x)
+        x = keep_border(x)
         mask, after = x.mask, x.mask.windowed(window)
     rules = mask.rules
     y = run(rules.conv_input(unwrap(x), mask, window), bias)
@@ -73,7 +73,7 @@ def conv_transpose2d(
 ) -> Tensor:
     """As a convolution; an output is kept where anything kept reaches it."""
     _expect_maps(func, input, weight, bias)
-    x = settled(input)
+    x = keep_border(input)
     names = ("stride", "padding", "output_padding", "groups", "dilation")
     given = {"stride": 1, "dilation": 1, **dict(zip(names, args, strict=False)), **kwargs}
     kernel, steps = (weight.shape[2], weight.shape[3]), pair(given["stride"])
@@ -105,16 +105,16 @@ def pad(func: Any, input: Any, pad: Sequence[int], mode: str = "constant", value
     pads = (*pads, 0, 0)[:4]
     if min(pads) < 0:
         cut = tuple(min(p, 0) for p in pads)
-        x = settled(x)
+        x = keep_border(x)
         x = wrap(F.pad(unwrap(x), cut), x.mask.derive(("crop", cut), lambda m: F.pad(m, cut)))
         pads = tuple(max(p, 0) for p in pads)
         if not isinstance(x, MaskedTensor):
             return func(x, pads, mode, value)
     if mode != "constant":
-        x = settled(x)
+        x = keep_border(x)
         return wrap(func(unwrap(x), pads, mode), x.mask.derive((mode, pads), lambda m: F.pad(m, pads, mode)))
     number = 0.0 if value is None else float(value)
-    x = settled(x)
+    x = keep_border(x)
     padded = func(unwrap(x), pads, mode, number)
     return wrap(padded, x.mask.padded(pads), edge=(pads[0], pads[1], pads[2], pads[3], number))
 
@@ -123,7 +123,7 @@ def pad(func: Any, input: Any, pad: Sequence[int], mode: str = "constant", value
 def interpolate(func: Any, input: Any, *args: Any, **kwargs: Any) -> Tensor:
     """Nearest copies the mask; the others average what is kept."""
     _expect_maps(func, input)
-    x = settled(input)
+    x = keep_border(input)
     names = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias")
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     key = ("interpolate", *sorted((k, str(v)) for k, v in kwargs.items()))
@@ -133,5 +133,5 @@ def interpolate(func: Any, input: Any, *args: Any, **kwargs: Any) -> Tensor:
     after = x.mask.derive(key, lambda m: (weight > 1e-6).to(m))
     # where all neighbours are kept the weight is 1 but for rounding
     scale = x.mask.once((*key, "scale"), lambda: torch.where(weight > 1 - 1e-5, 1, 1 / weight.clamp(min=1e-6)))
-    y = func(zeroed(x), **kwargs)
+    y = func(zero_hidden(x), **kwargs)
     return wrap(y * scale.to(y.dtype), after)

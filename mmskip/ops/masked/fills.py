@@ -12,13 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmskip.ops.masked.state import EPS, Mask, box_sum
-from mmskip.ops.masked.tensor import owned
+from mmskip.ops.masked.tensor import may_overwrite
 
 FEW_CHANNELS = 16
 """With fewer, listing the positions costs more than the dense way."""
 
 
-def filled(x_BCHW: Tensor, mask: Mask, steps: int, reach: int, gather: bool = True, gradient: bool = True) -> Tensor:
+def fill_hidden(
+    x_BCHW: Tensor, mask: Mask, steps: int, reach: int, gather: bool = True, gradient: bool = True
+) -> Tensor:
     """The activations after `steps` rounds of neighbour padding, zero where the rounds do not come; positions farther
     than `reach` from anything kept hold anything. May overwrite what x holds under the mask.
 
@@ -34,7 +36,7 @@ def filled(x_BCHW: Tensor, mask: Mask, steps: int, reach: int, gather: bool = Tr
     if few or not gather or not rows or torch.is_grad_enabled():
         x_BCHW = dense(x_BCHW.contiguous() if cpu and few else x_BCHW, mask, steps, gradient)
         return x_BCHW.contiguous(memory_format=last) if cpu else x_BCHW
-    if not (owned(x_BCHW) and x_BCHW.is_contiguous(memory_format=last)):
+    if not (may_overwrite(x_BCHW) and x_BCHW.is_contiguous(memory_format=last)):
         x_BCHW = x_BCHW.clone(memory_format=last)
     if steps < reach:
         x_BCHW.mul_(mask.to(x_BCHW.dtype))
@@ -42,7 +44,7 @@ def filled(x_BCHW: Tensor, mask: Mask, steps: int, reach: int, gather: bool = Tr
 
 
 def dense(x_BCHW: Tensor, mask: Mask, steps: int, gradient: bool = True) -> Tensor:
-    """`filled`, by box sums over the whole map; zero wherever the rounds do not come."""
+    """`fill_hidden`, by box sums over the whole map; zero wherever the rounds do not come."""
     x_BCHW = x_BCHW * mask.to(x_BCHW.dtype)
     for weight in mask.fills(steps, x_BCHW.dtype):
         x_BCHW = torch.addcmul(x_BCHW, box_sum(x_BCHW if gradient else x_BCHW.detach()), weight)
@@ -50,7 +52,7 @@ def dense(x_BCHW: Tensor, mask: Mask, steps: int, gradient: bool = True) -> Tens
 
 
 def gathered_(x_BCHW: Tensor, mask: Mask, steps: int) -> Tensor:
-    """`filled` in place, for dense channels-last activations without a gradient; what the rounds do not reach stays."""
+    """`fill_hidden` in place, for dense channels-last activations without a gradient; the rest stays."""
     x_RC = x_BCHW.permute(0, 2, 3, 1).view(-1, x_BCHW.shape[1])
     for r in mask.once(("rounds", steps, x_RC.dtype), lambda: rounds(mask, steps, x_RC.dtype)):
         means = F.embedding_bag(r.sources_N, x_RC, r.offsets_P, mode="sum", per_sample_weights=r.weights_N)

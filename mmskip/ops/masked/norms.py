@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmskip.ops.masked.pools import kept_statistics
-from mmskip.ops.masked.tensor import NCHW, MaskedTensor, need, rule, settled, shaped, unwrap, wrap
+from mmskip.ops.masked.tensor import NCHW, MaskedTensor, keep_border, mask_like, need, rule, unwrap, wrap
 
 
 def _kept(x: MaskedTensor) -> tuple[Tensor, Tensor]:
     data = unwrap(x)
-    return data, shaped(x.mask, data, x.axes)
+    return data, mask_like(x.mask, data, x.axes)
 
 
 @rule(F.batch_norm, torch.batch_norm)
@@ -29,7 +29,7 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """Evaluation acts on each position alone; training takes, and tracks, the statistics of the kept positions."""
-    x = settled(input)
+    x = keep_border(input)
     if not training:
         y = F.batch_norm(unwrap(x), running_mean, running_var, weight, bias, False, momentum, eps)
         return wrap(y, x.mask, x.axes)
@@ -56,7 +56,7 @@ def group_norm(
     func: Any, input: Any, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
     """Statistics of each group of channels over the kept positions."""
-    x = settled(input)
+    x = keep_border(input)
     need(x.ndim == 4 and x.axes == NCHW, func, "works on [B, C, H, W] activations only")
     data, m = _kept(x)
     b, c, h, w = data.shape
@@ -95,7 +95,7 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """Over channels it acts on each position alone; over channels and space the statistics are of the kept ones."""
-    x = settled(input)
+    x = keep_border(input)
     data, m = _kept(x)
     dims = tuple(range(-len(normalized_shape), 0))
     if not set(dims) & set(x.axes):
@@ -113,7 +113,7 @@ def rms_norm(
     func: Any, input: Any, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
     """Over channels it acts on each position alone."""
-    x = settled(input)
+    x = keep_border(input)
     need(not set(range(-len(normalized_shape), 0)) & set(x.axes), func, "over space has no rule")
     return wrap(F.rms_norm(unwrap(x), normalized_shape, weight, eps), x.mask, x.axes)
 
@@ -121,7 +121,7 @@ def rms_norm(
 @rule(F.normalize)
 def normalize(func: Any, input: Any, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> Tensor:
     """Over channels it acts on each position alone."""
-    x = settled(input)
+    x = keep_border(input)
     dims = {d if d < 0 else d - x.ndim for d in ((dim,) if isinstance(dim, int) else dim)}
     need(not dims & {*x.axes, -x.ndim}, func, "over space has no rule")
     return wrap(F.normalize(unwrap(x), p, dim, eps), x.mask, x.axes)

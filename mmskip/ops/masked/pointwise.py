@@ -6,17 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmskip.ops.masked.state import Mask, merged
+from mmskip.ops.masked.state import Mask, merge_masks
 from mmskip.ops.masked.tensor import (
     MaskedTensor,
-    named,
+    functions_named,
+    keep_border,
+    mask_like,
     need,
     rule,
-    settled,
-    shaped,
     unwrap,
     wrap,
-    zeroed,
+    zero_hidden,
 )
 
 UNARY = """
@@ -75,7 +75,7 @@ def _finish(func: Any, args: tuple[Any, ...], result: Any, mask: Mask, axes: tup
     return target
 
 
-@rule(*named(UNARY + BINARY), *(getattr(Tensor, name) for name in DUNDER.split() if hasattr(Tensor, name)))
+@rule(*functions_named(UNARY + BINARY), *(getattr(Tensor, name) for name in DUNDER.split() if hasattr(Tensor, name)))
 def pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Operands without a mask exist everywhere."""
     need(kwargs.pop("out", None) is None, func, "with out= has no rule")
@@ -88,7 +88,7 @@ def pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
             f"joins activations at {other.mask.size} and {like.mask.size} positions",
         )
     # an operand without a mask exists everywhere, so it takes no position away
-    mask = merged([settled(x).mask for x in operands], "add")
+    mask = merge_masks([keep_border(x).mask for x in operands], "add")
     result = func(*(_covered(a, mask) for a in args), **{k: _covered(v, mask) for k, v in kwargs.items()})
     _same_place(func, like, result)
     return _finish(func, args, result, mask, like.axes)
@@ -98,13 +98,13 @@ def _covered(x: Any, mask: Mask) -> Any:
     """The activations, zero where they do not exist but `mask` keeps the position."""
     if not isinstance(x, MaskedTensor):
         return x
-    data, own = unwrap(x), settled(x).mask
+    data, own = unwrap(x), keep_border(x).mask
     if own.covers(mask):
         return data
-    return data * shaped(own, data, x.axes)
+    return data * mask_like(own, data, x.axes)
 
 
-@rule(*named(COPIES, Tensor))
+@rule(*functions_named(COPIES, Tensor))
 def copies(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """Casts and copies."""
     need(
@@ -120,7 +120,7 @@ def copies(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 def linear(func: Any, input: Any, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Channels-last activations."""
     need(isinstance(input, MaskedTensor) and not isinstance(weight, MaskedTensor), func, "mixes positions")
-    x = settled(input)
+    x = keep_border(input)
     need(-1 not in x.axes, func, "mixes positions: its input has no channels in the last axis")
     return wrap(func(unwrap(x), weight, bias), x.mask, x.axes)
 
@@ -128,14 +128,14 @@ def linear(func: Any, input: Any, weight: Tensor, bias: Tensor | None = None) ->
 @rule(torch.softmax, Tensor.softmax, F.softmax, torch.log_softmax, Tensor.log_softmax, F.log_softmax)
 def softmax(func: Any, input: Any, dim: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
     """Over channels it acts on each position alone; over all positions it gives the hidden ones no weight."""
-    x = settled(input)
+    x = keep_border(input)
     need(dim is not None, func, "does not say over which axis")
     assert dim is not None
     axis, data = dim if dim < 0 else dim - x.ndim, unwrap(x)
     need(axis != -x.ndim, func, "over samples has no rule")
     if axis in x.axes:
         need(x.axes == (axis, axis) and "log" not in func.__name__, func, "over rows or columns alone has no rule")
-        kept = shaped(x.mask, data, x.axes) > 0
+        kept = mask_like(x.mask, data, x.axes) > 0
         data = torch.where(kept, data, torch.finfo(data.dtype).min)
     return wrap(func(data, dim, *args, **kwargs), x.mask, x.axes)
 
@@ -145,7 +145,7 @@ def matmul(func: Any, a: Any, b: Any) -> Tensor:
     """A sum over all positions, of what is kept (global context)."""
     for x, axis in ((a, -1), (b, -2)):
         need(not isinstance(x, MaskedTensor) or x.axes == (axis, axis), func, "mixes positions")
-    return func(*(zeroed(settled(x)) if isinstance(x, MaskedTensor) else x for x in (a, b)))
+    return func(*(zero_hidden(keep_border(x)) if isinstance(x, MaskedTensor) else x for x in (a, b)))
 
 
 @rule(

@@ -12,15 +12,15 @@ from mmskip.ops.masked.state import Mask
 from mmskip.ops.masked.tensor import (
     NCHW,
     MaskedTensor,
-    named,
+    functions_named,
+    keep_border,
+    mask_like,
     need,
     rule,
-    settled,
-    shaped,
     unmaskable,
     unwrap,
     wrap,
-    zeroed,
+    zero_hidden,
 )
 
 SMALL = 1e-8
@@ -34,7 +34,7 @@ def _maps(func: Any, x: Any) -> MaskedTensor:
 
 def global_mean(x: MaskedTensor, dims: tuple[int, ...], keepdim: bool) -> Tensor:
     """Mean over the kept positions: mean(x m) / (mean(m) + 1e-8); 0 where nothing is kept."""
-    mean = zeroed(x).mean(dims, keepdim=True)
+    mean = zero_hidden(x).mean(dims, keepdim=True)
     share = shaped_share(x.mask, mean)
     # adding 1e-8 to 1 must give 1 in double precision too, so it guards the division only
     mean = mean / share.clamp(min=SMALL)
@@ -62,7 +62,7 @@ def max_pool2d(
     x = _maps(func, input)
     where = (kernel_size, stride, padding, dilation, ceil_mode)
     pooled = x.mask.pooled(("max", str(where)), lambda m: F.max_pool2d(m, *where))
-    return wrap(F.max_pool2d(zeroed(x), *where), pooled)
+    return wrap(F.max_pool2d(zero_hidden(x), *where), pooled)
 
 
 @rule(F.avg_pool2d)
@@ -85,26 +85,26 @@ def adaptive_avg_pool2d(func: Any, input: Any, output_size: Any) -> Tensor:
 
 def _averaged(x: MaskedTensor, func: Any, whole: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     if whole:
-        return global_mean(settled(x), (2, 3), True)
+        return global_mean(keep_border(x), (2, 3), True)
     after = x.mask.pooled((func.__name__, str(args), str(kwargs)), lambda m: (func(m, *args, **kwargs) > 0).to(m))
-    return wrap(func(zeroed(x), *args, **kwargs), after)
+    return wrap(func(zero_hidden(x), *args, **kwargs), after)
 
 
 @rule(F.adaptive_max_pool2d)
 def adaptive_max_pool2d(func: Any, input: Any, output_size: Any, return_indices: bool = False) -> Tensor:
     """A pool to one position is the maximum of what is kept; others are as `max_pool2d`."""
     need(not return_indices, func, "with return_indices has no rule")
-    x = settled(_maps(func, input))
+    x = keep_border(_maps(func, input))
     if output_size in (1, (1, 1), [1, 1]):
         return _extreme(torch.amax, x, (2, 3), True)
     pooled = x.mask.derive(("adaptive max", str(output_size)), lambda m: F.adaptive_max_pool2d(m, output_size))
-    return wrap(F.adaptive_max_pool2d(zeroed(x), output_size), pooled)
+    return wrap(F.adaptive_max_pool2d(zero_hidden(x), output_size), pooled)
 
 
 def _extreme(func: Any, x: MaskedTensor, dims: tuple[int, ...], keepdim: bool) -> Tensor:
     """Largest or smallest kept value; 0 where nothing is kept."""
     data = unwrap(x)
-    kept = shaped(x.mask, data, x.axes) > 0
+    kept = mask_like(x.mask, data, x.axes) > 0
     worst = torch.finfo(data.dtype).min if func is torch.amax else torch.finfo(data.dtype).max
     found = func(torch.where(kept, data, worst), dims, keepdim=True)
     found = torch.where(kept.any(x.axes[0], keepdim=True).any(x.axes[1], keepdim=True), found, 0)
@@ -151,7 +151,7 @@ def reduced(func: Any, x: Any, dim: Any, keepdim: bool, over_space: Callable[...
     need(dims is not None, func, "reduces the whole batch to one number")
     assert dims is not None
     need(-x.ndim not in dims, func, "reduces over the samples of the batch")
-    x = settled(x)
+    x = keep_border(x)
     if not set(dims) & set(x.axes):
         result = plain(unwrap(x), dim, keepdim)
         axes = _axes_after(x.axes, dims, keepdim)
@@ -162,18 +162,18 @@ def reduced(func: Any, x: Any, dim: Any, keepdim: bool, over_space: Callable[...
     return over_space(x, dims, keepdim)
 
 
-@rule(*named("mean", torch, Tensor))
+@rule(*functions_named("mean", torch, Tensor))
 def mean(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     """Over space: the mean of what is kept."""
     return reduced(func, x, dim, keepdim, global_mean, lambda t, d, k: t.mean(d, keepdim=k, dtype=dtype))
 
 
-@rule(*named("sum", torch, Tensor))
+@rule(*functions_named("sum", torch, Tensor))
 def sum_(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     """Over space: the sum of what is kept."""
 
     def over_space(t: MaskedTensor, dims: tuple[int, ...], keepdim: bool) -> Tensor:
-        return zeroed(t).sum(dims, keepdim=keepdim)
+        return zero_hidden(t).sum(dims, keepdim=keepdim)
 
     return reduced(func, x, dim, keepdim, over_space, lambda t, d, k: t.sum(d, keepdim=k, dtype=dtype))
 
@@ -210,7 +210,7 @@ def spread(
     def over_space(t: MaskedTensor, dims: tuple[int, ...], keepdim: bool) -> Tensor:
         data = unwrap(t)
         times = torch.Size(data.shape[d] for d in dims if d not in t.axes).numel()
-        _, var, count = kept_statistics(data, shaped(t.mask, data, t.axes), dims, times)
+        _, var, count = kept_statistics(data, mask_like(t.mask, data, t.axes), dims, times)
         result = (var * count / (count - less).clamp(min=SMALL)).to(data.dtype)
         result = result if plain is torch.var else result.sqrt()
         return result if keepdim else result.squeeze(dims)
@@ -237,4 +237,4 @@ def norm(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     def plain(t: Tensor, d: Any, k: bool) -> Tensor:
         return torch.linalg.vector_norm(t, order, d, k)
 
-    return reduced(func, x, dim, keepdim, lambda t, d, k: plain(zeroed(t), d, k), plain)
+    return reduced(func, x, dim, keepdim, lambda t, d, k: plain(zero_hidden(t), d, k), plain)

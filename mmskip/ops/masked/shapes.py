@@ -7,8 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmskip.ops.masked.state import Mask, Window, merged
-from mmskip.ops.masked.tensor import NCHW, MaskedTensor, named, need, rule, settled, shaped, unwrap, wrap, zeroed
+from mmskip.ops.masked.state import Mask, Window, merge_masks
+from mmskip.ops.masked.tensor import (
+    NCHW,
+    MaskedTensor,
+    functions_named,
+    keep_border,
+    mask_like,
+    need,
+    rule,
+    unwrap,
+    wrap,
+    zero_hidden,
+)
 
 
 def _sizes(args: tuple[Any, ...]) -> tuple[int, ...]:
@@ -28,7 +39,7 @@ def stack(func: Any, tensors: Sequence[Any], dim: int = 0) -> Tensor:
 
 
 def _joined(func: Any, tensors: Sequence[Any], dim: int, added: int) -> Tensor:
-    masked = [settled(x) for x in tensors if isinstance(x, MaskedTensor)]
+    masked = [keep_border(x) for x in tensors if isinstance(x, MaskedTensor)]
     like = masked[0]
     axis = dim if dim < 0 else dim - like.ndim - added
     axes = like.axes if not added else tuple(a - (axis >= a) for a in like.axes)
@@ -39,12 +50,12 @@ def _joined(func: Any, tensors: Sequence[Any], dim: int, added: int) -> Tensor:
         "joins activations of different positions",
     )
     full = like.mask.once("all kept", lambda: Mask(torch.ones_like(like.mask.m), like.mask.rules, True))
-    votes = [settled(x).mask if isinstance(x, MaskedTensor) else full for x in tensors]
-    mask = merged(votes, "cat")
+    votes = [keep_border(x).mask if isinstance(x, MaskedTensor) else full for x in tensors]
+    mask = merge_masks(votes, "cat")
     parts = []
     for x, own in zip(tensors, votes, strict=True):
         data = unwrap(x)
-        parts.append(data if own.covers(mask) else data * shaped(own, data, like.axes))
+        parts.append(data if own.covers(mask) else data * mask_like(own, data, like.axes))
     return wrap(func(parts, dim), mask, (axes[0], axes[1]))
 
 
@@ -52,7 +63,7 @@ def _joined(func: Any, tensors: Sequence[Any], dim: int, added: int) -> Tensor:
 def permute(func: Any, x: Any, *dims: Any) -> Tensor:
     """Moves the axes of the positions."""
     order = [d if d >= 0 else d + x.ndim for d in _sizes(dims)]
-    x = settled(x)
+    x = keep_border(x)
     need(order[0] == 0, func, "moves the samples of the batch")
     axes = tuple(order.index(a + x.ndim) - x.ndim for a in x.axes)
     need(axes[0] <= axes[1], func, "swaps rows and columns")
@@ -71,7 +82,7 @@ def transpose(func: Any, x: Any, dim0: int, dim1: int) -> Tensor:
 def reshape(func: Any, x: Any, *args: Any, **kwargs: Any) -> Tensor:
     """Channels may be split and joined and positions put into one axis; all of them in one axis with the channels is
     what a head does: see `flatten`."""
-    x = settled(x)
+    x = keep_border(x)
     size = kwargs.get("shape", kwargs.get("size"))
     data = unwrap(x)
     result = func(data, *args, **kwargs) if size is None or args else func(data, size)
@@ -104,7 +115,7 @@ def flattened(x: MaskedTensor) -> Tensor:
     """[B, C * H * W] for a linear head. Such a head is a convolution with a window of the whole map, so the method
     prepares its input alike; nothing is masked afterwards."""
     h, w = x.mask.size
-    data = x.mask.rules.conv_input(zeroed(x), x.mask, Window((h, w)))
+    data = x.mask.rules.conv_input(zero_hidden(x), x.mask, Window((h, w)))
     y = data.flatten(1)
     share = x.mask.rules.conv_output(torch.ones_like(y[:, :, None, None]), x.mask, Window((h, w)), None)
     return y * share.flatten(1)
@@ -121,7 +132,7 @@ def flatten(func: Any, x: Any, start_dim: int = 0, end_dim: int = -1) -> Tensor:
 @rule(torch.unsqueeze, Tensor.unsqueeze)
 def unsqueeze(func: Any, x: Any, dim: int) -> Tensor:
     """A new axis beside the channels."""
-    x = settled(x)
+    x = keep_border(x)
     axis = dim if dim < 0 else dim - x.ndim - 1
     need(axis != -x.ndim - 1, func, "adds an axis before the samples")
     axes = tuple(a - (axis >= a) for a in x.axes)
@@ -131,7 +142,7 @@ def unsqueeze(func: Any, x: Any, dim: int) -> Tensor:
 @rule(torch.squeeze, Tensor.squeeze)
 def squeeze(func: Any, x: Any, dim: Any = None) -> Tensor:
     """An axis beside the channels is taken away."""
-    x = settled(x)
+    x = keep_border(x)
     dims = {d if d < 0 else d - x.ndim for d in ((dim,) if isinstance(dim, int) else dim or (0,))}
     need(not dims & {*x.axes, -x.ndim}, func, "could take away positions or samples")
     need(len(dims) == 1, func, "of several axes has no rule")
@@ -140,10 +151,10 @@ def squeeze(func: Any, x: Any, dim: Any = None) -> Tensor:
     return wrap(result, x.mask, (axes[0], axes[1]))
 
 
-@rule(*named("split chunk tensor_split split_with_sizes unbind unsafe_chunk unsafe_split", torch, Tensor))
+@rule(*functions_named("split chunk tensor_split split_with_sizes unbind unsafe_chunk unsafe_split", torch, Tensor))
 def split(func: Any, x: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     """Along channels, or an axis beside them."""
-    x = settled(x)
+    x = keep_border(x)
     whole = "unbind" in func.__name__
     dim = kwargs.get("dim", args[0 if whole else 1] if len(args) > (0 if whole else 1) else 0)
     axis = dim if dim < 0 else dim - x.ndim
@@ -161,7 +172,7 @@ def narrow(func: Any, x: Any, dim: int, start: int, length: int) -> Tensor:
 @rule(Tensor.__getitem__)
 def getitem(func: Any, x: Any, index: Any) -> Tensor:
     """Slices of channels and of positions."""
-    x = settled(x)
+    x = keep_border(x)
     given = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis in [g for g in given if not isinstance(g, Tensor)]:
         at = next(i for i, g in enumerate(given) if g is Ellipsis)
@@ -195,7 +206,7 @@ def mixing(func: Any, *args: Any, **kwargs: Any) -> Tensor:
 @rule(F.channel_shuffle, torch.channel_shuffle)
 def channel_shuffle(func: Any, input: Any, groups: int) -> Tensor:
     """Moves channels."""
-    x = settled(input)
+    x = keep_border(input)
     return wrap(func(unwrap(x), groups), x.mask, x.axes)
 
 
@@ -204,7 +215,7 @@ def expand(func: Any, x: Any, *args: Any) -> Tensor:
     """Channels may be repeated; a plain tensor may take the shape of masked activations."""
     if not isinstance(x, MaskedTensor):
         return func(x, *(unwrap(a) for a in args))
-    x = settled(x)
+    x = keep_border(x)
     result = func(unwrap(x), *(unwrap(a) for a in args))
     need(
         result.ndim == x.ndim and all(result.shape[a] == x.shape[a] for a in (*x.axes, -x.ndim)),

@@ -168,7 +168,7 @@ def box_sum(x: Tensor) -> Tensor:
     return rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
 
 
-def merged(masks: Sequence[Mask], operation: str) -> Mask:
+def merge_masks(masks: Sequence[Mask], operation: str) -> Mask:
     """The mask of an `add` or a `cat` of activations with these masks."""
     first = masks[0]
     if all(mask is first for mask in masks):

@@ -59,7 +59,7 @@ def rule(*funcs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return add
 
 
-def named(names: str, *places: Any) -> list[Any]:
+def functions_named(names: str, *places: Any) -> list[Any]:
     """The functions of these names, and their in-place twins, in torch, torch.nn.functional and torch.Tensor."""
     where = places or (torch, torch.nn.functional, Tensor)
     return [
@@ -87,7 +87,7 @@ def unwrap(x: Any) -> Any:
     return x.as_subclass(Tensor) if isinstance(x, MaskedTensor) else x
 
 
-def shaped(mask: Mask, x: Tensor, axes: tuple[int, int]) -> Tensor:
+def mask_like(mask: Mask, x: Tensor, axes: tuple[int, int]) -> Tensor:
     """The mask in the dtype and layout of activations `x` with H and W at `axes`, one channel."""
     m = mask.to(x.dtype)
     if axes == NCHW and x.ndim == 4:
@@ -101,16 +101,16 @@ def shaped(mask: Mask, x: Tensor, axes: tuple[int, int]) -> Tensor:
     return m.reshape(shape)
 
 
-def zeroed(x: MaskedTensor) -> Tensor:
+def zero_hidden(x: MaskedTensor) -> Tensor:
     """The plain activations, zero under the mask (in a border: its value)."""
     data = unwrap(x)
     if x.edge is None or x.edge[4] == 0:
-        m = shaped(x.mask, data, x.axes)
-        return data.mul_(m) if owned(data) else data * m
-    return torch.where(shaped(x.mask, data, x.axes) > 0, data, _edge_value(x, data))
+        m = mask_like(x.mask, data, x.axes)
+        return data.mul_(m) if may_overwrite(data) else data * m
+    return torch.where(mask_like(x.mask, data, x.axes) > 0, data, _edge_value(x, data))
 
 
-def owned(x: Tensor) -> bool:
+def may_overwrite(x: Tensor) -> bool:
     """Whether what x holds under its mask may be overwritten: no autograd graph can hold it, and no element shares
     its memory with another."""
     return x.is_inference() and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
@@ -123,7 +123,7 @@ def _edge_value(x: MaskedTensor, data: Tensor) -> Tensor:
     return nn.functional.pad(inner, (left, right, top, bottom), value=value)
 
 
-def settled(x: MaskedTensor) -> MaskedTensor:
+def keep_border(x: MaskedTensor) -> MaskedTensor:
     """The same activations with a border that counts as kept: what stands there is the same in every image."""
     if x.edge is None:
         return x

@@ -12,7 +12,7 @@ import mmskip
 from mmskip import swap
 from mmskip.families import find
 from mmskip.families.unet import SkipSite, UNetView, describe_unet
-from mmskip.methods.freeu import PartState, _stronger
+from mmskip.methods.freeu import PartState, _amplify
 from mmskip.methods.skip_scale import JointState, NoiseLevel, _rho, ddpm_sigmas
 
 
@@ -396,7 +396,7 @@ def test_freeu_by_content_touches_half_of_the_features_by_their_mean(name):
     dials = tuple(1.0 if i < stage else 1.7 for i in range(stage + 1))
     mmskip.apply_(unet, mmskip.FreeUConfig(b=dials, s=(1.0,) * len(dials)))
     x = torch.randn(2, skip.channels, 8, 8)
-    found = _stronger(x, PartState(skip, 1.7, True))
+    found = _amplify(x, PartState(skip, 1.7, True))
     up = x[:, : skip.start]
     for row in range(2):
         mean = up[row].mean(0)
