@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from mmskip.datasets.common.pixels import to_input
+
 EMBEDDED = "embedded"
 SHAPES = ("disc", "square", "triangle", "ring", "cross", "bars")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -218,20 +220,6 @@ def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 # --- batches --------------------------------------------------------------------------------------------------------
-
-
-def to_input(image: np.ndarray, resize: int | None, crop: int) -> Tensor:
-    """[3, crop, crop] in [0, 1]: the short side resized to `resize` (None: the whole image to the crop), the middle
-    cut out."""
-    picture = Image.fromarray(image)
-    if resize is None:
-        picture = picture.resize((crop, crop), Image.Resampling.BILINEAR) if picture.size != (crop, crop) else picture
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
-    scale = resize / min(picture.size)
-    width, height = (max(crop, round(side * scale)) for side in picture.size)
-    picture = picture.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = (width - crop) // 2, (height - crop) // 2
-    return torch.from_numpy(np.array(picture.crop((left, top, left + crop, top + crop)))).permute(2, 0, 1) / 255
 
 
 class LabelledImages(Dataset[dict[str, Any]]):

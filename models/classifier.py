@@ -1,11 +1,13 @@
 """An image classifier of timm, trained with parts of its images missing so that missing parts do not mislead it."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
 from lightning.pytorch import LightningModule
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,10 +15,25 @@ import mmskip
 from mmskip import LayerMaskConfig
 from mmskip.models.common.optim import SCHEDULES, warmup_schedule
 
-if TYPE_CHECKING:
-    from mmskip.train.evaluation.classifier.masking import Loaded
-
 AUGMENTS = ("none", "patches", "layer_masking")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A classifier and the images it takes.
+
+    Attributes:
+        model: takes normalised images.
+        size: side of its input, pixels.
+        resize: short side before the middle is cut out; None: the whole image is resized.
+        mean, std: of images in [0, 1], per channel.
+    """
+
+    model: nn.Module
+    size: int
+    resize: int | None = None
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN
+    std: Sequence[float] = IMAGENET_DEFAULT_STD
 
 
 class Classifier(LightningModule):
@@ -54,8 +71,8 @@ class Classifier(LightningModule):
         hidden: tuple[float, float] = (0.1, 0.7),
         patch: int = 4,
         mask: LayerMaskConfig | None = None,
-        mean: Sequence[float] = (0.485, 0.456, 0.406),
-        std: Sequence[float] = (0.229, 0.224, 0.225),
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
         lr: float = 2e-3,
         weight_decay: float = 0.02,
         schedule: str = "cosine",
@@ -230,10 +247,8 @@ class Classifier(LightningModule):
         model.size = state["image_size"]
         return model.eval()
 
-    def loaded(self) -> "Loaded":
+    def loaded(self) -> Loaded:
         """The network without the methods on it, for `evaluate.py masking`."""
-        from mmskip.train.evaluation.classifier.masking import Loaded
-
         mmskip.remove_(self.net)
         return Loaded(self.net, self.size, None, self.hparams["mean"], self.hparams["std"])
 

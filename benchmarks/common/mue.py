@@ -15,12 +15,12 @@ from mmskip.datasets.captioning.module import CaptionCollate, CaptionData, Pictu
 from mmskip.datasets.synthetic.captions import SceneCaptionsConfig
 from mmskip.exits.criteria import Saturation
 from mmskip.methods.early_exit import exit_heads
+from mmskip.models.captioner.metrics import score_captions
 from mmskip.models.captioner.module import Captioner
 from mmskip.train.evaluation.captioner.exit_sweep import compute, recording, using
 from mmskip.train.evaluation.captioner.generation import captioned
 from mmskip.train.evaluation.captioner.snli_ve import judged
 from mmskip.train.evaluation.captioner.task import Batch, encoded
-from mmskip.train.metrics.captions import score_captions
 from mmskip.utils.timing import Ratio, interleaved_ratio
 
 PARTS = {"image": "image", "text": "prompt", "decoder": "decoder"}

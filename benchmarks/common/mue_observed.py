@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from mmskip.datasets.chat.labels import IGNORE
+from mmskip.datasets.common.labels import IGNORE
 from mmskip.exits.criteria import SampleScores, TokenScores
 from mmskip.models.captioner.module import Captioner
 from mmskip.train.evaluation.captioner.task import Batch, encoded

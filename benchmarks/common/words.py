@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from mmskip.datasets.synthetic.world import COLOURS, DIRECTIONS, SHAPES, SIDES, SIZES
-from mmskip.models.video_llm.loss import Positions
+from mmskip.models.common.positions import Positions
 
 VERBS = ("enters", "leaves", "moves", "hits", "hides", "comes")
 

@@ -17,8 +17,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-from mmskip.datasets.images import to_input
-from mmskip.datasets.narration.parsing import LoadReport
+from mmskip.datasets.common.pixels import to_input
+from mmskip.datasets.common.report import LoadReport
 from mmskip.utils.files import write_json
 
 KARPATHY_SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}

@@ -27,13 +27,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mmskip.datasets.captioning.coco import find_images, read_image, read_split
 from mmskip.datasets.captioning.snli_ve import LABELS, EntailmentPair, find_pair_images, read_pairs
-from mmskip.datasets.chat.labels import IGNORE
+from mmskip.datasets.common.labels import IGNORE
+from mmskip.datasets.common.pixels import to_input
+from mmskip.datasets.common.report import LoadReport
 from mmskip.datasets.common.resumable import ResumableLoader
-from mmskip.datasets.images import to_input
-from mmskip.datasets.narration.parsing import LoadReport
-from mmskip.datasets.narration.tokenizer import word_tokenizer
-from mmskip.datasets.narration.windows import UnrepeatedSampler
-from mmskip.datasets.synthetic.captions import SPLITS, SceneCaptionsConfig, generate_captions, scene_texts
+from mmskip.datasets.common.samplers import UnrepeatedSampler
+from mmskip.datasets.common.splits import SPLITS
+from mmskip.datasets.common.tokenizer import word_tokenizer
+from mmskip.datasets.synthetic.captions import SceneCaptionsConfig, generate_captions, scene_texts
 from mmskip.utils.pretrained import pretrained
 
 TASKS = ("caption", "entailment")

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from mmskip.datasets.captioning.coco import readable
-from mmskip.datasets.narration.parsing import LoadReport
+from mmskip.datasets.common.labels import ENTAILMENT as LABELS
+from mmskip.datasets.common.report import LoadReport
 
-LABELS = ("entailment", "neutral", "contradiction")
 _KEYS = {
     "image": ("Flickr30K_ID", "Flikr30kID", "image_id"),
     "hypothesis": ("sentence2", "hypothesis"),

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from mmskip.datasets.chat.format import Chat
-from mmskip.datasets.chat.labels import IGNORE, ChatLabels
+from mmskip.datasets.chat.labels import ChatLabels
+from mmskip.datasets.common.labels import IGNORE
 from mmskip.datasets.video.reader import read_video, video_info
 
 NOT_INPUTS = ("labels", "uid", "answer")

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmskip.datasets.chat.format import Chat
+from mmskip.datasets.common.labels import IGNORE
 
-IGNORE = -100
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 

@@ -15,8 +15,9 @@ from mmskip.datasets.chat.format import Chat, read_records
 from mmskip.datasets.chat.index import ChatIndex, cache_key, cut_long, measure_all, pack_rows, parse_all
 from mmskip.datasets.chat.labels import ChatLabels
 from mmskip.datasets.common.resumable import ResumableLoader
-from mmskip.datasets.narration.windows import UnrepeatedSampler
-from mmskip.datasets.synthetic.chat import CLIP_FPS, SPLITS, SceneChatConfig, generate_chat, scene_processor
+from mmskip.datasets.common.samplers import UnrepeatedSampler
+from mmskip.datasets.common.splits import SPLITS
+from mmskip.datasets.synthetic.chat import CLIP_FPS, SceneChatConfig, generate_chat, scene_processor
 from mmskip.utils.pretrained import pretrained
 
 _EMBEDDED = SceneChatConfig()

@@ -15,6 +15,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmskip.datasets.common.report import LoadReport
 from mmskip.datasets.narration.formats.ego4d import (
     LEVELS,
     PASSES,
@@ -26,10 +27,9 @@ from mmskip.datasets.narration.formats.ego4d import (
 )
 from mmskip.datasets.narration.formats.egoexo4d import read_descriptions
 from mmskip.datasets.narration.formats.epic_kitchens import read_epic
-from mmskip.datasets.narration.parsing import MOMENTS, Annotated, LoadReport, Moment, NarratedVideo, read_json
+from mmskip.datasets.narration.parsing import MOMENTS, Annotated, Moment, NarratedVideo, read_json
+from mmskip.datasets.video.files import find_videos
 from mmskip.datasets.video.reader import VideoError, video_info
-
-VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif", ".m4v"}
 
 
 @dataclass(frozen=True)
@@ -183,18 +183,6 @@ def _narrated(entry: Annotated, finder: "_Finder", narrate_at: str | None) -> Na
         finder.report.add("no narrations", entry.uid)
         return None
     return NarratedVideo(entry.uid, path, tuple(inside), entry.annotator)
-
-
-def find_videos(folder: Path, report: LoadReport | None = None) -> dict[str, Path]:
-    """The video files below a folder by name without suffix; of several with one name the first ("name used twice")."""
-    found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in VIDEO_SUFFIXES or path.name.startswith("."):
-            continue
-        if path.stem in found and report is not None:
-            report.add("name used twice", str(path))
-        found.setdefault(path.stem, path)
-    return found
 
 
 class _Finder:

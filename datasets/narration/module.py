@@ -15,13 +15,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from mmskip.datasets.common.report import LoadReport
 from mmskip.datasets.common.resumable import ResumableLoader
-from mmskip.datasets.narration.index import check_format, find_videos, load_narrations
-from mmskip.datasets.narration.parsing import LoadReport, NarratedVideo, read_json
+from mmskip.datasets.common.samplers import UnrepeatedSampler
+from mmskip.datasets.common.splits import SPLITS
+from mmskip.datasets.narration.index import check_format, load_narrations
+from mmskip.datasets.narration.parsing import NarratedVideo, read_json
 from mmskip.datasets.narration.tokenizer import StreamTokens, prepare_tokenizer, train_tokenizer
 from mmskip.datasets.narration.turns import collate_narration, plan_turns, split_turns
-from mmskip.datasets.narration.windows import Entry, NarrationDataset, UnrepeatedSampler, check_sources
-from mmskip.datasets.synthetic.videos import SPLITS, GeneratedConfig, generate
+from mmskip.datasets.narration.windows import Entry, NarrationDataset, check_sources
+from mmskip.datasets.synthetic.videos import GeneratedConfig, generate
 from mmskip.datasets.video.features import (
     FeatureStore,
     encode_videos,
@@ -30,6 +33,7 @@ from mmskip.datasets.video.features import (
     write_statistics,
     write_tower,
 )
+from mmskip.datasets.video.files import find_videos
 from mmskip.datasets.video.reader import read_video
 from mmskip.datasets.video.tower import VisionTower, check_tower_name, tower_id
 from mmskip.env import pick_device

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 VISION = "<v>"
@@ -136,28 +136,6 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer.add_tokens([VISION], special_tokens=True)
     return tokenizer
-
-
-def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the words of `texts` in lower case, with pad, bos, eos and unk.
-
-    Every character that is neither a letter, a digit nor a blank is a token of its own. Same texts, same ids.
-
-    Raises:
-        ValueError: `texts` holds no word.
-    """
-    pieces = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), behavior="removed", invert=True)
-    words = {word for text in texts for word, _ in pieces.pre_tokenize_str(text.lower())}
-    if not words:
-        raise ValueError("word_tokenizer needs texts with at least one word, got none")
-    order = ["<pad>", "<bos>", "<eos>", "<unk>", *sorted(words)]
-    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(order)}, unk_token="<unk>"))
-    core.normalizer = normalizers.Lowercase()
-    core.pre_tokenizer = pieces
-    core.decoder = decoders.WordPiece(prefix="##", cleanup=True)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
-    )
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import LongTensor, Tensor
 
+from mmskip.datasets.common.labels import IGNORE
 from mmskip.datasets.narration.tokenizer import StreamTokens
-
-IGNORE = -100
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,15 @@
 """Samples of narrated videos: what a split holds, read and tokenized on access."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset
 
+from mmskip.datasets.common.splits import SPLITS
 from mmskip.datasets.narration.tokenizer import StreamTokens
 from mmskip.datasets.narration.turns import Turn, build_sample
-from mmskip.datasets.synthetic.videos import SPLITS
 from mmskip.datasets.video.features import FeatureStore
 
 
@@ -60,20 +59,6 @@ class NarrationDataset(Dataset[dict[str, Any]]):
         if self.blank:
             features = torch.zeros_like(features)
         return build_sample(entry.turns, features, self.tokens, entry.uid, entry.first_frame, entry.instruction)
-
-
-class UnrepeatedSampler(DistributedSampler):
-    """Every sample once, dealt round the ranks in order. (Lightning leaves a DistributedSampler as it is.)"""
-
-    def __init__(self, dataset: Dataset, world: int, rank: int) -> None:
-        super().__init__(dataset, world, rank, shuffle=False)
-        self.indices = range(rank, len(dataset), world)  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)
 
 
 def check_sources(annotations: dict[str, str] | None, video_dir: str | dict[str, str] | None) -> dict[str, str]:

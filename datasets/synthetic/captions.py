@@ -31,11 +31,11 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from mmskip.datasets.captioning.snli_ve import LABELS
+from mmskip.datasets.common.labels import ENTAILMENT
+from mmskip.datasets.common.splits import SPLITS
 from mmskip.datasets.synthetic.world import COLOURS, SHAPES, SIDES, SIZES, Cell, SceneConfig, Thing, World, draw_world
 from mmskip.utils.files import write_json, write_text
 
-SPLITS = ("train", "val", "test")
 PLACES = (("northwest", "north", "northeast"), ("west", "centre", "east"), ("southwest", "south", "southeast"))
 """Words for the cells, row by row."""
 RELATIONS = {"left of": SIDES["left"], "right of": SIDES["right"], "above": SIDES["top"], "below": SIDES["bottom"]}
@@ -107,7 +107,7 @@ class Statement:
 
     Attributes:
         text: the hypothesis.
-        label: one of `mmskip.datasets.captioning.snli_ve.LABELS`.
+        label: one of `mmskip.datasets.captioning.snli_ve.ENTAILMENT`.
         steps: from the thing that is named to the one asked about, the most of its claims.
         claims: how many things it says.
     """
@@ -233,7 +233,7 @@ def _asked(config: SceneCaptionsConfig, world: World, cell: Cell, by_colour: boo
 
 def _statement(config: SceneCaptionsConfig, world: World, rng: np.random.Generator) -> Statement:
     """One statement: its label is drawn before its words. One claim decides it, the others are true."""
-    label = LABELS[rng.integers(len(LABELS))]
+    label = ENTAILMENT[rng.integers(len(ENTAILMENT))]
     weights = np.array(config.claims)
     count = min(int(rng.choice(len(weights), p=weights / weights.sum())) + 1, len(world.things))
     said: list[tuple[str, int]] = []

@@ -33,10 +33,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mmskip.datasets.common.splits import SPLITS
 from mmskip.datasets.synthetic.world import COLOURS, SHAPES, SceneConfig, Thing, World, draw_world, plan_world
 from mmskip.datasets.video.reader import write_video
 
-SPLITS = ("train", "val", "test")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 VERBS = {"enter": "enters", "leave": "leaves", "move": "moves", "hit": "hits", "hide": "hides", "out": "appears"}
 COLOUR, COUNT, PLACE = "what colour is the {}?", "how many objects are there?", "what is at the {} {}?"

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from mmskip.datasets.common.splits import SPLITS
 from mmskip.datasets.synthetic.world import SceneConfig, World, draw_world, plan_world
 from mmskip.datasets.video.reader import write_video
 from mmskip.utils.files import write_json
 
-SPLITS = ("train", "val", "test")
 _FORMAT = 3  # raised when the same settings give other videos
 
 

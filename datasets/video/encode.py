@@ -22,8 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from mmskip.datasets.narration.index import find_videos
-from mmskip.datasets.narration.parsing import LoadReport
+from mmskip.datasets.common.report import LoadReport
 from mmskip.datasets.video.features import (
     INDEX,
     EncodeReport,
@@ -35,6 +34,7 @@ from mmskip.datasets.video.features import (
     save_tensors,
     write_tower,
 )
+from mmskip.datasets.video.files import find_videos
 from mmskip.datasets.video.reader import VideoError
 from mmskip.datasets.video.tower import VisionTower, check_tower_name, tower_id
 from mmskip.env import pick_device

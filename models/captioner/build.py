@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -24,7 +25,6 @@ from mmskip.models.common.language_model import torch_dtype
 from mmskip.models.common.optim import SCHEDULES
 from mmskip.utils.pretrained import config_of, refuse_unknown
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LAYER_LOSSES = ("last", "sum", "uniform", "linear", "sqrt", "inverse")
 
 
@@ -212,7 +212,7 @@ def decoder_of(model: Any) -> Any:
 
 def normalised(images: Tensor) -> Tensor:
     """Images [I, 3, H, W] in 0..1 as Florence-2's tower takes them."""
-    mean, std = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     return (images - mean) / std
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
 from mmskip.datasets.captioning.module import Texts
-from mmskip.datasets.chat.labels import IGNORE
+from mmskip.datasets.common.labels import IGNORE
 from mmskip.datasets.video.tower import VisionTower, check_tower_name
 from mmskip.families.encoder_decoder import EncoderDecoderView
 from mmskip.hf.exits.modalities import SplitEncoder
@@ -36,9 +36,9 @@ from mmskip.models.captioner.build import (
     token_ids,
     view_of,
 )
+from mmskip.models.captioner.metrics import score_captions
 from mmskip.models.common.base import StepLossModule
 from mmskip.models.common.optim import warmup_schedule
-from mmskip.train.metrics.captions import score_captions
 
 TRAINED = ("caption", "entailment", "question")
 

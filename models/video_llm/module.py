@@ -27,12 +27,13 @@ from mmskip.models.common.language_model import (
     methods_to_dicts,
 )
 from mmskip.models.common.optim import SCHEDULES, warmup_schedule
+from mmskip.models.common.positions import Positions
 from mmskip.models.video_llm.connector import Connector, place_features
-from mmskip.models.video_llm.loss import Positions, loss_sums
+from mmskip.models.video_llm.loss import loss_sums
+from mmskip.models.video_llm.metrics import NarrationMetrics
+from mmskip.models.video_llm.scoring import score_turns
 from mmskip.models.video_llm.speaking import TokenIds, Utterance, split_rows
 from mmskip.models.video_llm.streaming.engine import StreamEngine, StreamSettings
-from mmskip.train.evaluation.video_llm.scoring import score_turns
-from mmskip.train.metrics.narration import NarrationMetrics
 
 
 class VideoLLM(StepLossModule):

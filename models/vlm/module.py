@@ -19,13 +19,13 @@ from torch.nn import functional as F
 from mmskip import MoDConfig
 from mmskip.calibration.fit_routers import fit_routers
 from mmskip.datasets.chat.batches import NOT_INPUTS
-from mmskip.datasets.chat.labels import IGNORE
+from mmskip.datasets.common.labels import IGNORE
 from mmskip.methods.mixture_of_depths import anneal, keep_in_use
 from mmskip.models.common.base import StepLossModule
 from mmskip.models.common.fp32_head import head_only_at
 from mmskip.models.common.language_model import LoRA, methods_from_dicts, methods_to_dicts, torch_dtype
 from mmskip.models.common.optim import SCHEDULES, warmup_schedule
-from mmskip.models.video_llm.loss import Positions
+from mmskip.models.common.positions import Positions
 from mmskip.models.vlm.build import (
     ROUTER,
     build_vlm,

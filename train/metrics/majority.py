@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mmskip.train.metrics.narration import TurnScore, appended_frames, correct_prefix
+from mmskip.models.video_llm.metrics import TurnScore, appended_frames, correct_prefix
 
 
 class MajorityBaseline:

@@ -12,8 +12,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from mmskip.datasets.captioning.coco import write_results
 from mmskip.datasets.captioning.module import PictureEntry
 from mmskip.datasets.captioning.snli_ve import LABELS
+from mmskip.models.captioner.metrics import score_captions
 from mmskip.models.captioner.module import Captioner
-from mmskip.train.metrics.captions import score_captions
 from mmskip.utils.files import write_json, write_text
 
 COLUMNS = (("accuracy", "entailment acc."), ("cider", "CIDEr"), ("caption_loss", "caption loss"))

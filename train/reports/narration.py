@@ -12,10 +12,10 @@ import mmskip
 from mmskip import viz
 from mmskip.datasets.narration.tokenizer import StreamTokens
 from mmskip.datasets.narration.turns import collate_narration, frame_index
+from mmskip.models.video_llm.metrics import averages
 from mmskip.models.video_llm.module import VideoLLM
 from mmskip.models.video_llm.speaking import split_rows
 from mmskip.train.metrics.majority import MajorityBaseline
-from mmskip.train.metrics.narration import averages
 from mmskip.train.reports import text as report
 from mmskip.train.savings import counted_savings, measured_speedup, streaming_savings
 from mmskip.utils.files import write_json, write_text

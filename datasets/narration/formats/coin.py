@@ -24,11 +24,12 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
-from mmskip.datasets.narration.index import find_videos
+from mmskip.datasets.common.report import LoadReport
 from mmskip.datasets.narration.module import NarrationData
-from mmskip.datasets.narration.parsing import LoadReport, Moment, MomentReader, NarratedVideo, dicts, is_time, read_json
+from mmskip.datasets.narration.parsing import Moment, MomentReader, NarratedVideo, dicts, is_time, read_json
 from mmskip.datasets.narration.turns import Narration, Turn, frame_index
 from mmskip.datasets.narration.windows import Entry, NarrationDataset
+from mmskip.datasets.video.files import find_videos
 
 TASKS = ("step", "task", "next", "procedure", "procedure+")
 PROCEDURE_STEPS = 5

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmskip.datasets.narration.parsing import Annotated, LoadReport, Moment, MomentReader, dicts, is_time, read_json
+from mmskip.datasets.common.report import LoadReport
+from mmskip.datasets.narration.parsing import Annotated, Moment, MomentReader, dicts, is_time, read_json
 
 PASSES = ("narration_pass_1", "narration_pass_2")
 LEVELS = ("steps", "substeps")

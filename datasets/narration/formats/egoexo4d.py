@@ -7,8 +7,9 @@ Schema: https://docs.ego-exo4d-data.org/annotations/atomic_descriptions. Videos 
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmskip.datasets.common.report import LoadReport
 from mmskip.datasets.narration.formats.ego4d import clean_text
-from mmskip.datasets.narration.parsing import Annotated, LoadReport, MomentReader, dicts, read_json
+from mmskip.datasets.narration.parsing import Annotated, MomentReader, dicts, read_json
 
 
 def read_descriptions(path: Path, passes: Sequence[str], report: LoadReport) -> list[Annotated]:

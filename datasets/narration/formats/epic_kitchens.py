@@ -7,7 +7,8 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmskip.datasets.narration.parsing import Annotated, LoadReport, MomentReader
+from mmskip.datasets.common.report import LoadReport
+from mmskip.datasets.narration.parsing import Annotated, MomentReader
 
 _COLUMNS = ("video_id", "narration_timestamp", "start_timestamp", "stop_timestamp", "narration")
 

@@ -8,8 +8,8 @@ import torch
 
 from mmskip.datasets.captioning.module import ANSWERS, CaptionCollate, CaptionData
 from mmskip.datasets.captioning.snli_ve import LABELS
-from mmskip.datasets.chat.labels import IGNORE
-from mmskip.datasets.narration.tokenizer import word_tokenizer
+from mmskip.datasets.common.labels import IGNORE
+from mmskip.datasets.common.tokenizer import word_tokenizer
 from mmskip.datasets.synthetic.captions import SceneCaptionsConfig, generate_captions
 
 SMALL = SceneCaptionsConfig(train=30, val=3, test=2, pairs=2)

@@ -19,7 +19,7 @@ from mmskip.datasets.captioning.coco import (
     write_results,
 )
 from mmskip.datasets.captioning.snli_ve import LABELS, find_pair_images, read_pairs
-from mmskip.datasets.narration.parsing import LoadReport
+from mmskip.datasets.common.report import LoadReport
 
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not beside the tree")
 

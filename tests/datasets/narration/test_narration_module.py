@@ -11,9 +11,9 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning import LightningModule, Trainer
 
+from mmskip.datasets.common.labels import IGNORE
 from mmskip.datasets.narration.module import NarrationData
 from mmskip.datasets.narration.tokenizer import StreamTokens
-from mmskip.datasets.narration.turns import IGNORE
 from mmskip.datasets.synthetic.videos import GeneratedConfig
 from mmskip.datasets.synthetic.world import SceneConfig
 from mmskip.datasets.video.reader import write_video

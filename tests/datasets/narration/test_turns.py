@@ -4,9 +4,9 @@ import pytest
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 
+from mmskip.datasets.common.labels import IGNORE
 from mmskip.datasets.narration.tokenizer import StreamTokens, prepare_tokenizer, train_tokenizer
 from mmskip.datasets.narration.turns import (
-    IGNORE,
     Narration,
     Turn,
     build_sample,

@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mmskip.datasets.common.splits import SPLITS
 from mmskip.datasets.narration.index import load_narrations
 from mmskip.datasets.narration.turns import frame_index
-from mmskip.datasets.synthetic.videos import SPLITS, GeneratedConfig, generate, video_uid, world_of
+from mmskip.datasets.synthetic.videos import GeneratedConfig, generate, video_uid, world_of
 from mmskip.datasets.synthetic.world import SceneConfig
 from mmskip.datasets.video.reader import read_video, video_info
 

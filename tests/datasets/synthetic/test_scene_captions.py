@@ -9,7 +9,7 @@ import pytest
 
 from mmskip.datasets.captioning.coco import read_captions
 from mmskip.datasets.captioning.snli_ve import LABELS, read_pairs
-from mmskip.datasets.images import to_input
+from mmskip.datasets.common.pixels import to_input
 from mmskip.datasets.synthetic.captions import (
     PLACES,
     RELATIONS,

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import mmskip
 from mmskip import EarlyExitConfig
-from mmskip.datasets.chat.labels import IGNORE
+from mmskip.datasets.common.labels import IGNORE
 from mmskip.methods.early_exit import exit_layers
 from mmskip.models.captioner.build import layer_weights, left_behind, moved
 from mmskip.models.captioner.module import Captioner

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import mmskip
 from mmskip.models.common.fp32_head import SLICE, fp32_linear, head_only_at
-from mmskip.models.video_llm.loss import Positions
+from mmskip.models.common.positions import Positions
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -12,8 +12,8 @@ import mmskip
 from mmskip.datasets.narration.turns import collate_narration
 from mmskip.models.common.language_model import LoRA
 from mmskip.models.video_llm.module import VideoLLM
+from mmskip.models.video_llm.scoring import score_turns
 from mmskip.models.video_llm.speaking import split_rows
-from mmskip.train.evaluation.video_llm.scoring import score_turns
 
 MOD = mmskip.MoDConfig(keep=0.4, gate="sigmoid")
 

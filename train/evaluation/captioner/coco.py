@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from mmskip.datasets.captioning.coco import pair_up, read_captions, read_results
+from mmskip.models.captioner.metrics import JAVA_NAMES, DocumentFrequency, check_java, java_score, score_captions
 from mmskip.train.evaluation.captioner import generation as captioning
 from mmskip.train.evaluation.captioner.task import add_run_arguments
-from mmskip.train.metrics.captions import JAVA_NAMES, DocumentFrequency, check_java, java_score, score_captions
 from mmskip.utils.files import write_json
 
 

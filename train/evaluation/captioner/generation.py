@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from mmskip.datasets.captioning.coco import CaptionedImage, pair_up, write_results
+from mmskip.models.captioner.metrics import CaptionScores, DocumentFrequency, java_score, score_captions
 from mmskip.models.captioner.module import Captioner
 from mmskip.train.evaluation.captioner.exit_sweep import FULL, Recorder, Variant, depths, encoder_exits
 from mmskip.train.evaluation.captioner.task import Batch, CaptionTask, encoded, variants_of
 from mmskip.train.evaluation.distributed import ranks
-from mmskip.train.metrics.captions import CaptionScores, DocumentFrequency, java_score, score_captions
 from mmskip.utils.files import write_json
 
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from mmskip import viz
 from mmskip.datasets.captioning.module import CaptionCollate, CaptionData, PictureDataset, PictureEntry, Texts
-from mmskip.datasets.synthetic.captions import SPLITS
+from mmskip.datasets.common.splits import SPLITS
 from mmskip.datasets.video.features import fingerprint
 from mmskip.models.captioner.build import token_ids
 from mmskip.models.captioner.module import Captioner

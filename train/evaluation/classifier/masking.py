@@ -1,38 +1,17 @@
 """`python evaluate.py masking`: which way of leaving pixels out suits a classifier?"""
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from mmskip.datasets.images import ImageSet, batch_of, open_images
+from mmskip.models.classifier import Classifier, Loaded
 from mmskip.train.metrics.lime import lime_agreement
 from mmskip.train.metrics.missingness import MASKINGS, ORDERS, Normalised, frozen, measure, table
 from mmskip.utils.files import write_json, write_text
 from mmskip.utils.user_function import call_function
-
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A classifier and the images it takes.
-
-    Attributes:
-        model: takes normalised images.
-        size: side of its input, pixels.
-        resize: short side before the middle is cut out; None: the whole image is resized.
-        mean, std: of images in [0, 1], per channel.
-    """
-
-    model: nn.Module
-    size: int
-    resize: int | None = None
-    mean: Sequence[float] = IMAGENET[0]
-    std: Sequence[float] = IMAGENET[1]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -143,8 +122,6 @@ def load_model(arguments: argparse.Namespace) -> Loaded:
     if file.endswith(".py"):
         return _from_file(Path(file), function)
     if name.endswith(".ckpt"):
-        from mmskip.models.classifier import Classifier
-
         return Classifier.from_checkpoint(name).loaded()
     if not arguments.weights and not arguments.pretrained:
         raise ValueError(f"{name} without weights knows nothing: give --weights FILE, or --pretrained (a download).")

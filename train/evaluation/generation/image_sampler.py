@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmskip.config import MethodConfig
-from mmskip.datasets.images import EMBEDDED, ImageData, ImageSet, open_images, to_input
+from mmskip.datasets.common.pixels import to_input
+from mmskip.datasets.images import EMBEDDED, ImageData, ImageSet, open_images
 from mmskip.datasets.video.features import fingerprint
 from mmskip.models.diffusion.samplers import SAMPLERS, Drawer
 from mmskip.registry import config_types

@@ -12,12 +12,12 @@ from mmskip.datasets.narration.index import FORMATS
 from mmskip.datasets.narration.turns import collate_narration
 from mmskip.datasets.narration.windows import NarrationDataset
 from mmskip.models.common.language_model import methods_to_dicts
+from mmskip.models.video_llm.metrics import TurnScore, averages
+from mmskip.models.video_llm.scoring import score_turns
 from mmskip.train.evaluation.distributed import ranks
 from mmskip.train.evaluation.video_llm.compute_sweep import ROUTERS, Budgets, Variant, compute, plan_variants
-from mmskip.train.evaluation.video_llm.scoring import score_turns
 from mmskip.train.evaluation.video_llm.task import Task, add_common_arguments
 from mmskip.train.load_run import find_run, load_model
-from mmskip.train.metrics.narration import TurnScore, averages
 from mmskip.train.reports.text import metrics_table
 from mmskip.utils.files import write_json
 

@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
+from mmskip.datasets.common.splits import SPLITS
 from mmskip.datasets.narration.module import NarrationData
 from mmskip.datasets.narration.windows import Entry, NarrationDataset
-from mmskip.datasets.synthetic.videos import SPLITS
 from mmskip.datasets.video.features import fingerprint
 from mmskip.models.video_llm.module import VideoLLM
 from mmskip.train.evaluation.distributed import Ranks

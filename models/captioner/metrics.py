@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from mmskip.train.metrics.ptb import tokenize_all
+from mmskip.models.captioner.ptb import tokenize_all
 
 ORDERS = 4
 NAMES = (*(f"Bleu_{n}" for n in range(1, ORDERS + 1)), "ROUGE_L", "CIDEr")

@@ -6,8 +6,8 @@ import json
 import pytest
 from locations import SHARED_DATA as SHARED
 
-from mmskip.train.metrics import captions as scores
-from mmskip.train.metrics.ptb import DROPPED, tokenize, tokenize_all
+from mmskip.models.captioner import metrics as scores
+from mmskip.models.captioner.ptb import DROPPED, tokenize, tokenize_all
 
 METRICS = SHARED / "caption_metrics"
 needs_data = pytest.mark.skipif(not METRICS.is_dir(), reason="../shared/data/caption_metrics is not beside the tree")

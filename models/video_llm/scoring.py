@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmskip.datasets.narration.turns import IGNORE, TurnSpan, collate_narration
-from mmskip.models.video_llm.loss import Positions
+from mmskip.datasets.common.labels import IGNORE
+from mmskip.datasets.narration.turns import TurnSpan, collate_narration
+from mmskip.models.common.positions import Positions
+from mmskip.models.video_llm.metrics import TurnScore, appended_frames, correct_prefix, frame_diff
 from mmskip.models.video_llm.speaking import TokenIds, speaks, split_rows
-from mmskip.train.metrics.narration import TurnScore, appended_frames, correct_prefix, frame_diff
 
 if TYPE_CHECKING:
     from mmskip.models.video_llm.module import VideoLLM

@@ -4,8 +4,7 @@ import math
 
 import pytest
 
-from mmskip.train.metrics.majority import MajorityBaseline
-from mmskip.train.metrics.narration import (
+from mmskip.models.video_llm.metrics import (
     NarrationMetrics,
     TurnScore,
     appended_frames,
@@ -13,6 +12,7 @@ from mmskip.train.metrics.narration import (
     correct_prefix,
     frame_diff,
 )
+from mmskip.train.metrics.majority import MajorityBaseline
 
 
 @pytest.mark.parametrize(

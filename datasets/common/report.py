@@ -1,0 +1,28 @@
+"""Count what was left out or repaired while a data set was read."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass
+class LoadReport:
+    """What was left out or mended while loading, counted by reason; some names for each."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, example: str, count: int = 1) -> None:
+        """Count `count` cases of a reason; the first three examples are kept."""
+        if count:
+            self.counts[reason] += count
+            names = self.examples.setdefault(reason, [])
+            if len(names) < 3 and example not in names:
+                names.append(example)
+
+    def __str__(self) -> str:
+        if not self.counts:
+            return "nothing left out"
+        return "; ".join(
+            f"{reason}: {count} ({', '.join(self.examples[reason])}{', ...' if count > 3 else ''})"
+            for reason, count in self.counts.most_common()
+        )
