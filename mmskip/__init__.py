@@ -1,6 +1,6 @@
 """mmskip: a dial on depth for multimodal models.
 
-Verbs change a model in place (`apply_`, `remove_`, `load_`); functions do not (`trace`, `cost`, `save`,
+Verbs change a model in place (`apply_`, `remove_`, `load_`); functions do not (`trace`, `cost`, `report`, `save`,
 `applied`, `masked`, `importance`, `calibrate`, `generate`). A method is described by a frozen config such as
 `MoDConfig`.
 """
@@ -21,6 +21,7 @@ from mmskip.methods.skip_scale import SkipScaleConfig, skip_norms
 from mmskip.methods.step_cache import StepCacheConfig
 from mmskip.methods.token_reduction import TokenReductionConfig
 from mmskip.registry import applied, apply_, remove_
+from mmskip.reporting import MethodReport, report
 from mmskip.saving import load_, save
 from mmskip.tracing import Trace, trace
 from mmskip.utils import moved
@@ -36,6 +37,7 @@ __all__ = [
     "LayerBitsConfig",
     "LayerMaskConfig",
     "LayerPlanConfig",
+    "MethodReport",
     "MoDConfig",
     "SelfSpeculationConfig",
     "SkipPolicyConfig",
@@ -52,6 +54,7 @@ __all__ = [
     "load_",
     "masked",
     "remove_",
+    "report",
     "save",
     "search",
     "skip_norms",

@@ -34,11 +34,13 @@ from mmskip.exits.criteria import (
     never_fires,
 )
 from mmskip.exits.heads import ExitHead
+from mmskip.exits.report import exit_report
 from mmskip.families.encoder import EncoderView
 from mmskip.families.encoder_decoder import EncoderDecoderView
 from mmskip.hf.exits.block import POLICIES, Decide, ExitRule
 from mmskip.hf.exits.modalities import MODALITIES, telling
 from mmskip.registry import register
+from mmskip.reporting import register_report
 from mmskip.swap import Change, states
 
 COMPACT = ("auto", "never", "always")
@@ -473,6 +475,9 @@ def image_tokens(model: nn.Module, mask_BT: Tensor) -> Iterator[None]:
         raise ValueError("nothing runs the modalities apart: apply an EarlyExitConfig(image=..., text=...) first.")
     with telling(modalities, mask_BT):
         yield
+
+
+register_report(EarlyExitConfig)(exit_report)
 
 
 def exit_layers(model: nn.Module) -> dict[str, Tensor]:

@@ -19,8 +19,9 @@ from mmskip import families
 from mmskip.calibration.importance import ImportanceTable, fingerprint
 from mmskip.config import MethodConfig, check_choice, check_count
 from mmskip.ops.quantize import STORES
-from mmskip.protocols import BitsView
-from mmskip.registry import register
+from mmskip.protocols import BitsView, HeldBits
+from mmskip.registry import Applied, register
+from mmskip.reporting import MethodReport, register_report
 from mmskip.swap import Change
 
 PLAIN = 16
@@ -109,7 +110,7 @@ def _two_levels(ranked: Sequence[int], average: float, high: int, low: int) -> t
 
 
 @dataclass(frozen=True)
-class BitsReport:
+class BitsReport(MethodReport):
     """What the weights of a quantized model take.
 
     Attributes:
@@ -148,6 +149,10 @@ def report(model: nn.Module) -> BitsReport:
     found = families.find(model, ("decoder", "vlm")).bits_held()
     if all(block.bits is None for block in found):
         raise ValueError(f"no LayerBitsConfig is applied to this {type(model).__name__}, or it leaves all as it is.")
+    return _held(found)
+
+
+def _held(found: Sequence[HeldBits]) -> BitsReport:
     widths = [8 * block.original_bytes // block.weights if block.bits is None else block.bits for block in found]
     ideal = sum(width * block.weights for width, block in zip(widths, found, strict=True))
     return BitsReport(
@@ -158,6 +163,12 @@ def report(model: nn.Module) -> BitsReport:
         sum(block.original_bytes for block in found),
         sum(block.kept_bytes for block in found),
     )
+
+
+@register_report(LayerBitsConfig)
+def bits_report(record: Applied, model: nn.Module) -> BitsReport:
+    """The report of one LayerBitsConfig."""
+    return _held(families.find(model, ("decoder", "vlm")).bits_held())
 
 
 @register(LayerBitsConfig, "decoder", "vlm")

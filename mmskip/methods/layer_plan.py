@@ -19,7 +19,8 @@ from mmskip.calibration.importance import ImportanceTable, fingerprint
 from mmskip.config import MethodConfig, check_choice, check_count
 from mmskip.plan import PHASES, DepthPlan, Visit
 from mmskip.protocols import PlanView
-from mmskip.registry import register
+from mmskip.registry import Applied, register
+from mmskip.reporting import MethodReport, register_report
 from mmskip.swap import Change
 
 KV = ("compact", "fill")
@@ -286,7 +287,7 @@ def resolve(config: LayerPlanConfig, view: PlanView) -> DepthPlan:
 
 
 @dataclass(frozen=True)
-class PlanReport:
+class PlanReport(MethodReport):
     """What a plan means for a model.
 
     Attributes:
@@ -332,6 +333,12 @@ def _report(config: LayerPlanConfig, view: PlanView) -> PlanReport:
     below = [value for value in gains if value <= config.speedup][-1:]
     above = [value for value in gains if value > config.speedup][:1]
     return PlanReport(order, gain, config.speedup, tuple(below + above))
+
+
+@register_report(LayerPlanConfig)
+def plan_report(record: Applied, model: nn.Module) -> PlanReport:
+    """The report of one LayerPlanConfig."""
+    return _report(record.config, families.find(model, ("decoder", "vlm")))
 
 
 @register(LayerPlanConfig, "decoder", "vlm")

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from mmskip.config import MethodConfig, check_choice, check_count, check_ratio
 from mmskip.methods.layer_plan import CONTEXT
 from mmskip.protocols import PlanView
-from mmskip.registry import applied, apply_, register, remove_
+from mmskip.registry import Applied, applied, apply_, register, remove_
+from mmskip.reporting import MethodReport, register_report
 from mmskip.swap import Change, states
 
 SEARCHES = (None, "random", "bayes")
@@ -352,6 +353,62 @@ def speculate_early(config: SelfSpeculationConfig, view: Any) -> list[Change]:
     units: list[Unit] = [(index, index) for index in range(config.exit_after, count)]
     speculator = Speculation(config, units, [sizes[index] / total for index in range(config.exit_after, count)])
     return view.speculation_changes(speculator, config.exit_after)
+
+
+@dataclass(frozen=True)
+class SpeculationReport(MethodReport):
+    """What decoding by speculation did since `apply_`.
+
+    Attributes:
+        tokens, steps, passes: tokens decoded, by how many steps (a pass counts one per row) and passes of the whole
+            model.
+        drafted, accepted: tokens that drafts proposed, and those that the model confirmed.
+        draft_share: share of the FLOPs of a token that a draft takes.
+        skipped_attn, skipped_mlp: indices of the blocks whose attention and MLP a draft leaves out.
+        ideal_speedup: where a pass costs the same for one token and for several; measured_speedup: against the plain
+            steps among those taken, None without one.
+        seconds: by phase.
+        trials: sets of blocks tried by the search.
+        text: for people.
+    """
+
+    tokens: int
+    steps: int
+    passes: int
+    drafted: int
+    accepted: int
+    draft_share: float
+    skipped_attn: tuple[int, ...]
+    skipped_mlp: tuple[int, ...]
+    ideal_speedup: float
+    measured_speedup: float | None
+    seconds: dict[str, float]
+    trials: int
+    text: str
+
+    def __str__(self) -> str:
+        return self.text if self.steps else "nothing was decoded by speculation since apply_"
+
+
+@register_report(SelfSpeculationConfig)
+def speculation_report(record: Applied, model: nn.Module) -> SpeculationReport:
+    """The report of one SelfSpeculationConfig."""
+    done = speculation(model)
+    return SpeculationReport(
+        done.accepted + done.steps,
+        done.steps,
+        done.passes,
+        done.drafted,
+        done.accepted,
+        done.draft_share,
+        tuple(done._left_out(0)),
+        tuple(done._left_out(1)),
+        done.ideal_speedup,
+        done.measured_speedup,
+        dict(done.seconds),
+        done.trials,
+        str(done),
+    )
 
 
 def speculation(model: nn.Module) -> Speculation:

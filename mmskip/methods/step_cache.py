@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mmskip.config import MethodConfig, check_count
-from mmskip.registry import register
+from mmskip.registry import Applied, register
+from mmskip.reporting import MethodReport, register_report
 from mmskip.swap import Change, around, bind, state_of
 
 # a guided solver of second order makes four calls at one timestep; more are trajectories of one step each
@@ -125,6 +126,34 @@ class CachedStage(nn.Module):
                 state.outputs.clear()
             state.outputs[lane] = super().forward(*args, **kwargs)
         return state.outputs[lane]
+
+
+@dataclass(frozen=True)
+class StepCacheReport(MethodReport):
+    """How many calls ran in full.
+
+    Attributes:
+        calls: forwards since `apply_`.
+        full_calls: those of them that ran every stage.
+        stages: names of the stages that the other calls took from the cache.
+    """
+
+    calls: int
+    full_calls: int
+    stages: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if not self.calls:
+            return "the network did not run since apply_"
+        return f"{self.full_calls} of {self.calls} calls ran in full; the others reused {', '.join(self.stages)}"
+
+
+@register_report(StepCacheConfig)
+def step_report(record: Applied, model: nn.Module) -> StepCacheReport:
+    """The report of one StepCacheConfig."""
+    deep = [claim for claim in record.claims if isinstance(claim.module, CachedStage)]
+    trajectory: Trajectory = state_of(deep[0].module, CachedStage).trajectory
+    return StepCacheReport(trajectory.calls, trajectory.full_steps, tuple(claim.site for claim in deep))
 
 
 @register(StepCacheConfig, "unet")
