@@ -2,6 +2,12 @@
 
 A *claim* is a module and what of it a method changes (its aspect). Two methods that claim the same module conflict,
 unless their aspects are listed in `TOGETHER`.
+
+Aspects of decoders:
+
+- `tokens` of a block: which tokens of a call it processes (mixture of depths, token reduction);
+- `probe` of a block: its attention is read while it runs (token reduction by attention, fitting routers);
+- `attn` of a self-attention: which attention function it calls.
 """
 
 from collections.abc import Iterable, Sequence
@@ -59,6 +65,7 @@ def check(config: Any, claims: Sequence[Claim], present: Iterable[tuple[Any, Seq
 def _conflict(first: Claim, second: Claim) -> bool:
     return first.module is second.module and (
         first.aspect == second.aspect
+        or first.site == second.site
         or (_named(first) and _named(second) and frozenset((first.aspect, second.aspect)) not in TOGETHER)
     )
 

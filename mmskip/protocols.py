@@ -45,6 +45,7 @@ class TokenView(View, Protocol):
     """A model whose blocks can process a subset of the tokens."""
 
     blocks: tuple[nn.Module, ...]
+    windows: tuple[int | None, ...]
 
     @property
     def width(self) -> int:
@@ -56,31 +57,6 @@ class TokenView(View, Protocol):
 
     def attention_types(self) -> tuple[str, ...]:
         """The kind of attention of each block, or `STATE`; lengths and masks are read at the first block of a kind."""
-
-    def subset_changes(
-        self,
-        policies: Mapping[int, TokenPolicy],
-        children: Mapping[int, dict[str, nn.Module]],
-        attention: str | None = None,
-    ) -> list[Change]:
-        """The changes by which the blocks in `policies` process a subset of the tokens of every call.
-
-        Args:
-            policies: by block index.
-            children: new modules of those blocks, by block index and name.
-            attention: attention implementation of those blocks; None: the model's.
-        """
-
-    def probe_changes(self, index: int, which: str) -> list[Change]:
-        """The changes by which a block scores the tokens of every call by the attention that text pays to them: [B, T]
-        in `TokenGroups.shared[ATTENTION_SCORES]`. `which` as in `mmskip.tokens.queries.ranking_queries`."""
-
-    def watch_changes(
-        self, index: int, tell: Callable[[Tensor, Tensor, TokenGroups], None]
-    ) -> tuple[Any, list[Change]]:
-        """The changes by which a block that processes every token tells, at the end of every call, its hidden states
-        [B, T, D], the attention [B, T] that the queries paid to each token (mean over the heads), and the groups; and
-        an object whose `queries_BT` names the queries of the next call, BoolTensor [B, T]."""
 
 
 class Speculator(Protocol):

@@ -280,10 +280,13 @@ def _dense(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _watched(view: TokenView, watched: Mapping[int, "_Moments | _Frames"]) -> Iterator[Callable[[Tensor], None]]:
-    """The blocks in `watched` tell them where the attention of each call goes; gives what takes a call's queries."""
+    """Let the blocks in `watched` report where the attention of each call goes; yields a function that sets the queries
+    of the next call."""
+    from mmskip.hf.probes.attention import watch_changes
+
     watches, changes = [], []
     for index, sums in watched.items():
-        watch, more = view.watch_changes(index, sums.add)
+        watch, more = watch_changes(view, index, sums.add)
         watches.append(watch)
         changes += more
 

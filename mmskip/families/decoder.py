@@ -1,6 +1,6 @@
 """Family `decoder`: causal language models of transformers, found by structure."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,9 @@ from mmskip.hf.exits.block import ExitRule
 from mmskip.hf.exits.decoder import exit_changes, tied_head
 from mmskip.hf.mlp_skipping import policy_changes, void_changes
 from mmskip.hf.plans.block import plan_changes
-from mmskip.hf.probes.attention import Watch, own_attention, own_config, probe_changes, watch_changes
 from mmskip.hf.probes.residuals import mlp_cosines
 from mmskip.hf.quantized_blocks import bits_changes, held
-from mmskip.hf.routing.block import BlockState, LayoutRoot, RootState, SubsetBlock, check_backend
-from mmskip.hf.routing.generate import LayoutGenerator
+from mmskip.hf.routing.block import RoutedBlock
 from mmskip.hf.speculation.decoding import draft_units, speculation_changes
 from mmskip.hf.streaming.cache import StreamCache
 from mmskip.hf.structure import (
@@ -31,9 +29,8 @@ from mmskip.hf.structure import (
     without_attention,
 )
 from mmskip.plan import DepthPlan
-from mmskip.protocols import STATE, HeldBits, MlpRule, Speculator, TokenPolicy, VoidRule
+from mmskip.protocols import STATE, HeldBits, MlpRule, Speculator, VoidRule
 from mmskip.swap import Change
-from mmskip.tokens.groups import TokenGroups
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ class DecoderView(View):
     @property
     def routed(self) -> tuple[int, ...]:
         """Indices of the blocks that process a subset of the tokens."""
-        return tuple(index for index, block in enumerate(self.blocks) if isinstance(block, SubsetBlock))
+        return tuple(index for index, block in enumerate(self.blocks) if isinstance(block, RoutedBlock))
 
     def attention_types(self) -> tuple[str, ...]:
         """Per block, `full` or `sliding`; `state` for a block that must see every token."""
@@ -179,45 +176,6 @@ class DecoderView(View):
         per_slot = (entry.keys[:, :, :1].numel() + entry.values[:, :, :1].numel()) * entry.keys.element_size()
         return past + length, per_slot * entry.keys.shape[-2], per_slot * stored
 
-    def subset_changes(
-        self,
-        policies: Mapping[int, TokenPolicy],
-        children: Mapping[int, dict[str, nn.Module]],
-        attention: str | None = None,
-    ) -> list[Change]:
-        """The changes by which the blocks in `policies` process a subset of the tokens of every call, with the model's
-        attention implementation or one of their own.
-
-        Raises:
-            ValueError: a block must see every token, or routed blocks cannot build masks for the model's attention
-                implementation.
-        """
-        config = own_config(self.config, [self.blocks[i] for i in policies], attention)
-        check_backend(config)
-        for index in policies:
-            if self.kinds[index] == STATE:
-                raise ValueError(
-                    f"{self.site(index)} ({type(self.blocks[index]).__name__}) carries a state from token to token and "
-                    "must see every token; blocks with attention are "
-                    f"{[i for i, kind in enumerate(self.kinds) if kind != STATE]}."
-                )
-        changes = [
-            Change(
-                self.site(i),
-                self.blocks[i],
-                SubsetBlock,
-                BlockState(policy, i, self.windows[i], config, self.site(i)),
-                children[i],
-            )
-            for i, policy in policies.items()
-        ]
-        if attention is not None:
-            changes += [own_attention(self.blocks[i], config, self.site(i)) for i in policies]
-        if not isinstance(self.root, LayoutRoot):
-            changes.append(Change("decoder", self.root, LayoutRoot, RootState(self.blocks)))
-            changes += [Change("generate", module, LayoutGenerator, self.root) for module in self.generators]
-        return changes
-
     def plan_changes(self, plan: DepthPlan) -> list[Change]:
         """The changes by which the blocks run as `plan` says.
 
@@ -281,17 +239,6 @@ class DecoderView(View):
     def bits_held(self) -> list[HeldBits]:
         """What the weights of each block take."""
         return [held(self, index) for index in range(len(self.blocks))]
-
-    def probe_changes(self, index: int, which: str) -> list[Change]:
-        """The changes by which a block scores the tokens of every call by the attention that text pays to them."""
-        return probe_changes(self.blocks[index], self.config, which, self.site(index))
-
-    def watch_changes(
-        self, index: int, tell: Callable[[Tensor, Tensor, TokenGroups], None]
-    ) -> tuple[Watch, list[Change]]:
-        """What names the queries of a call, and the changes by which a block tells where their attention goes."""
-        watch = Watch(tell)
-        return watch, watch_changes(self.blocks[index], self.config, watch, self.site(index))
 
 
 def _flops(products: list[tuple[int, int, int]]) -> float:

@@ -1,39 +1,92 @@
-"""Arguments of the calls that blocks and `generate` of transformers get."""
+"""Calls of transformers: the names of their arguments, and what modules around a call tell the modules inside."""
 
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Generic, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
 
 
 CACHE_NAME = next(name for name in CACHE_ARGUMENTS if name in BaseModelOutputWithPast.__dataclass_fields__)
-"""Of models' argument and output: `cache` since transformers 5.24, `past_key_values` before."""
+"""The cache among a model's arguments and outputs: `cache` since transformers 5.24, `past_key_values` before."""
 
 
 PER_TOKEN_ARGUMENTS = ("position_ids", "position_embeddings", "cache_position", "per_layer_input")
 
 
 ABSENT_ARGUMENTS = ("encoder_hidden_states", "encoder_attention_mask")
-"""Of cross-attention: served as long as nothing is passed."""
+"""Arguments of cross-attention: a block may take them as long as none is passed."""
+
+
+T = TypeVar("T")
+
+
+class Scoped(Generic[T]):
+    """A value that one module reads while a `with` block is open; other modules do not see it.
+
+    Args:
+        name: of the context variable.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._variable: ContextVar[tuple[nn.Module, T] | None] = ContextVar(name, default=None)
+
+    @contextmanager
+    def given(self, module: nn.Module, value: T) -> Iterator[None]:
+        """Let `module` read `value` inside the block, in place of any earlier value."""
+        token = self._variable.set((module, value))
+        try:
+            yield
+        finally:
+            self._variable.reset(token)
+
+    def of(self, module: nn.Module) -> T | None:
+        """Return the value given to `module`, or None outside such a block."""
+        given = self._variable.get()
+        return given[1] if given is not None and given[0] is module else None
 
 
 def given_cache(call: Mapping[str, Any]) -> Any:
-    """The cache among the arguments of a call, or None."""
+    """Return the cache among the arguments of a call, or None."""
     return next((call[name] for name in CACHE_ARGUMENTS if call.get(name) is not None), None)
 
 
+def inputs_of(call: Mapping[str, Any]) -> Tensor:
+    """Return the embeddings [B, T, D] or ids [B, T] among the arguments of a decoder.
+
+    Raises:
+        ValueError: neither is given.
+    """
+    embeds: Tensor | None = call.get("inputs_embeds")
+    inputs: Tensor | None = call.get("input_ids") if embeds is None else embeds
+    if inputs is None:
+        raise ValueError("forward got neither input_ids nor inputs_embeds.")
+    return inputs
+
+
+def check_ran(root: nn.Module, claimed: Iterable[int], ran: set[int]) -> None:
+    """Raise RuntimeError unless all claimed blocks of `root` ran in the call that ends."""
+    missing = set(claimed) - ran
+    if missing:
+        raise RuntimeError(
+            f"blocks {sorted(missing)} of {type(root).__name__} were claimed by mmskip but did not run; something "
+            "replaced or bypassed them after apply_."
+        )
+
+
 def argument_names(block: nn.Module) -> Any:
-    """Parameters of a layer's `forward` by name."""
+    """Return the parameters of a layer's `forward` by name."""
     return inspect.signature(type(block).forward).parameters
 
 
 def only_new_tokens(call: Mapping[str, Any], start: int) -> bool:
-    """Whether the arguments of a `generate` that goes on from `start` cached tokens hold the new tokens only, told by
-    transformers' rule: the mask is longer than the ids."""
+    """Whether a `generate` that continues after `start` cached tokens was given the new tokens only: same rule as
+    transformers, the mask is longer than the ids."""
     mask, ids = call.get("attention_mask"), call.get("input_ids")
     if not start or ids is None or mask is None or call.get("inputs_embeds") is not None:
         return False
@@ -41,7 +94,7 @@ def only_new_tokens(call: Mapping[str, Any], start: int) -> bool:
 
 
 def generate_arguments(generate: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a `generate` by name, its ids always as `input_ids`."""
+    """Return the arguments of a `generate` by name, its ids always as `input_ids`."""
     call = {**dict(zip(inspect.signature(generate).parameters, args, strict=False)), **kwargs}
     inputs = call.pop("inputs", None)
     if inputs is not None:

@@ -1,4 +1,4 @@
-"""Masks by the attention backend's own mask function.
+"""Masks built by the attention backend's own mask function.
 
 Shape suffixes: B batch, S queries.
 """
@@ -11,11 +11,12 @@ from torch import Tensor
 
 
 def build_mask(config: Any, allowed: Callable[..., Any], query_BS: Tensor, keys: int, dtype: torch.dtype) -> Any:
-    """The mask of a call in the form that the model's attention implementation wants.
+    """Build the mask of a call in the form that the model's attention implementation expects.
 
     Args:
         config: of the decoder.
-        allowed: of batch, head, query and key indices (tensors that broadcast): whether the query sees the key.
+        allowed: function of batch, head, query and key indices (tensors that broadcast): whether the query sees the
+            key.
         query_BS: any tensor with B rows and S queries, on the device of the mask.
         keys: number of keys.
         dtype: of the hidden states, for additive masks.

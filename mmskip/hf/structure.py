@@ -11,6 +11,7 @@ from torch import nn
 
 from mmskip.hf.calls import ABSENT_ARGUMENTS, CACHE_ARGUMENTS, PER_TOKEN_ARGUMENTS, argument_names
 from mmskip.protocols import STATE
+from mmskip.swap import base_class
 
 _KNOWN_ARGUMENTS = {
     *CACHE_ARGUMENTS,
@@ -207,9 +208,7 @@ def output_projection(attention: nn.Module) -> nn.Module:
 
 def returned_values(module: nn.Module) -> int:
     """How many values `forward` returns as a tuple; 0: a tensor."""
-    base = type(module)
-    while "_mmskip_base" in base.__dict__:
-        base = base._mmskip_base  # type: ignore[attr-defined]
+    base: Any = base_class(module)
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(base.forward))))
     except (OSError, TypeError, SyntaxError) as error:

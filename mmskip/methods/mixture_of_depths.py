@@ -277,7 +277,9 @@ def _check_learning(block: nn.Module, index: int) -> None:
 
 @register(MoDConfig, "decoder", "vlm")
 def route_decoder(config: MoDConfig, view: TokenView) -> list[Change]:
-    """The changes that route the blocks of a decoder."""
+    """Route the blocks of a decoder."""
+    from mmskip.hf.routing.changes import routing_changes
+
     routed = routed_layers(config.layers, view.attention_types())
     ratios = keep_ratios(config, routed, len(view.blocks))
     policies = {i: MoDPolicy(config, ratio, i) for i, ratio in zip(routed, ratios, strict=True)}
@@ -285,7 +287,7 @@ def route_decoder(config: MoDConfig, view: TokenView) -> list[Change]:
     if config.router in LEARNED or config.gate == "own":
         for i in routed:
             children[i]["mmskip_router"] = _router(config, view, i)
-    return view.subset_changes(policies, children, config.attention)
+    return routing_changes(view, policies, children, config.attention)
 
 
 def _router(config: MoDConfig, view: TokenView, index: int) -> TokenRouter:

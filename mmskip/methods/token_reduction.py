@@ -181,12 +181,15 @@ def reduce_decoder(config: TokenReductionConfig, view: TokenView) -> list[Change
     Raises:
         ValueError: the model has too few blocks.
     """
+    from mmskip.hf.probes.attention import probe_changes
+    from mmskip.hf.routing.changes import routing_changes
+
     count = len(view.blocks)
     if config.after >= count:
         raise ValueError(f"after is {config.after}; expected 0 to {count - 1}: the model has {count} blocks.")
     reduced = range(config.after, count)
     policies = {i: ReductionPolicy(config, i) for i in reduced}
-    changes = view.subset_changes(policies, {i: {} for i in reduced}, config.attention)
+    changes = routing_changes(view, policies, attention=config.attention)
     if config.score == "attention":
-        changes += view.probe_changes(config.after - 1, config.query)
+        changes += probe_changes(view, config.after - 1, config.query)
     return changes

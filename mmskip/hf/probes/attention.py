@@ -1,50 +1,41 @@
-"""Reading and choosing the attention of single blocks of a transformers model, whatever its implementation.
-
-Attention modules of transformers ask `self.config` which function to call. A block's attention gets a view of the
-config that names another function; the config itself, the other blocks and the weights stay as they are.
+"""Read the attention of single blocks of a transformers decoder, whatever its implementation.
 
 Shape suffixes: B batch, T tokens of a call, K keys, H query heads, G key heads (R query heads each) and groups,
 E head width, Q ranking queries, N tokens of the largest group.
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mmskip.hf.attention_override import (
+    ConfigView,
+    OverriddenAttention,
+    OverrideState,
+    configured_attention,
+    override_change,
+)
 from mmskip.hf.calls import given_cache
-from mmskip.hf.routing.block import FORWARD_KEY
+from mmskip.hf.routing.call import ROUTING_KEY
 from mmskip.hf.streaming.cache import StreamCache
-from mmskip.swap import Change, bind, state_of
+from mmskip.swap import Change, around, base_class, bind, state_of
 from mmskip.tokens.groups import ATTENTION_SCORES, TokenGroups
 from mmskip.tokens.queries import Queries, ranking_queries
 
 PROBE = "mmskip_probe"
 
 
-class ConfigView:
-    """A config under which one block uses an attention implementation of its own; all else is the model's."""
-
-    def __init__(self, config: Any, implementation: str) -> None:
-        self._config = config
-        self._attn_implementation = implementation
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_config":
-            raise AttributeError(name)
-        return getattr(self._config, name)
-
-
 @dataclass
 class Probe:
-    """What a probed block shares with its attention.
+    """State that a probed block shares with its attention.
 
     Attributes:
         which: the text that ranks a group, see `ranking_queries`.
-        groups, queries: of the forward under way.
+        groups, queries: of the forward in progress; None outside of one.
     """
 
     which: str
@@ -54,44 +45,27 @@ class Probe:
 
 @dataclass
 class Watch:
-    """What a watched block shares with its attention, and whom it tells.
+    """State that a watched block shares with its attention.
 
     Attributes:
-        tell: called at the end of every call with the hidden states [B, T, D] the block started from, the attention
-            [B, T] that the queries paid to each token there (summed over them, mean over the heads), and the groups.
+        report: called at the end of every call with the hidden states [B, T, D] the block started from, the attention
+            [B, T] that the queries paid to each token (summed over the queries, mean over the heads), and the groups.
         queries_BT: BoolTensor [B, T], the queries of the next call.
-        received_BT: the attention of the call under way.
+        received_BT: the attention of the call in progress.
     """
 
-    tell: Callable[[Tensor, Tensor, TokenGroups], None]
+    report: Callable[[Tensor, Tensor, TokenGroups], None]
     queries_BT: Tensor | None = None
     received_BT: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class AttentionState:
-    """What an attention module with a view of its config needs to know."""
-
-    config: ConfigView
-    probe: Probe | Watch | None = None
-
-
-class OwnAttention(nn.Module):
-    """Mixin of an attention module: its `config` is a view of the model's."""
-
-    @property
-    def config(self) -> Any:
-        """The config the attention reads."""
-        return state_of(self, OwnAttention).config
-
-
 class ProbedBlock(nn.Module):
-    """Mixin of a block: has its attention score the tokens of every call that brings vision tokens."""
+    """Mixin of a block: lets its attention score the tokens of every call that has vision tokens."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         probe: Probe = state_of(self, ProbedBlock)
         bound = bind(self, args, kwargs)
-        call = bound.get(FORWARD_KEY)
+        call = bound.get(ROUTING_KEY)
         if call is None or not call.groups.has_vision:
             return super().forward(*args, **kwargs)
         if isinstance(given_cache(bound), StreamCache):
@@ -109,7 +83,7 @@ class ProbedBlock(nn.Module):
 
 
 class WatchedBlock(nn.Module):
-    """Mixin of a block that processes every token: tells where its attention goes."""
+    """Mixin of a block that processes every token: reports where its attention goes."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         watch: Watch = state_of(self, WatchedBlock)
@@ -120,88 +94,73 @@ class WatchedBlock(nn.Module):
                 f"{type(self).__name__} did not report its attention: its self-attention does not ask its config which "
                 "function to call."
             )
-        watch.tell(bound["hidden_states"], watch.received_BT, bound[FORWARD_KEY].groups)
+        watch.report(bound["hidden_states"], watch.received_BT, bound[ROUTING_KEY].groups)
         watch.received_BT = None
         return output
 
 
-def attention_of(block: nn.Module) -> nn.Module:
-    """The self-attention of a block.
+def probe_changes(view: Any, index: int, which: str) -> list[Change]:
+    """Let a block score the tokens of every call by the attention that text pays to them: [B, T] in
+    `TokenGroups.shared[ATTENTION_SCORES]`.
+
+    Args:
+        view: a decoder.
+        index: of the block.
+        which: the text that ranks a group, see `mmskip.tokens.queries.ranking_queries`.
 
     Raises:
-        ValueError: the block has none that reads its implementation from a config.
+        ValueError: the attention of the block does not read its implementation from a config.
     """
-    for child in block.children():
-        if getattr(child, "layer_idx", None) is not None and hasattr(child, "config"):
-            return child
-    raise ValueError(f"{type(block).__name__} has no self-attention that reads its implementation from a config.")
-
-
-def own_config(config: Any, blocks: Iterable[nn.Module], implementation: str | None) -> Any:
-    """The config of blocks with an attention implementation of their own; None: the model's.
-
-    Raises:
-        ValueError: an implementation that transformers does not know, or that lacks what the model needs.
-    """
-    if implementation is None:
-        return config
-    from mmskip.ops.hf_attention import NAME, register_attention
-
-    if implementation != NAME:
-        raise ValueError(f"attention is {implementation!r}; expected {NAME!r} or None, the model's own.")
-    register_attention()
-    if getattr(config, "attn_logit_softcapping", None) or any(hasattr(attention_of(b), "sinks") for b in blocks):
-        raise ValueError(
-            f"{NAME} has no soft-capped scores or attention sinks, which {type(config).__name__} asks for; use "
-            "attention=None with attn_implementation='eager'."
-        )
-    return ConfigView(config, implementation)
-
-
-def own_attention(block: nn.Module, config: ConfigView, site: str) -> Change:
-    """The change by which the attention of one block reads `config`."""
-    return Change(f"{site}.attn", attention_of(block), OwnAttention, AttentionState(config))
-
-
-def probe_changes(block: nn.Module, config: Any, which: str, site: str) -> list[Change]:
-    """The changes by which a block leaves, in `TokenGroups.shared`, the attention that text pays to each token."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(PROBE, probed_attention)
-    probe = Probe(which)
-    state = AttentionState(ConfigView(config, PROBE), probe)
+    block, probe = view.sites("block")[index], Probe(which)
     return [
-        Change(site, block, ProbedBlock, probe),
-        Change(f"{site}.attn", attention_of(block), OwnAttention, state),
+        around(block, ProbedBlock, probe, aspect="probe"),
+        override_change(block, _probing(view.config), probe),
     ]
 
 
-def watch_changes(block: nn.Module, config: Any, watch: Watch, site: str) -> list[Change]:
-    """The changes by which a block that processes every token tells `watch` where its attention goes.
+def watch_changes(
+    view: Any, index: int, report: Callable[[Tensor, Tensor, TokenGroups], None]
+) -> tuple[Watch, list[Change]]:
+    """Let a block that processes every token report, at the end of every call, where its attention goes.
+
+    Args:
+        view: a decoder.
+        index: of the block.
+        report: see `Watch`.
+
+    Returns:
+        The watch, whose `queries_BT` sets the queries of the next call, and the changes.
 
     Raises:
         ValueError: packed attention, whose masks only its own function can read.
     """
-    from transformers import AttentionInterface
-
     from mmskip.ops.hf_attention import NAME
 
-    attention: Any = attention_of(block)
+    block, watch = view.sites("block")[index], Watch(report)
+    attention: Any = configured_attention(block.module)
     if attention.config._attn_implementation == NAME:
         raise ValueError(
-            f"{site} runs {NAME}, whose masks say only where padding is; fit under the model's own attention "
+            f"{block.name} runs {NAME}, whose masks say only where padding is; fit under the model's own attention "
             "('sdpa' or 'eager'): the weights serve both."
         )
+    return watch, [
+        around(block, WatchedBlock, watch, aspect="probe"),
+        override_change(block, _probing(view.config), watch),
+    ]
+
+
+def _probing(config: Any) -> ConfigView:
+    from transformers import AttentionInterface
+
     AttentionInterface.register(PROBE, probed_attention)
-    state = AttentionState(ConfigView(config, PROBE), watch)
-    return [Change(site, block, WatchedBlock, watch), Change(f"{site}.attn", attention, OwnAttention, state)]
+    return ConfigView(config, PROBE)
 
 
 def probed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function of a probed block: the model's own, after the scores were read."""
-    state: AttentionState = state_of(module, OwnAttention)
+    """Attention function of a probed block: reads the scores, then calls the model's own function."""
+    state: OverrideState = state_of(module, OverriddenAttention)
     probe = state.probe
     if isinstance(probe, Watch) and probe.queries_BT is not None:
         with torch.no_grad():
@@ -215,19 +174,16 @@ def probed_attention(
         with torch.no_grad():
             scores = _scores(query, key, attention_mask, probe.groups.to(query.device), probe.queries, kwargs)
         probe.groups.shared[ATTENTION_SCORES] = scores
-    return _own_function(module, state.config)(module, query, key, value, attention_mask, **kwargs)
+    return _model_function(module, state.config)(module, query, key, value, attention_mask, **kwargs)
 
 
-def _own_function(module: nn.Module, view: ConfigView) -> Callable[..., Any]:
+def _model_function(module: nn.Module, view: ConfigView) -> Callable[..., Any]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    name = view._config._attn_implementation
+    name = view.original._attn_implementation
     if name != "eager":
         return ALL_ATTENTION_FUNCTIONS[name]
-    base = type(module)
-    while "_mmskip_base" in base.__dict__:
-        base = base._mmskip_base  # type: ignore[attr-defined]
-    return sys.modules[base.__module__].eager_attention_forward
+    return sys.modules[base_class(module).__module__].eager_attention_forward
 
 
 def _scores(
@@ -238,7 +194,7 @@ def _scores(
     queries: Queries,
     settings: dict[str, Any],
 ) -> Tensor:
-    """Attention [B, T] that the ranking queries pay to the tokens of their groups, averaged over the heads."""
+    """Return the attention [B, T] that ranking queries pay to the tokens of their groups, averaged over the heads."""
     length, keys = query_BHTE.shape[2], key_BGKE.shape[2]
     slots_Q = torch.from_numpy(queries.slots_Q).to(query_BHTE.device)
     parts = [
@@ -257,7 +213,7 @@ def _scores(
 def _attention_rows(
     query_BHTE: Tensor, key_BGKE: Tensor, mask: Any, row: int, slots: Tensor, settings: dict[str, Any]
 ) -> Tensor:
-    """Attention [Q, K] of the queries at some places of a row, averaged over the heads, in fp32."""
+    """Return the attention [Q, K] of the queries at some slots of a row, averaged over the heads, in fp32."""
     length, keys = query_BHTE.shape[2], key_BGKE.shape[2]
     scale = settings.get("scaling")
     scale = query_BHTE.shape[-1] ** -0.5 if scale is None else scale
@@ -273,7 +229,7 @@ def _attention_rows(
 
 
 def _mask_rows(mask: Any, row: int, slots: Tensor, length: int, keys: int) -> Tensor:
-    """What is added to the logits [Q, K] of some queries of a row, from any mask an attention function gets."""
+    """Turn any mask that an attention function gets into a bias [Q, K] on the logits of some queries of a row."""
     if isinstance(mask, Tensor):
         rows = mask[row if mask.shape[0] > 1 else 0, 0, slots, :keys]
         if rows.dtype != torch.bool:
@@ -290,7 +246,7 @@ def _mask_rows(mask: Any, row: int, slots: Tensor, length: int, keys: int) -> Te
 
 
 def _check_segments(groups: TokenGroups, queries: Queries, segments_BT: Tensor | None) -> None:
-    """In packed sequences a frame must be ranked by text of its own sequence."""
+    """Raise ValueError if a frame of a packed sequence would be ranked by text of another sequence."""
     if segments_BT is None:
         return
     segments = segments_BT.expand(groups.shape).cpu().numpy()

@@ -1,45 +1,26 @@
-"""What `generate` knows of its prompt, which transformers does not hand on to the decoder: the layout.
+"""The layout of a prompt in `generate`, which transformers does not pass on to the decoder.
 
 Shape suffixes: B batch, T tokens of the prompt.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from mmskip.hf.calls import generate_arguments, given_cache, only_new_tokens
+from mmskip.hf.routing.call import CallContext, call_context
 from mmskip.swap import state_of
 from mmskip.tokens.groups import TEXT
 
-_prompt_layout: ContextVar[tuple[nn.Module, Tensor] | None] = ContextVar("mmskip_prompt_layout", default=None)
-
-
-@contextmanager
-def prompt_layout(root: nn.Module, layout: Tensor | None) -> Iterator[None]:
-    """Calls of `root` inside take their part of the layout of a prompt, [B, T]; None: nothing is given."""
-    token = _prompt_layout.set(None if layout is None else (root, layout))
-    try:
-        yield
-    finally:
-        _prompt_layout.reset(token)
-
-
-def given_prompt(root: nn.Module) -> Tensor | None:
-    """The layout of the prompt of which calls of `root` take their part, [B, T]; None outside of `generate`."""
-    given = _prompt_layout.get()
-    return given[1] if given is not None and given[0] is root else None
-
 
 def from_start(layout: Tensor, start: int) -> Tensor:
-    """The layout of the new tokens, [B, T], behind `start` cached ones, [B, start + T]; those are past: text."""
+    """Put `start` cached tokens, which count as text, before the layout of new tokens: [B, T] -> [B, start + T]."""
     return nn.functional.pad(layout, (start, 0), value=TEXT)
 
 
-def whole_prompt(layout: Tensor, call: Mapping[str, Any]) -> Tensor:
-    """The layout of a prompt from the start of its cache, given that of the tokens passed to `generate`.
+def complete_layout(layout: Tensor, call: Mapping[str, Any]) -> Tensor:
+    """Return the layout of a prompt from the start of its cache, given that of the tokens passed to `generate`.
 
     Raises:
         ValueError: the layout does not fit the other arguments.
@@ -63,7 +44,7 @@ def whole_prompt(layout: Tensor, call: Mapping[str, Any]) -> Tensor:
 
 
 def check_guidance(model: Any, call: Mapping[str, Any]) -> None:
-    """Raise if `generate` would call the model for two prompts in turn, of which only one has a layout."""
+    """Raise ValueError if `generate` would call the model for two prompts in turn, of which only one has a layout."""
     config = call.get("generation_config") or model.generation_config
     scale = call.get("guidance_scale", getattr(config, "guidance_scale", None))
     if scale is not None and scale != 1:
@@ -74,7 +55,7 @@ def check_guidance(model: Any, call: Mapping[str, Any]) -> None:
 
 
 class LayoutGenerator(nn.Module):
-    """Mixin of a module with `generate`: takes `layout=` of the prompt and hands it to the decoder."""
+    """Mixin of a module with `generate`: takes the `layout=` of the prompt and passes it to the decoder."""
 
     def generate(self, *args: Any, layout: Tensor | None = None, **kwargs: Any) -> Any:
         generate: Any = super().generate  # type: ignore[misc]
@@ -82,6 +63,6 @@ class LayoutGenerator(nn.Module):
         check_guidance(self, call)
         if layout is None:
             return generate(*args, **kwargs)
-        layout = whole_prompt(layout, call)
-        with prompt_layout(state_of(self, LayoutGenerator), layout):
+        layout = complete_layout(layout, call)
+        with call_context.given(state_of(self, LayoutGenerator), CallContext(prompt=layout)):
             return generate(*args, **kwargs)

@@ -8,14 +8,15 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmskip.hf.calls import CACHE_ARGUMENTS
+from mmskip.hf.structure import attention_of
 
 _DYNAMIC = ("dynamic", "longrope")
 
 
-class _Capture:
+class _KeyCapture:
     """A cache that keeps the keys it is given."""
 
     key: Tensor
@@ -39,7 +40,7 @@ class Rotation:
     def __init__(self, view: Any) -> None:
         self._view = view
         self._rotary: Any = getattr(view.root, "rotary_emb", None)
-        attention = _attention(view.blocks[0])
+        attention = attention_of(view.blocks[0])
         self._apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
         name = type(view.root).__name__
         if self._rotary is None or self._apply is None:
@@ -94,11 +95,11 @@ class Rotation:
 
     def _key(self, index: int, position: int) -> Tensor:
         """The key [1, H, 1, E] that the attention of a block makes of one fixed token at a position."""
-        attention = _attention(self._view.blocks[index])
+        attention = attention_of(self._view.blocks[index])
         weight = next(p for p in attention.parameters() if p.is_floating_point())
         x_11D = torch.linspace(-1, 1, self._view.width, device=weight.device).sin().to(weight.dtype)[None, None]
         place = torch.full((1, 1), position, device=weight.device)
-        capture = _Capture()
+        capture = _KeyCapture()
         embeddings = tuple(part.to(weight.dtype) for part in self._embeddings(index, weight.device, place))
         given: dict[str, Any] = {
             "hidden_states": x_11D,
@@ -110,11 +111,3 @@ class Rotation:
         known = inspect.signature(type(attention).forward).parameters
         attention(**{name: value for name, value in given.items() if name in known})
         return capture.key
-
-
-def _attention(block: nn.Module) -> Any:
-    return next(
-        child
-        for child in block.children()
-        if getattr(child, "is_causal", False) and getattr(child, "layer_idx", None) is not None
-    )

@@ -71,10 +71,11 @@ def test_without_the_refusal_a_static_cache_would_be_wrong(monkeypatch):
     """A decoded token would attend to the places that routed blocks left empty."""
     from mmskip.hf.routing import block as routing_block
     from mmskip.hf.routing import cache as routing_cache
+    from mmskip.hf.routing import root as routing_root
 
     model = routed("llama")
     token = torch.tensor([[7]])
-    monkeypatch.setattr(routing_block, "check_cache", lambda cache: None)
+    monkeypatch.setattr(routing_root, "check_cache", lambda cache: None)
     monkeypatch.setattr(routing_cache, "check_cache", lambda cache: None)
     monkeypatch.setattr(routing_block, "slot_layer", PassingSlotLayer)
     cache = StaticCache(config=model.config, max_cache_len=64)

@@ -7,9 +7,9 @@ from tiny_vlms import NO_PLACEHOLDERS, collate, example_rows, tiny_vlm
 from transformers import StaticCache
 
 import mmskip
-from mmskip.families import vlm
 from mmskip.hf.routing import block as routing_block
-from mmskip.hf.routing import vlm_layout
+from mmskip.hf.routing import root as routing_root
+from mmskip.hf.routing import vlm, vlm_layout
 from mmskip.hf.routing.vlm_layout import layout_of_call
 
 FEW = mmskip.MoDConfig(keep=0.3, router="norm")
@@ -34,7 +34,7 @@ def answers(model, call, **how):
 
 @pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl", "gemma3"])
 def test_an_image_cut_by_two_calls_would_be_chosen_from_in_parts(name, monkeypatch):
-    monkeypatch.setattr(routing_block, "seen_after", lambda seen, new: None)
+    monkeypatch.setattr(routing_root, "seen_after", lambda seen, new: None)
     monkeypatch.setattr(vlm, "_check_begins_outside", lambda blocks, start: None)
     model = mmskip.apply_(tiny_vlm(name), FEW)
     call, layout = collate(name, example_rows(name)[:1])
@@ -92,7 +92,7 @@ def test_grids_in_another_order_would_tear_pictures_apart(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl", "gemma3"])
 def test_a_static_cache_would_hold_the_wrong_tokens_in_a_vlm(name, monkeypatch):
-    monkeypatch.setattr(routing_block, "check_cache", lambda cache: None)
+    monkeypatch.setattr(routing_root, "check_cache", lambda cache: None)
     monkeypatch.setattr(routing_block, "slot_layer", PassingSlotLayer)
     model = mmskip.apply_(tiny_vlm(name), FEW)
     call, _ = collate(name, example_rows(name)[:1])
