@@ -1,8 +1,8 @@
-"""Evaluate a trained model: `python evaluate.py ego4d --checkpoint runs/videollm_mod`."""
+"""Evaluate a trained model: `python evaluate.py ego4d --checkpoint RUN`, the same as `mmskip evaluate`."""
 
 import sys
 
-if __name__ == "__main__":
-    from mmskip.train.cli.evaluate import main
+from mmskip_cli import main
 
-    sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -1,8 +1,9 @@
-"""Narrate a video while it plays: `python stream.py --checkpoint runs/videollm_mod/TIME --video FILE`."""
+"""Narrate a video while it plays: `python stream.py --checkpoint runs/videollm_mod --video FILE`, the same as
+`mmskip stream`."""
 
 import sys
 
-if __name__ == "__main__":
-    from mmskip.train.cli.stream import main
+from mmskip_cli import main
 
-    sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main(["stream", *sys.argv[1:]]))

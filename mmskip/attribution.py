@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmskip.methods.layer_mask import LayerMaskConfig, masked
+from mmskip.utils.extras import require
 
 HIDDEN = float("nan")
 """The `hide_color` for LIME: `lime_classifier` takes pixels of this value as hidden."""
@@ -100,9 +101,9 @@ def shap_masker(segments: Tensor) -> Any:
     """A SHAP masker whose features are segments [H, W] of the image, and which passes (image, mask) on.
 
     Raises:
-        ImportError: shap is not installed.
+        ValueError: shap is not installed.
     """
-    import shap
+    shap: Any = require("interpret", "shap", "a SHAP masker")
 
     count = len(torch.unique(segments))
 

@@ -1,4 +1,4 @@
-"""`python -m mmskip.env`: versions, device, and which implementation of each operation runs here, and why."""
+"""`mmskip env`: versions, device, and which implementation of each operation runs here, and why."""
 
 import importlib.metadata
 import os

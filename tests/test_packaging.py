@@ -1,6 +1,8 @@
 """The package in every form a user meets it: editable checkout, wheel, sdist, and the repository root as cwd."""
 
+import json
 import os
+import site
 import subprocess
 import sys
 import tarfile
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 from locations import ROOT
 
-LINKED = ("models", "datasets", "train")
+LINKED = ("models", "datasets", "train", "configs")
 
 
 def run_python(code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -23,9 +25,9 @@ def run_python(code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 def source_files() -> set[str]:
     """Files of the package as they must appear in a distribution; `py.typed` tells type checkers to look in."""
-    paths = [*(ROOT / "mmskip").rglob("*.py"), ROOT / "mmskip" / "py.typed"]
+    paths = [ROOT / "mmskip_cli.py", *(ROOT / "mmskip").rglob("*.py"), ROOT / "mmskip" / "py.typed"]
     for name in LINKED:
-        paths += (ROOT / "mmskip" / name).rglob("*.py")
+        paths += [*(ROOT / "mmskip" / name).rglob("*.py"), *(ROOT / "mmskip" / name).rglob("*.yaml")]
     return {path.relative_to(ROOT).as_posix() for path in paths}
 
 
@@ -35,7 +37,7 @@ def distributions(tmp_path_factory) -> Path:
     pytest.importorskip("build")
     pytest.importorskip("setuptools", minversion="77")
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "mmskip", *LINKED):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "mmskip", "mmskip_cli.py", *LINKED):
         subprocess.run(["cp", "-a", str(ROOT / name), str(source)], check=True)
     out = source / "dist"
     command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--sdist", "--outdir", str(out)]
@@ -62,7 +64,10 @@ def test_wheel_holds_every_source_file_under_the_package_name(distributions):
     (wheel,) = distributions.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert source_files() <= names
-    assert {name.split("/")[0] for name in names if not name.startswith("mmskip-")} == {"mmskip"}
+    assert {name.split("/")[0] for name in names if not name.startswith("mmskip-")} == {
+        "mmskip",
+        "mmskip_cli.py",
+    }
 
 
 def test_sdist_holds_every_source_file(distributions):
@@ -78,6 +83,44 @@ def test_wheel_imports_without_the_checkout(distributions, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     found = run_python("import mmskip, mmskip.datasets, mmskip.models, mmskip.train; print(mmskip.__file__)", tmp_path)
     assert found.stdout.strip() == str(tmp_path / "mmskip" / "__init__.py"), found.stderr
+
+
+@pytest.fixture(scope="module")
+def installed(distributions, tmp_path_factory) -> Path:
+    """The `bin` folder of a fresh environment with the wheel; its dependencies are those of this environment."""
+    (wheel,) = distributions.glob("*.whl")
+    venv = tmp_path_factory.mktemp("venv")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(venv / "bin" / "python"), "install", "--quiet"]
+    subprocess.run([*pip, "--no-deps", "--no-index", str(wheel)], check=True, timeout=120)
+    (packages,) = venv.glob("lib/python*/site-packages")
+    # a line of a .pth file comes after the environment's own folder, and the .pth files in it are not read
+    (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    return venv / "bin"
+
+
+def test_the_installed_command_trains_a_packaged_config_in_an_empty_folder(installed, tmp_path):
+    sizes = {"train": 2, "val": 1, "test": 1}
+    llm = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    llm |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    command = [str(installed / "mmskip"), "train", "--config", "videollm_mod.yaml", f"--model.llm={json.dumps(llm)}"]
+    command += [f"--data.generated.{name}={count}" for name, count in sizes.items()]
+    command += ["--trainer.fast_dev_run=1", "--trainer.accelerator=cpu", "--model.max_new_tokens=2"]
+    command += ["--trainer.enable_progress_bar=false"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "this model" in done.stdout
+    strange = [line for line in done.stderr.splitlines() if "Enum subclass" in line or "mmskip/" in line]
+    assert strange == []  # the package of the wheel, not that of the checkout, and no other library's import warnings
+
+
+def test_the_installed_command_shows_help_without_torch(installed, tmp_path):
+    (packages,) = installed.parent.glob("lib/python*/site-packages")
+    code = "import sys, mmskip_cli; mmskip_cli.main(['train']); print(mmskip_cli.__file__, 'torch' in sys.modules)"
+    shown = subprocess.run([str(installed / "python"), "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert f"{packages / 'mmskip_cli.py'} False" in shown.stdout, shown.stderr
+    assert "videollm_mod_ego4d.yaml" in shown.stdout
 
 
 def test_repository_root_does_not_shadow_hugging_face_datasets():

@@ -1,6 +1,6 @@
 """Encode the frames of a folder of videos to sharded features, by several processes.
 
-    python -m mmskip.datasets.video.encode --videos VIDEOS --out FEATURES --tower open_clip/ViT-L-16-SigLIP-384/webli
+    mmskip encode --videos VIDEOS --out FEATURES --tower open_clip/ViT-L-16-SigLIP-384/webli
 
 Features go to FEATURES/<key>/, <key> naming tower and rate: shards (safetensors, one fp16 tensor [F, N, C] per video)
 and `index.json`. A shard is written whole; a second run goes on behind the last one.
@@ -38,6 +38,7 @@ from mmskip.datasets.video.files import find_videos
 from mmskip.datasets.video.reader import VideoError
 from mmskip.datasets.video.tower import VisionTower, check_tower_name, tower_id
 from mmskip.env import pick_device
+from mmskip.utils.command import CommandParser, exit_status
 from mmskip.utils.files import check_folder, write_json
 
 MIB = 2**20
@@ -201,32 +202,41 @@ def _encode_one(name: str, path: Path, fps: float) -> tuple[str, np.ndarray | No
     return name, features.numpy(), {"content": fingerprint(path), "duration_s": duration_s, "frames": len(features)}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m mmskip.datasets.video.encode",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     parser.add_argument("--videos", required=True, help="folder of videos, at any depth; named by their file names")
     parser.add_argument("--out", required=True, help="folder of the features")
     parser.add_argument("--tower", required=True, help="timm/<model> or open_clip/<model>[/<pretrained tag>]")
     parser.add_argument("--pretrained", action="store_true", help="load the tower's published weights (timm)")
     parser.add_argument("--grid", type=int, default=3, help="pooled tokens per side (default 3: 1 + 9 tokens a frame)")
-    parser.add_argument("--image-size", type=int, help="pixels (default: the tower's own)")
-    parser.add_argument("--tower-kwargs", type=json.loads, help="further arguments of the tower, as JSON")
-    parser.add_argument("--tower-seed", type=int, default=0, help="of random weights")
+    parser.add_argument("--image_size", type=int, help="pixels (default: the tower's own)")
+    parser.add_argument("--tower_kwargs", type=json.loads, help="further arguments of the tower, as JSON")
+    parser.add_argument("--tower_seed", type=int, default=0, help="of random weights")
     parser.add_argument("--fps", type=float, default=2.0, help="frames per second (default 2)")
     parser.add_argument("--workers", type=int, default=0, help="processes (default 0: this one alone)")
-    parser.add_argument("--shard-size", type=float, default=512, help="MiB of features per shard (default 512)")
+    parser.add_argument("--shard_size", type=float, default=512, help="MiB of features per shard (default 512)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if there is one)")
     parser.add_argument("--strict", action="store_true", help="exit with status 1 if a video could not be read")
-    return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    given = _parser().parse_args(arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m mmskip.datasets.video.encode") -> int:
+    """Run the command; returns the exit status: 2 for wrong arguments or videos.
+
+    Args:
+        arguments: without the program's name; None: those of the process.
+        prog: what the user typed, for the help.
+    """
+    parser = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    return exit_status(lambda: run(parser.parse_args(arguments)))
+
+
+def run(given: argparse.Namespace) -> int:
+    """Encode, print the counts; returns the exit status.
+
+    Raises:
+        ValueError: wrong arguments, or no videos.
+    """
     tower_args = {
         "name": given.tower,
         "pretrained": given.pretrained,
@@ -235,19 +245,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "tower_kwargs": given.tower_kwargs,
         "seed": given.tower_seed,
     }
-    try:
-        if not Path(given.videos).is_dir():
-            raise ValueError(f"{given.videos}: no such folder of videos")
-        twice = LoadReport()
-        videos = find_videos(Path(given.videos), twice)
-        if not videos:
-            raise ValueError(f"{given.videos}: holds no video file")
-        folder, report = encode_folder(
-            videos, given.out, tower_args, given.fps, given.workers, given.shard_size, given.device
-        )
-    except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    if not Path(given.videos).is_dir():
+        raise ValueError(f"{given.videos}: no such folder of videos")
+    twice = LoadReport()
+    videos = find_videos(Path(given.videos), twice)
+    if not videos:
+        raise ValueError(f"{given.videos}: holds no video file")
+    folder, report = encode_folder(
+        videos, given.out, tower_args, given.fps, given.workers, given.shard_size, given.device
+    )
     print(f"{folder}: {report.encoded} videos encoded, {report.reused} there already, {len(report.broken)} broken")
     if twice.counts:
         print(f"left out: {twice}")

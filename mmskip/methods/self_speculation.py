@@ -4,7 +4,6 @@ The model drafts on its own cache without some attentions and MLPs, verifies the
 rolls back. Which parts are left out is searched for while decoding, on the tokens it generates.
 """
 
-import importlib.util
 import random
 import statistics
 import time
@@ -21,6 +20,7 @@ from mmskip.protocols import PlanView
 from mmskip.registry import Applied, applied, apply_, register, remove_
 from mmskip.reporting import MethodReport, register_report
 from mmskip.swap import Change, states
+from mmskip.utils.extras import check_installed
 
 SEARCHES = (None, "random", "bayes")
 PHASES = ("prefill", "draft", "verify", "plain", "search")
@@ -308,8 +308,8 @@ def gaussian_process_proposal(
 @register(SelfSpeculationConfig, "decoder")
 def speculate(config: SelfSpeculationConfig, view: PlanView) -> list[Change]:
     """The changes by which a decoder decodes by speculation."""
-    if config.search == "bayes" and importlib.util.find_spec("sklearn") is None:
-        raise ValueError("search='bayes' needs scikit-learn: pip install 'mmskip[search]', or search='random'.")
+    if config.search == "bayes":
+        check_installed("search", "sklearn", "search='bayes' (not search='random')")
     count = len(view.blocks)
     units: list[Unit] = view.draft_units()
     if config.exit_after is not None:

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmskip.utils.command import quiet_imports
+from mmskip.utils.extras import require
+
 STORES = ("int8", "packed")
 FEWEST, MOST = 2, 8
 """Bits that mean something: one symmetric bit leaves zeros only."""
@@ -22,15 +25,10 @@ def torchao() -> Any:
     Raises:
         ValueError: torchao is not installed, or does not load here.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import torchao.quantization as library
-    except ImportError as error:
-        raise ValueError(
-            f"quantized weights need torchao, which does not load here ({error}): pip install 'mmskip[quantize]'."
-        ) from error
-    return library
+    quiet_imports()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return require("quantize", "torchao.quantization", "a quantized weight")
 
 
 def quantizer(bits: int, group: int | None, store: str) -> Any:

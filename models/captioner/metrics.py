@@ -20,10 +20,10 @@ import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 from mmskip.models.captioner.ptb import tokenize_all
+from mmskip.utils.extras import check_installed
 
 ORDERS = 4
 NAMES = (*(f"Bleu_{n}" for n in range(1, ORDERS + 1)), "ROUGE_L", "CIDEr")
@@ -256,8 +256,7 @@ def check_java(name: str) -> None:
     version = java_version()
     if version is None:
         raise ValueError(f"{name} runs in Java and there is none on the path; install Java 8 or leave {name} out.")
-    if find_spec("pycocoevalcap") is None:
-        raise ValueError(f"{name} is a Java program in the package pycocoevalcap, which is not installed (extra coco).")
+    check_installed("coco", "pycocoevalcap", name)
     if name == "SPICE" and version > 8:
         raise ValueError(f"SPICE fails on every Java above 8 and this one is {version}; leave SPICE out.")
 

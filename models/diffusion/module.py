@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mmskip.models.common.optim import SCHEDULES, warmup_schedule
 from mmskip.models.diffusion.samplers import Denoiser, Drawer
+from mmskip.utils.extras import require
 
 
 class Diffusion(LightningModule):
@@ -211,12 +212,9 @@ def build_unet(settings: dict[str, Any]) -> nn.Module:
     Raises:
         ValueError: diffusers is not installed, or refuses the settings.
     """
+    diffusers = require("diffusion", "diffusers", "a diffusion model")
     try:
-        from diffusers import UNet2DModel
-    except ImportError as error:
-        raise ValueError("diffusion models need the extra: pip install 'mmskip[diffusion]'.") from error
-    try:
-        unet: Any = UNet2DModel(**settings)
+        unet: Any = diffusers.UNet2DModel(**settings)
         return unet
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(f"diffusers.UNet2DModel refuses unet={settings!r}: {error}") from error

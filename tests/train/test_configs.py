@@ -20,7 +20,7 @@ from mmskip.datasets.synthetic.videos import GeneratedConfig, generate
 from mmskip.train.cli.train import CONFIGS, main
 from mmskip.train.runs import RunCLI
 
-RECIPES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+RECIPES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 TOWER = {"depth": 1, "patch_size": 32, "embed_dim": 12, "num_heads": 2}
 
 

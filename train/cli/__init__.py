@@ -1,5 +1,9 @@
-"""The command lines."""
+"""The commands: one module each, see `mmskip_cli`."""
 
-from mmskip.train.cli.train import main
+from mmskip.utils.command import quiet_imports
+
+quiet_imports()  # before a command imports transformers, in worker processes too
+
+from mmskip.train.cli.train import main  # noqa: E402
 
 __all__ = ["main"]

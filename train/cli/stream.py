@@ -1,4 +1,4 @@
-"""The command line behind `stream.py`: a trained run watches a video and says what it sees."""
+"""`mmskip stream`: a trained run watches a video and narrates what it sees."""
 
 import argparse
 import math
@@ -20,14 +20,15 @@ from mmskip.env import pick_device
 from mmskip.models.video_llm.streaming.engine import StreamEngine, StreamSettings
 from mmskip.train.load_run import TrainedRun, check_tokens, find_run, load_data, load_model, tokenizer_folder
 from mmskip.train.playback import Player, Question, Spoken, Watched, place_questions
+from mmskip.utils.command import CommandParser, exit_status
 from mmskip.utils.files import GrowingLines, check_folder, write_text
 from mmskip.viz.stream_page import stream_page, thumbnail
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The arguments of `stream.py`."""
-    parser = argparse.ArgumentParser(
-        prog="stream.py", description="Narrate a video while it plays, with the checkpoint of a training run."
+    """Return the parser of the command."""
+    parser = CommandParser(
+        prog="mmskip stream", description="Narrate a video while it plays, with the checkpoint of a training run."
     )
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="RUN", help="checkpoint file, or folder of a run of train.py")
@@ -54,17 +55,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; what is wrong with arguments or files is one clear line.
+    """Run the command; an error in arguments or files is one line.
 
     Returns:
-        Exit status: 0 played to its end, 1 broken off (what was watched is written), 2 nothing was played.
+        Exit status: 0 played to its end, 1 stopped early (what was watched is written), 2 nothing was played.
     """
-    args = build_parser().parse_args(arguments)
-    try:
-        session = Session(args)
-    except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    return exit_status(lambda: _watch(build_parser().parse_args(arguments)))
+
+
+def _watch(args: argparse.Namespace) -> int:
+    session = Session(args)
     session.announce()
     watched = session.play()
     session.finish(watched)

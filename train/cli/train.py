@@ -1,27 +1,34 @@
-"""The command line behind `train.py`; Lightning is imported only when there is something to run."""
+"""`mmskip train`. Lightning is imported only when there is something to run."""
 
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 import mmskip
+from mmskip.utils.command import exit_status
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = (Path(mmskip.__file__).parent / "configs").resolve()
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
 
 def find_config(name: str) -> Path:
-    """The file of a config: a path, or a name (with or without .yaml) in configs/.
+    """Find a config by its path, or by its name (with or without .yaml) in configs/ and the folders below.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, or several of that name.
     """
     for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
         if path.is_file():
             return path
-    known = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
-    raise ValueError(f"there is no config {name!r}, neither here nor in configs/ (which has: {known})")
+    recipes = sorted(CONFIGS.rglob("*.yaml"))
+    found = [path for path in recipes if name in (path.name, path.stem)]
+    if len(found) > 1:
+        places = ", ".join(path.relative_to(CONFIGS).as_posix() for path in found)
+        raise ValueError(f"there are {len(found)} configs {name!r} in configs/ ({places}); give the folder too")
+    if not found:
+        known = ", ".join(path.name for path in recipes)
+        raise ValueError(f"there is no config {name!r}, neither here nor in configs/ (which has: {known})")
+    return found[0]
 
 
 def prepare_arguments(arguments: Sequence[str]) -> tuple[list[str], str]:
@@ -55,32 +62,18 @@ def prepare_arguments(arguments: Sequence[str]) -> tuple[list[str], str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; what is wrong with arguments or data is one clear line and exit status 2.
+    """Run the command line; an error in arguments or data is one line and exit status 2.
 
     Args:
         arguments: without the program's name; None: those of the process.
     """
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    try:
-        completed, name = prepare_arguments(given)
-        from mmskip.train.runs import run
-
-        run(completed, name)
-    except ValueError as error:
-        message = told(error)
-        if message is None:
-            raise
-        sys.stderr.write(f"error: {message}\n")
-        sys.exit(2)
+    status = exit_status(lambda: _run(sys.argv[1:] if arguments is None else arguments))
+    if status:
+        sys.exit(status)
 
 
-def told(error: BaseException | None) -> str | None:
-    """The message of the error in this chain that our own code raised: it says all. (The parser wraps what a
-    constructor raises.) None: there is none, so the traceback is needed."""
-    folders = [Path(mmskip.__file__).parent, *(CONFIGS.parent / name for name in ("models", "datasets", "train"))]
-    while error is not None:
-        origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        if isinstance(error, ValueError) and any(folder.resolve() in origin.parents for folder in folders):
-            return str(error)
-        error = error.__cause__ or error.__context__
-    return None
+def _run(arguments: Sequence[str]) -> None:
+    completed, name = prepare_arguments(arguments)
+    from mmskip.train.runs import run
+
+    run(completed, name)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmskip.datasets.video.features import fingerprint
+from mmskip.utils.extras import require
 from mmskip.utils.user_function import call_function
 
 KINDS = (
@@ -162,11 +163,8 @@ def _inception(path: Path, model: str) -> tuple[nn.Module, int | None]:
     """Inception v3: torchvision's weights, or with torch-fidelity installed its weights of the usual FID."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     if "fc.weight" in state and tuple(state["fc.weight"].shape) == (1008, 2048):
-        try:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError as error:
-            raise ValueError(f"{path} holds torch-fidelity's Inception: pip install torch-fidelity.") from error
-        net = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
+        fidelity = require("fid", "torch_fidelity.feature_extractor_inceptionv3", f"the Inception in {path}")
+        net = fidelity.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
         # it resizes by itself, in the manner of the network's first publication
         return Pooled(net, lambda x: net((x * 255).to(torch.uint8))[0], (0, 0, 0), (1, 1, 1)), None
     import torchvision

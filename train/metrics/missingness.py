@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mmskip
+from mmskip.utils.extras import require
 
 Fill = Callable[[Tensor, Tensor], Tensor]
 Recall = Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
@@ -64,10 +65,7 @@ def fill_inpaint(x: Tensor, m: Tensor) -> Tensor:
     Raises:
         ValueError: OpenCV is not installed.
     """
-    try:
-        import cv2
-    except ImportError as error:
-        raise ValueError("inpainting needs OpenCV: install mmskip[interpret], or leave out 'inpaint'.") from error
+    cv2 = require("interpret", "cv2", "the fill 'inpaint'")
     done = []
     # OpenCV looks at a few pixels inside the hole, so those of the image must not stand there
     for image, keep in zip(fill_mean(x, m), m, strict=True):

@@ -48,11 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     given.add_argument("--text", type=Path, help="a text file: its windows, the last tokens of each being the answer")
     parser.add_argument("--window", type=int, default=64, help="tokens per window of --text (default 64)")
-    parser.add_argument("--answer-tokens", type=int, default=8, help="of each window of --text (default 8)")
+    parser.add_argument("--answer_tokens", type=int, default=8, help="of each window of --text (default 8)")
     parser.add_argument("--limit", type=int, default=50, help="samples (default 50)")
     parser.add_argument("--actions", choices=paths.ACTIONS, default=defaults.actions)
     parser.add_argument("--simulations", type=int, default=defaults.simulations, help="paths per sample (default 200)")
-    parser.add_argument("--length-weight", type=float, default=defaults.length_weight, help="lambda (default 5)")
+    parser.add_argument("--length_weight", type=float, default=defaults.length_weight, help="lambda (default 5)")
     parser.add_argument("--curiosity", type=float, default=defaults.curiosity, help="c (default 1.41)")
     parser.add_argument("--explore", type=float, default=defaults.explore, help="chance of untried (default 0.1)")
     parser.add_argument(
@@ -108,7 +108,7 @@ def _samples(arguments: argparse.Namespace, tokenizer: Any) -> list[Sample]:
         return read_samples(arguments.samples, tokenizer)
     if not 1 <= arguments.answer_tokens < arguments.window:
         raise ValueError(
-            f"--answer-tokens is {arguments.answer_tokens}; expected 1 to {arguments.window - 1}, below --window."
+            f"--answer_tokens is {arguments.answer_tokens}; expected 1 to {arguments.window - 1}, below --window."
         )
     windows = text_windows(tokenizer, arguments.text.read_text(encoding="utf-8"), arguments.window)
     cut = arguments.window - arguments.answer_tokens

@@ -277,5 +277,17 @@ def test_a_save_that_fails_half_way_leaves_the_checkpoint_before_it(tmp_path, mo
     assert last_checkpoint(tmp_path) == path
 
 
+def test_a_bare_name_is_found_in_the_folders_of_configs(tmp_path, monkeypatch):
+    for place in ("flat.yaml", "video/deep.yaml", "video/twice.yaml", "pde/twice.yaml"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).touch()
+    monkeypatch.setattr(cli, "CONFIGS", tmp_path)
+    assert cli.find_config("flat") == tmp_path / "flat.yaml"
+    assert cli.find_config("deep.yaml") == cli.find_config("video/deep") == tmp_path / "video/deep.yaml"
+    assert cli.find_config("pde/twice.yaml") == tmp_path / "pde/twice.yaml"
+    with pytest.raises(ValueError, match=r"2 configs 'twice' .*\(pde/twice.yaml, video/twice.yaml\); give the folder"):
+        cli.find_config("twice")
+
+
 def test_configs_folder_is_the_one_of_the_repository():
     assert ROOT / "configs" == cli.CONFIGS

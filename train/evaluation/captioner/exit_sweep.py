@@ -60,14 +60,14 @@ def add_exit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--criterion", default="saturation", choices=(*STATE_CRITERIA, *HEAD_CRITERIA), help="of the decoder"
     )  # without the learned one, whose heads no checkpoint holds
-    parser.add_argument("--encoder-criterion", default="saturation", choices=STATE_CRITERIA, help="of the encoder")
+    parser.add_argument("--encoder_criterion", default="saturation", choices=STATE_CRITERIA, help="of the encoder")
     parser.add_argument("--kv", default="project", choices=POLICIES, help="keys and values of exited tokens")
     parser.add_argument("--decay", type=float, help="CALM's share of the constant part of the decoder's threshold")
-    parser.add_argument("--min-layers", type=int, default=1, help="layers that always run (default 1)")
-    parser.add_argument("--max-layers", type=int, help="decoder layers that run at most, whatever the scores")
+    parser.add_argument("--min_layers", type=int, default=1, help="layers that always run (default 1)")
+    parser.add_argument("--max_layers", type=int, help="decoder layers that run at most, whatever the scores")
     parser.add_argument("--blank", action="store_true", help="also at full depth with the images blanked")
     parser.add_argument("--timed", type=int, default=8, help="images behind measured times; 0: none (default 8)")
-    parser.add_argument("--pairs-timed", type=int, default=15, help="paired runs of them (default 15)")
+    parser.add_argument("--pairs_timed", type=int, default=15, help="paired runs of them (default 15)")
 
 
 def plan(options: argparse.Namespace) -> list[Variant]:
@@ -77,9 +77,9 @@ def plan(options: argparse.Namespace) -> list[Variant]:
         ValueError: a threshold out of range, or numbers below what measuring needs.
     """
     if options.timed < 0 or options.pairs_timed < 2:
-        raise ValueError(f"--timed is {options.timed} and --pairs-timed {options.pairs_timed}; expected >= 0 and >= 2")
+        raise ValueError(f"--timed is {options.timed} and --pairs_timed {options.pairs_timed}; expected >= 0 and >= 2")
     if options.max_layers is not None and not options.decoder:
-        raise ValueError(f"--max-layers is {options.max_layers}, which needs thresholds of the decoder: give --decoder")
+        raise ValueError(f"--max_layers is {options.max_layers}, which needs thresholds of the decoder: give --decoder")
     found = [Variant(FULL)]
     names = ("image", "text", "encoder", "decoder")
     for values in product(*(getattr(options, name) or [None] for name in names)):

@@ -44,7 +44,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", help="folder of the annotated images")
     parser.add_argument("--split", help="train, val or test (default: test, or val where there is no test split)")
     parser.add_argument("--out", help="folder of the results (default: in the folder of the run); of --results: file")
-    parser.add_argument("--batch-size", type=int, default=8, help="images at a time and rank (default 8)")
+    parser.add_argument("--batch_size", type=int, default=8, help="images at a time and rank (default 8)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if there is one)")
     parser.add_argument("--limit", type=int, help="only the first images of the split")
     add_exit_arguments(parser)
@@ -92,7 +92,7 @@ class CaptionTask:
             ValueError: the run or its data cannot be had, or do not fit each other.
         """
         if options.batch_size < 1 or (options.limit is not None and options.limit < 1):
-            raise ValueError(f"batch-size is {options.batch_size} and limit {options.limit}; expected at least 1")
+            raise ValueError(f"batch_size is {options.batch_size} and limit {options.limit}; expected at least 1")
         if (files is None) != (options.images is None):
             raise ValueError("annotations and --images belong together; give both, or none for the data of the run")
         run = find_run(options.checkpoint, options.config)

@@ -31,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
     parser.add_argument("--maskings", nargs="+", choices=MASKINGS, default=list(MASKINGS))
     parser.add_argument(
-        "--lime-images", type=int, default=8, help="explained by LIME where objects are known (default 8)"
+        "--lime_images", type=int, default=8, help="explained by LIME where objects are known (default 8)"
     )
-    parser.add_argument("--lime-samples", type=int, default=512, help="masks per explained image (default 512)")
+    parser.add_argument("--lime_samples", type=int, default=512, help="masks per explained image (default 512)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs/masking", help="folder of results.json, report.txt and pictures")
 
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"limit is {arguments.limit}; expected at least 2 images.")
     if arguments.lime_images < 0 or arguments.lime_samples < 2:
         raise ValueError(
-            f"lime-images is {arguments.lime_images} and lime-samples {arguments.lime_samples}; expected at least 0 "
+            f"lime_images is {arguments.lime_images} and lime_samples {arguments.lime_samples}; expected at least 0 "
             "(no explanations) and 2."
         )
     loaded = load_model(arguments)

@@ -33,10 +33,10 @@ def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--features", required=True, help=KINDS)
     parser.add_argument("--real", help="real images: folder, .npz or embedded (default: those of the run)")
     parser.add_argument("--split", default="train", help="of the real images (default train)")
-    parser.add_argument("--real-count", type=int, help="real images, drawn at random (default: all)")
+    parser.add_argument("--real_count", type=int, help="real images, drawn at random (default: all)")
     parser.add_argument("--sampler", choices=SAMPLERS, default="heun")
     parser.add_argument("--guidance", type=float, default=1.0, help="weight of the class condition (default 1)")
-    parser.add_argument("--batch-size", type=int, default=250, help="images at a time (default 250)")
+    parser.add_argument("--batch_size", type=int, default=250, help="images at a time (default 250)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if there is one)")
     parser.add_argument("--cache", default="data/features", help="folder of the real images' features")
 

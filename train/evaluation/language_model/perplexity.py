@@ -40,14 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt", type=int, default=1, help="tokens of a window that count as prompt for methods that only decode"
     )
     parser.add_argument("--continuations", type=int, default=8, help="prompts continued greedily; 0: none")
-    parser.add_argument("--new-tokens", type=int, default=32, help="tokens of each continuation")
-    parser.add_argument("--prompt-lookup", type=int, metavar="N", help="time prompt lookup of N tokens, a baseline")
+    parser.add_argument("--new_tokens", type=int, default=32, help="tokens of each continuation")
+    parser.add_argument("--prompt_lookup", type=int, metavar="N", help="time prompt lookup of N tokens, a baseline")
     parser.add_argument(
-        "--assistant-early-exit", type=int, metavar="N", help="time assisted decoding by the first N layers, a baseline"
+        "--assistant_early_exit", type=int, metavar="N", help="time assisted decoding by the first N layers, a baseline"
     )
     parser.add_argument("--tasks", nargs="+", default=[], help="tasks of lm-evaluation-harness (extra lm-eval)")
-    parser.add_argument("--task-path", type=Path, help="folder of further tasks as YAML files")
-    parser.add_argument("--task-limit", type=int, help="samples of each task")
+    parser.add_argument("--task_path", type=Path, help="folder of further tasks as YAML files")
+    parser.add_argument("--task_limit", type=int, help="samples of each task")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="JSON file of the results")
 

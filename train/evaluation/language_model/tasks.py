@@ -4,21 +4,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmskip.utils.extras import require
+
 
 def harness() -> Any:
-    """The `lm_eval` module.
+    """Return the module `lm_eval`.
 
     Raises:
         ValueError: it is not installed.
     """
-    try:
-        import lm_eval
-        import lm_eval.models.huggingface
-    except ImportError as error:
-        raise ValueError(
-            f"--tasks needs lm-evaluation-harness, which does not load here ({error}): pip install 'mmskip[lm-eval]'."
-        ) from error
-    return lm_eval
+    require("lm-eval", "lm_eval.models.huggingface", "--tasks")
+    return require("lm-eval", "lm_eval", "--tasks")
 
 
 def task_manager(names: Sequence[str], folder: Path | None) -> Any:

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, "COIN.json")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, help="default: those the run was trained on, or all")
     parser.add_argument("--blank", action="store_true", help="with the video blanked, instead of the video")
-    parser.add_argument("--max-new-tokens", type=int, default=100, help="longest answer (default 100)")
+    parser.add_argument("--max_new_tokens", type=int, default=100, help="longest answer (default 100)")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -39,8 +39,8 @@ def add_common_arguments(parser: argparse.ArgumentParser, annotations: str) -> N
     parser.add_argument("--features", help="folder filled by python -m mmskip.datasets.video.encode --out")
     parser.add_argument("--split", choices=SPLITS, help="default: test, or val where there is no test split")
     parser.add_argument("--out", help="folder of the results (default: evaluation/ in the folder of the run)")
-    parser.add_argument("--batch-size", type=int, default=8, help="samples at a time and rank (default 8)")
-    parser.add_argument("--num-workers", type=int, default=0, help="loader processes per rank (default 0)")
+    parser.add_argument("--batch_size", type=int, default=8, help="samples at a time and rank (default 8)")
+    parser.add_argument("--num_workers", type=int, default=0, help="loader processes per rank (default 0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if there is one)")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: as trained")
     parser.add_argument("--strict", action="store_true", help="exit with status 1 if anything had to be left out")
@@ -87,9 +87,9 @@ class Task:
             ValueError: the data cannot be had, or does not fit the model.
         """
         if options.batch_size < 1:
-            raise ValueError(f"batch-size must be at least 1, got {options.batch_size}")
+            raise ValueError(f"batch_size must be at least 1, got {options.batch_size}")
         if options.num_workers < 0:
-            raise ValueError(f"num-workers must be at least 0, got {options.num_workers}")
+            raise ValueError(f"num_workers must be at least 0, got {options.num_workers}")
         out = check_folder(options.out or run.folder / "evaluation" / name)
         module, split = _data(run, options, data)
         if ranks.first:
