@@ -8,6 +8,7 @@ Verbs change a model in place (`apply_`, `remove_`, `load_`); functions do not (
 from mmskip.calibration.importance import ImportanceTable, importance
 from mmskip.calibration.line_search import search
 from mmskip.calibration.risk_control import Calibration, calibrate
+from mmskip.config import MethodConfig
 from mmskip.costs import Cost, cost
 from mmskip.methods.early_exit import EarlyExitConfig
 from mmskip.methods.freeu import FreeUConfig
@@ -37,6 +38,7 @@ __all__ = [
     "LayerBitsConfig",
     "LayerMaskConfig",
     "LayerPlanConfig",
+    "MethodConfig",
     "MethodReport",
     "MoDConfig",
     "SelfSpeculationConfig",

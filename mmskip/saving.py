@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mmskip.config import from_entry
 from mmskip.registry import M, applied, apply_, config_types, remove_
 from mmskip.swap import added
 from mmskip.utils.files import whole, write_json
@@ -33,7 +34,13 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     description = {
         "format": _FORMAT,
         "methods": [
-            {"type": type(r.config).__name__, "family": r.family, "config": r.config.to_dict()} for r in records
+            {
+                "type": type(r.config).__name__,
+                "version": r.config.VERSION,
+                "family": r.family,
+                "config": r.config.to_dict(),
+            }
+            for r in records
         ],
     }
     weights = {name: _gathered(tensor).cpu().contiguous() for name, tensor in added_weights(model).items()}
@@ -107,7 +114,7 @@ def _read_configs(folder: Path) -> list[Any]:
             raise FileNotFoundError(f"{folder} holds no {name}; expected a folder written by mmskip.save.")
     try:
         description = json.loads((folder / CONFIG_FILE).read_text())
-        entries = [(entry["type"], entry["config"]) for entry in description["methods"]]
+        entries = [(entry["type"], entry["config"], entry.get("version", 1)) for entry in description["methods"]]
         found_format = description["format"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG_FILE} is not a file written by mmskip.save ({error!r}).") from error
@@ -116,10 +123,10 @@ def _read_configs(folder: Path) -> list[Any]:
             f"{folder / CONFIG_FILE} has format {found_format!r}; this mmskip reads formats up to {_FORMAT}."
         )
     types = config_types()
-    for name, _ in entries:
-        if name not in types:
-            raise ValueError(f"{folder} was saved with {name}; this mmskip knows {', '.join(sorted(types))}.")
-    return [types[name].from_dict(values) for name, values in entries]  # type: ignore[attr-defined]
+    try:
+        return [from_entry(types, name, values, version) for name, values, version in entries]
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from mmskip.config import read_old_spellings
 from mmskip.registry import config_types
 from mmskip.train.checkpoints import (
     Resume,
@@ -202,6 +203,7 @@ def run(arguments: Sequence[str], name: str) -> None:
     """
     # method configs are dataclasses; this lets YAML give them as class_path and init_args
     set_parsing_settings(subclasses_enabled=list(config_types().values()))
+    read_old_spellings(config_types())
     # what Lightning calls in other libraries, and hints that do not apply here
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")

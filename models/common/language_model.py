@@ -9,8 +9,9 @@ import peft
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from mmskip.config import from_entry
 from mmskip.registry import apply_, config_types
-from mmskip.utils.pretrained import config_of, refuse_unknown
+from mmskip.utils.pretrained import config_of
 
 # the weights of a decoder block that write into the residual stream, under the names most decoders give them
 RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
@@ -172,6 +173,5 @@ def methods_from_dicts(methods: Sequence[dict[str, Any]]) -> list[Any]:
     configs = []
     for method in methods:
         name = method["class_path"].rpartition(".")[2]
-        refuse_unknown("methods", [name], types)
-        configs.append(types[name].from_dict(method.get("init_args", {})))  # type: ignore[attr-defined]
+        configs.append(from_entry(types, name, method.get("init_args", {})))
     return configs
