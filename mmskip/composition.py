@@ -7,7 +7,13 @@ Aspects of decoders:
 
 - `tokens` of a block: which tokens of a call it processes (mixture of depths, token reduction);
 - `probe` of a block: its attention is read while it runs (token reduction by attention, fitting routers);
-- `attn` of a self-attention: which attention function it calls.
+- `attn` of a self-attention: which attention function it calls;
+- `order` of a block, `parts` of its attention or MLP: whether and when they run (layer plans);
+- `mlp` of a block and its MLP: the tokens for which the MLP runs (FFN skipping);
+- `update` of a block: the tokens for which its update counts (LAC);
+- `draft` of a block, its attention or MLP: whether they run in a draft (self-speculation);
+- `exit` of a block: the tokens, or samples, for which it still runs (early exit);
+- `weights` of a block: how they are stored (bits).
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,6 +26,9 @@ from mmskip.swap import Change
 
 TOGETHER: frozenset[frozenset[str]] = frozenset({frozenset({"backbone", "skip"})})
 """Pairs of aspects of one module that compose exactly."""
+
+WITH_ALL = frozenset({"weights"})
+"""Aspects that compose exactly with every other: how a block's weights are stored changes nothing of how it runs."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +72,14 @@ def check(config: Any, claims: Sequence[Claim], present: Iterable[tuple[Any, Seq
 
 
 def _conflict(first: Claim, second: Claim) -> bool:
-    return first.module is second.module and (
-        first.aspect == second.aspect
-        or first.site == second.site
-        or (_named(first) and _named(second) and frozenset((first.aspect, second.aspect)) not in TOGETHER)
-    )
+    if first.module is not second.module:
+        return False
+    if first.aspect == second.aspect:
+        return True
+    if WITH_ALL & {first.aspect, second.aspect} or frozenset((first.aspect, second.aspect)) in TOGETHER:
+        return False
+    # a claim without an aspect is of all that the site stands for, and of no other site of the module
+    return (_named(first) and _named(second)) or first.site == second.site
 
 
 def _named(claim: Claim) -> bool:

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from mmskip import families
 from mmskip.config import check_choice, check_count
+from mmskip.hf.plans.block import plan_changes
 from mmskip.hf.probes.residuals import calls_of
 from mmskip.methods.layer_plan import KINDS, LayerPlanConfig, resolve
 from mmskip.registry import applied, apply_, remove_
@@ -79,7 +80,7 @@ def greedy_drops(
             for part, index in left:
                 config = plan_of([*chosen, Drop(part, index, 0.0)], phase, kv)
                 try:
-                    view.plan_changes(resolve(config, view))
+                    plan_changes(view, resolve(config, view))
                 except ValueError as error:
                     refusal = error
                     continue

@@ -1,22 +1,16 @@
 """Family `decoder`: causal language models of transformers, found by structure."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmskip.exits.heads import TiedHead
 from mmskip.families.base import View
 from mmskip.hf.exits.block import ExitRule
 from mmskip.hf.exits.decoder import exit_changes, tied_head
-from mmskip.hf.mlp_skipping import policy_changes, void_changes
-from mmskip.hf.plans.block import plan_changes
-from mmskip.hf.probes.residuals import mlp_cosines
-from mmskip.hf.quantized_blocks import bits_changes, held
 from mmskip.hf.routing.block import RoutedBlock
-from mmskip.hf.speculation.decoding import draft_units, speculation_changes
 from mmskip.hf.streaming.cache import StreamCache
 from mmskip.hf.structure import (
     attention_of,
@@ -28,8 +22,7 @@ from mmskip.hf.structure import (
     windows,
     without_attention,
 )
-from mmskip.plan import DepthPlan
-from mmskip.protocols import STATE, HeldBits, MlpRule, Speculator, VoidRule
+from mmskip.protocols import STATE
 from mmskip.swap import Change
 
 
@@ -176,42 +169,6 @@ class DecoderView(View):
         per_slot = (entry.keys[:, :, :1].numel() + entry.values[:, :, :1].numel()) * entry.keys.element_size()
         return past + length, per_slot * entry.keys.shape[-2], per_slot * stored
 
-    def plan_changes(self, plan: DepthPlan) -> list[Change]:
-        """The changes by which the blocks run as `plan` says.
-
-        Raises:
-            ValueError: the model cannot run this plan exactly.
-        """
-        return plan_changes(self, plan)
-
-    def draft_units(self) -> list[tuple[int | None, int | None]]:
-        """What a draft may leave out: indices of (attention, MLP), None where that runs."""
-        return draft_units(self)
-
-    def speculation_changes(self, speculator: Speculator) -> list[Change]:
-        """The changes by which `generate` decodes by speculation.
-
-        Raises:
-            ValueError: the model cannot roll back.
-        """
-        return speculation_changes(self, speculator)
-
-    def policy_changes(self, rule: MlpRule, chosen: range) -> list[Change]:
-        """The changes by which the MLPs of some blocks are left out as `rule` says.
-
-        Raises:
-            ValueError: a block has no module for its MLP alone.
-        """
-        return policy_changes(self, rule, chosen)
-
-    def void_changes(self, rule: VoidRule) -> list[Change]:
-        """The changes by which what a block did is taken back for the tokens that `rule` calls voids."""
-        return void_changes(self, rule)
-
-    def mlp_cosines(self, model: nn.Module, data: Any, chosen: range, warmup: int) -> Tensor:
-        """Cosines [blocks, tokens] between the states before and after the MLP of some blocks."""
-        return mlp_cosines(self, model, data, chosen, warmup)
-
     def exit_changes(self, rule: ExitRule) -> list[Change]:
         """The changes by which tokens leave the decoder early.
 
@@ -227,18 +184,6 @@ class DecoderView(View):
             ValueError: the output is more than a norm and a projection, or missing.
         """
         return tied_head(self)
-
-    def bits_changes(self, bits: Mapping[int, int], group: int | None, store: str, keep: bool) -> list[Change]:
-        """The changes by which blocks hold their weights in so many bits, by block index.
-
-        Raises:
-            ValueError: a block cannot be served.
-        """
-        return bits_changes(self, bits, group, store, keep)
-
-    def bits_held(self) -> list[HeldBits]:
-        """What the weights of each block take."""
-        return [held(self, index) for index in range(len(self.blocks))]
 
 
 def _flops(products: list[tuple[int, int, int]]) -> float:

@@ -15,7 +15,6 @@ from mmskip.hf.calls import CACHE_NAME, argument_names
 from mmskip.hf.exits.block import BlockState, DecoderExit, EncoderExit, ExitRule, Run
 from mmskip.hf.exits.decoder import check_output, final_norm
 from mmskip.hf.exits.modalities import split_changes
-from mmskip.hf.speculation.early_exit_draft import speculation_changes
 from mmskip.swap import Change
 
 _DECODER_ARGUMENTS = {"hidden_states", "attention_mask", "encoder_hidden_states", CACHE_NAME}
@@ -113,11 +112,6 @@ class EncoderDecoderView(View):
                 "cannot run it apart; use encoder instead of image and text."
             )
         return split_changes(self.root, self.encoder, rules)
-
-    def speculation_changes(self, speculator: Any, exit_after: int) -> list[Change]:
-        """The changes by which `generate` decodes by speculation, with drafts that leave the decoder behind layer
-        `exit_after`."""
-        return speculation_changes(self, speculator, exit_after)
 
 
 def match(model: nn.Module) -> tuple[EncoderDecoderView | None, str]:

@@ -51,6 +51,10 @@ class Scoped(Generic[T]):
         return given[1] if given is not None and given[0] is module else None
 
 
+class StoredError(Exception):
+    """Ends the forward of a block that is called only for its keys and values, once they are stored."""
+
+
 def given_cache(call: Mapping[str, Any]) -> Any:
     """Return the cache among the arguments of a call, or None."""
     return next((call[name] for name in CACHE_ARGUMENTS if call.get(name) is not None), None)

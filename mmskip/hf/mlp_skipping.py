@@ -1,5 +1,6 @@
-"""Leaving out the MLP of a block for the tokens that a rule says are done, or taking back what a block did to tokens
-that it is a void for; attention always runs, so that the cache holds every token.
+"""Skip the MLP of tokens that a rule marks as done, or undo a block's update for tokens it does not change (LAC voids).
+
+Attention always runs, so that the cache holds every token.
 
 Shape suffixes: B batch, T tokens of a call, D width, N tokens whose MLP runs.
 """
@@ -10,22 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmskip.families.base import Site
 from mmskip.hf.calls import given_cache
-from mmskip.hf.structure import added_by, parts_of
+from mmskip.hf.structure import added_by
 from mmskip.protocols import STATE, MlpRule, VoidRule
-from mmskip.swap import Change, bind, bind_call, state_of
+from mmskip.swap import Change, around, bind, bind_call, state_of, states_of, with_states
 from mmskip.tracing import report_slot, report_visit
 
-POLICY_KEY = "mmskip_policy"
+CALL_KEY = "mmskip_tokens"
 
 
 @dataclass
 class MlpState:
-    """What a block and its MLP share in one call.
+    """Shared by a block and its MLP in one call.
 
     Attributes:
-        done_BT: the tokens whose MLP is left out; None: it runs for all.
-        update_BTD: what the MLP, or the norm after it, added.
+        index: of the block.
+        done_BT: True for the tokens whose MLP is skipped; None: it runs for all.
+        update_BTD: output of the MLP, or of the norm after it, which the block adds.
     """
 
     rule: MlpRule
@@ -34,9 +37,9 @@ class MlpState:
     update_BTD: Tensor | None = None
 
 
-class PolicyCall:
-    """What travels from the root to the blocks of one forward: which tokens may be done, and which are; by block, which
-    were when it ran first, so that gradient checkpointing repeats it with these."""
+class MlpCall:
+    """Passed from the root to the blocks of one forward: which tokens may be done, and which are; by block, which were
+    when it first ran, so that gradient checkpointing repeats it with the same ones."""
 
     __slots__ = ("came", "done_BT", "may_BT")
 
@@ -46,11 +49,11 @@ class PolicyCall:
         self.came: dict[int, Tensor] = {}
 
 
-class PolicyRoot(nn.Module):
-    """Mixin of the module that calls the blocks: counts the tokens of each row, padding aside."""
+class MlpSkippingRoot(nn.Module):
+    """Mixin of the module that calls the blocks: count the tokens of each row, without padding."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        rule: MlpRule = state_of(self, PolicyRoot)
+        rule: MlpRule = state_of(self, MlpSkippingRoot)
         bound = bind(self, args, kwargs)
         inputs = bound.get("inputs_embeds")
         inputs = bound.get("input_ids") if inputs is None else inputs
@@ -58,11 +61,11 @@ class PolicyRoot(nn.Module):
             raise ValueError("forward got neither input_ids nor inputs_embeds.")
         cache = given_cache(bound)
         place_BT = _places(inputs, cache, bound, rule.warmup)
-        return super().forward(*args, **kwargs, **{POLICY_KEY: PolicyCall(place_BT >= rule.warmup)})
+        return super().forward(*args, **kwargs, **{CALL_KEY: MlpCall(place_BT >= rule.warmup)})
 
 
 def _places(inputs: Tensor, cache: Any, bound: dict[str, Any], warmup: int) -> Tensor:
-    """The place of each token in its row [B, T], padding aside."""
+    """Return the position of each token in its row [B, T], without padding."""
     batch, length = inputs.shape[:2]
     positions, mask = bound.get("position_ids"), bound.get("attention_mask")
     if positions is not None and positions.dim() == 2:
@@ -78,19 +81,19 @@ def _places(inputs: Tensor, cache: Any, bound: dict[str, Any], warmup: int) -> T
     return (mask.long().cumsum(-1) - 1)[:, -length:].to(inputs.device)
 
 
-class PolicyBlock(nn.Module):
-    """Mixin of a block: leaves out its MLP for tokens that are done, and asks the rule about the others."""
+class MlpSkippingBlock(nn.Module):
+    """Mixin of a block: skip its MLP for tokens that are done, and ask the rule about the others."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        state: MlpState = state_of(self, PolicyBlock)
-        call: PolicyCall
-        call, bound = bind_call(self, POLICY_KEY, f"block.{state.index} got no tokens", args, kwargs)
+        state: MlpState = state_of(self, MlpSkippingBlock)
+        call: MlpCall
+        call, bound = bind_call(self, CALL_KEY, f"block.{state.index} got no tokens", args, kwargs)
         x_BTD = bound.pop("hidden_states")
         done_BT = call.came.setdefault(state.index, call.done_BT).to(x_BTD.device)
         state.done_BT = done_BT
         try:
             output = super().forward(x_BTD, **bound)
-            y_BTD = output[0] if isinstance(output, tuple) else output
+            y_BTD = states_of(output)
             assert state.update_BTD is not None
             now_BT = state.rule.done(y_BTD - state.update_BTD, y_BTD) & call.may_BT.to(x_BTD.device)
         finally:
@@ -102,15 +105,15 @@ class PolicyBlock(nn.Module):
         return output
 
 
-class PolicyMlp(nn.Module):
-    """Mixin of the MLP of a block: runs on the tokens that are not done, and adds nothing to the others."""
+class SkippedMlp(nn.Module):
+    """Mixin of the MLP of a block: run on the tokens that are not done, and add nothing to the others."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        state: MlpState = state_of(self, PolicyMlp)
+        state: MlpState = state_of(self, SkippedMlp)
         x_BTD = args[0] if args else next(iter(kwargs.values()))
         if state.done_BT is None or not bool(state.done_BT.any()):
             output = super().forward(*args, **kwargs)
-            state.update_BTD = output[0] if isinstance(output, tuple) else output
+            state.update_BTD = states_of(output)
             return output
         update_BTD = torch.zeros_like(x_BTD)
         rest: tuple[None, ...] = ()
@@ -123,41 +126,43 @@ class PolicyMlp(nn.Module):
         return (update_BTD, *rest) if rest else update_BTD
 
 
-class PolicyAdded(nn.Module):
-    """Mixin of the norm after an MLP, whose output is what the block adds."""
+class AddedByMlp(nn.Module):
+    """Mixin of the norm after an MLP: its output is what the block adds."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        state: MlpState = state_of(self, PolicyAdded)
+        state: MlpState = state_of(self, AddedByMlp)
         state.update_BTD = super().forward(*args, **kwargs)
         return state.update_BTD
 
 
-def policy_changes(view: Any, rule: MlpRule, chosen: range) -> list[Change]:
-    """The changes by which the MLPs of the blocks `chosen` are left out as `rule` says.
+def mlp_changes(view: Any, rule: MlpRule, chosen: range) -> list[Change]:
+    """Build the changes by which the MLPs of the blocks `chosen` are skipped as `rule` says.
 
     Raises:
-        ValueError: a block has no module for its MLP alone, or one that returns more than its output.
+        ValueError: a block has no module for its MLP alone, or no attention.
     """
     changes = []
-    for index in chosen:
-        block = view.blocks[index]
-        _, mlp = parts_of(block)
-        if mlp is None or view.kinds[index] == STATE:
+    mlps = {site.index: site for site in view.sites("mlp")}
+    for block in view.sites("block"):
+        if block.index not in chosen:
+            continue
+        if block.index not in mlps or view.kinds[block.index] == STATE:
             raise ValueError(
-                f"{view.site(index)} ({type(block).__name__}) has no attention and a single module for its MLP; this "
-                "policy does not apply to it."
+                f"{block.name} ({type(block.module).__name__}) lacks an attention, or a single module for its MLP; its "
+                "MLP cannot be skipped."
             )
-        state = MlpState(rule, index)
-        changes.append(Change(view.site(index), block, PolicyBlock, state))
-        changes.append(Change(f"{view.site(index)}.mlp", mlp, PolicyMlp, state))
-        if (added := added_by(block)) is not mlp:
-            changes.append(Change(f"{view.site(index)}.mlp_norm", added, PolicyAdded, state))
-    return [*changes, Change("decoder", view.root, PolicyRoot, rule)]
+        mlp, state = mlps[block.index], MlpState(rule, block.index)
+        changes.append(around(block, MlpSkippingBlock, state, "mlp"))
+        changes.append(around(mlp, SkippedMlp, state, "mlp"))
+        if (added := added_by(block.module)) is not mlp.module:
+            norm = Site(f"{block.name}.mlp_norm", "norm", added, block.index)
+            changes.append(around(norm, AddedByMlp, state, "mlp"))
+    return [*changes, Change("decoder", view.root, MlpSkippingRoot, rule)]
 
 
 class VoidCall:
-    """What travels through the blocks of one forward: what the rule remembers of each token; by block, what it did when
-    the block ran first, so that gradient checkpointing repeats it with that."""
+    """Passed through the blocks of one forward: the rule's memory of each token; by block, the memory when it first
+    ran, so that gradient checkpointing repeats it with the same one."""
 
     __slots__ = ("came", "memory")
 
@@ -170,26 +175,25 @@ class VoidRoot(nn.Module):
     """Mixin of the module that calls the blocks."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(*args, **kwargs, **{POLICY_KEY: VoidCall()})
+        return super().forward(*args, **kwargs, **{CALL_KEY: VoidCall()})
 
 
 class VoidBlock(nn.Module):
-    """Mixin of a block: it runs, and what it did to tokens it is a void for is taken back."""
+    """Mixin of a block: run it, then undo its update for the tokens that it is a void for."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         rule, index = state_of(self, VoidBlock)
         call: VoidCall
-        call, bound = bind_call(self, POLICY_KEY, f"block.{index} got no tokens", args, kwargs)
+        call, bound = bind_call(self, CALL_KEY, f"block.{index} got no tokens", args, kwargs)
         x_BTD = bound.pop("hidden_states")
         output = super().forward(x_BTD, **bound)
-        y_BTD = output[0] if isinstance(output, tuple) else output
+        y_BTD = states_of(output)
         memory = call.came.setdefault(index, call.memory)
         void_BT, call.memory = rule.voids(x_BTD.detach(), y_BTD.detach(), memory)
-        y_BTD = torch.where(void_BT[..., None], x_BTD, y_BTD)
-        return (y_BTD, *output[1:]) if isinstance(output, tuple) else y_BTD
+        return with_states(output, torch.where(void_BT[..., None], x_BTD, y_BTD))
 
 
 def void_changes(view: Any, rule: VoidRule) -> list[Change]:
-    """The changes by which the update of a block is taken back for the tokens that `rule` calls voids."""
-    changes = [Change(view.site(index), block, VoidBlock, (rule, index)) for index, block in enumerate(view.blocks)]
+    """Build the changes by which a block's update is undone for the tokens that `rule` calls voids."""
+    changes = [around(site, VoidBlock, (rule, site.index), "update") for site in view.sites("block")]
     return [*changes, Change("decoder", view.root, VoidRoot, rule)]

@@ -1,5 +1,6 @@
-"""Blocks whose linear layers hold weights of few bits. The original weights are kept aside, so that the block can be
-given back as it was; or they are freed, and it cannot.
+"""Hold the weights of a block's linear layers in few bits.
+
+The original weights are kept in memory, so that the block can be restored; or they are freed, and it cannot.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,27 +10,44 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmskip.ops.quantize import check_bits, quantize_, stored_bytes
-from mmskip.protocols import HeldBits
-from mmskip.swap import Change, state_of
+from mmskip.swap import Change, around, state_of
 
 _NOT_OURS = ("lora_", "mmskip_")
-"""Parts of names of layers that others added to a block, which stay as they are."""
-
-
+"""Substrings in the names of layers that others added to a block, which are not quantized."""
 _SMALL = (nn.Embedding, nn.Conv1d)
-"""Modules whose weights are few, and stay as they are."""
+"""Modules of few weights, which are not quantized."""
+
+
+@dataclass(frozen=True)
+class HeldBits:
+    """The weights of a block's linear layers.
+
+    Attributes:
+        bits: per weight; None: not quantized.
+        weights: how many.
+        stored_bytes: their size now, scales included.
+        original_bytes: their size before quantization.
+        kept_bytes: size of the original weights that are still in memory.
+    """
+
+    bits: int | None
+    weights: int
+    stored_bytes: int
+    original_bytes: int
+    kept_bytes: int
 
 
 @dataclass
 class BitsState:
-    """What a quantized block holds.
+    """State of a quantized block.
 
     Attributes:
-        layers: its linear layers by name; peft may wrap them later, so that the names then lead to its layers.
+        bits, group, store, keep: as in `LayerBitsConfig`.
+        layers: its linear layers by name; peft may wrap them later, and the names then lead to peft's layers.
         weights: how many numbers these hold.
-        original_bytes: that they took before.
-        originals: by name; empty where they were freed.
-        trained: the parameters of the block beside these weights that took gradients before.
+        original_bytes: their size before quantization.
+        originals: the original weights by name; empty where they were freed.
+        trained: the block's other parameters that took gradients before.
     """
 
     bits: int
@@ -44,10 +62,10 @@ class BitsState:
 
 
 class BitsBlock(nn.Module):
-    """Mixin of a block with quantized weights; its forward is its own."""
+    """Mixin of a block with quantized weights; its forward does not change."""
 
     def mmskip_begin(self) -> None:
-        """Quantize."""
+        """Quantize the weights."""
         state: BitsState = state_of(self, BitsBlock)
         state.originals = {name: layer.weight for name, layer in state.layers.items()}  # type: ignore[misc]
         own = {id(weight) for weight in state.originals.values()}
@@ -55,31 +73,30 @@ class BitsBlock(nn.Module):
         quantize_(dict.fromkeys(state.layers, state.bits), self, state.group, state.store)
 
     def mmskip_settle(self) -> None:
-        """Free the original weights, if they are not to be kept."""
+        """Free the original weights unless they are to be kept."""
         state: BitsState = state_of(self, BitsBlock)
         if not state.keep:
             state.originals = {}
 
     def mmskip_check_end(self) -> None:
-        """Raise RuntimeError if the weights cannot be given back."""
+        """Raise RuntimeError if the weights cannot be restored."""
         state: BitsState = state_of(self, BitsBlock)
         if not state.originals:
             raise RuntimeError(
-                "the original weights were freed (keep_original=False), so the model cannot be given back as it was; "
-                "load it anew."
+                "the original weights were freed (keep_original=False), so the model cannot be restored; load it again."
             )
         inside = set(self.modules())
         lost = [name for name, layer in state.layers.items() if layer not in inside]
         if lost:
             raise RuntimeError(
                 f"{', '.join(lost)} of {type(self).__name__} were replaced by another tool after mmskip, so their "
-                "weights cannot be given back; undo that first."
+                "weights cannot be restored; undo that first."
             )
 
     def mmskip_end(self) -> None:
-        """Give the weights back."""
+        """Restore the weights."""
         state: BitsState = state_of(self, BitsBlock)
-        # few bits take no gradients, so that what peft froze since shows beside them
+        # quantized weights take no gradients, so whether peft froze the block since shows in its other parameters
         frozen = bool(state.trained) and not any(parameter.requires_grad for parameter in state.trained)
         for name, weight in state.originals.items():
             if frozen or self.get_submodule(name) is not state.layers[name]:
@@ -88,7 +105,7 @@ class BitsBlock(nn.Module):
 
 
 def _weights(block: nn.Module) -> Iterator[tuple[str, str, nn.Module, Any]]:
-    """The weights that a block multiplies by, without what others added: name and kind of the module, its weight."""
+    """Yield the weights that a block multiplies by, without those others added: (module name, key, module, weight)."""
     for name, module in block.named_modules():
         if any(part in name for part in _NOT_OURS) or isinstance(module, _SMALL):
             continue
@@ -101,7 +118,7 @@ def _weights(block: nn.Module) -> Iterator[tuple[str, str, nn.Module, Any]]:
 
 
 def linears(view: Any, index: int) -> dict[str, nn.Linear]:
-    """The linear layers of a block by name, without what others added.
+    """Return the linear layers of a block by name, without those others added.
 
     Raises:
         ValueError: the block multiplies by weights that are no `nn.Linear`, or that are quantized already.
@@ -123,13 +140,17 @@ def linears(view: Any, index: int) -> dict[str, nn.Linear]:
 
 
 def bits_changes(view: Any, bits: Mapping[int, int], group: int | None, store: str, keep: bool) -> list[Change]:
-    """The changes by which blocks hold their weights in so many bits, by block index.
+    """Build the changes by which blocks hold their weights in few bits.
+
+    Args:
+        bits: per weight, by block index.
+        group, store, keep: as in `LayerBitsConfig`.
 
     Raises:
         ValueError: a block cannot be served, the group does not divide the inputs of a layer, or torchao cannot store
             such weights on the device and in the dtype of the blocks.
     """
-    changes, places = [], set()
+    changes, places, sites = [], set(), view.sites("block")
     for index, width in bits.items():
         layers = linears(view, index)
         for name, layer in layers.items():
@@ -142,14 +163,14 @@ def bits_changes(view: Any, bits: Mapping[int, int], group: int | None, store: s
         places |= {(width, weight.device, weight.dtype) for weight in weights}
         count, size = sum(w.numel() for w in weights), sum(w.nbytes for w in weights)
         state = BitsState(width, group, store, keep, layers, count, size)
-        changes.append(Change(f"{view.site(index)}.bits", view.blocks[index], BitsBlock, state))
+        changes.append(around(sites[index], BitsBlock, state, "weights"))
     for width, device, dtype in sorted(places, key=str):
         check_bits(width, group, store, device, dtype)
     return changes
 
 
 def held(view: Any, index: int) -> HeldBits:
-    """What the weights of a block take."""
+    """Measure the weights of a block."""
     block = view.blocks[index]
     if not isinstance(block, BitsBlock):
         plain = [weight for _, _, _, weight in _weights(block)]

@@ -19,7 +19,7 @@ from mmskip import families
 from mmskip.calibration.importance import ImportanceTable, fingerprint
 from mmskip.config import MethodConfig, check_choice, check_count
 from mmskip.ops.quantize import STORES
-from mmskip.protocols import BitsView, HeldBits
+from mmskip.protocols import BlockView
 from mmskip.registry import Applied, register
 from mmskip.reporting import MethodReport, register_report
 from mmskip.swap import Change
@@ -146,13 +146,21 @@ def report(model: nn.Module) -> BitsReport:
     Raises:
         ValueError: it carries none.
     """
-    found = families.find(model, ("decoder", "vlm")).bits_held()
+    found = _blocks(model)
     if all(block.bits is None for block in found):
         raise ValueError(f"no LayerBitsConfig is applied to this {type(model).__name__}, or it leaves all as it is.")
     return _held(found)
 
 
-def _held(found: Sequence[HeldBits]) -> BitsReport:
+def _blocks(model: nn.Module) -> list[Any]:
+    """Measure the weights of each block, see `mmskip.hf.quantized_blocks.HeldBits`."""
+    from mmskip.hf.quantized_blocks import held
+
+    view = families.find(model, ("decoder", "vlm"))
+    return [held(view, index) for index in range(len(view.blocks))]
+
+
+def _held(found: Sequence[Any]) -> BitsReport:
     widths = [8 * block.original_bytes // block.weights if block.bits is None else block.bits for block in found]
     ideal = sum(width * block.weights for width, block in zip(widths, found, strict=True))
     return BitsReport(
@@ -168,11 +176,11 @@ def _held(found: Sequence[HeldBits]) -> BitsReport:
 @register_report(LayerBitsConfig)
 def bits_report(record: Applied, model: nn.Module) -> BitsReport:
     """The report of one LayerBitsConfig."""
-    return _held(families.find(model, ("decoder", "vlm")).bits_held())
+    return _held(_blocks(model))
 
 
 @register(LayerBitsConfig, "decoder", "vlm")
-def quantize_blocks(config: LayerBitsConfig, view: BitsView) -> list[Change]:
+def layer_bits_decoder(config: LayerBitsConfig, view: BlockView) -> list[Change]:
     """The changes by which the blocks of a decoder hold weights of few bits."""
     if config.made_for not in (None, fingerprint(view)):
         raise ValueError(
@@ -182,4 +190,6 @@ def quantize_blocks(config: LayerBitsConfig, view: BitsView) -> list[Change]:
     if len(config.bits) != len(view.blocks):
         raise ValueError(f"bits has {len(config.bits)} numbers; this model has {len(view.blocks)} blocks.")
     chosen = {index: width for index, width in enumerate(config.bits) if width != PLAIN}
-    return view.bits_changes(chosen, config.group, config.store, config.keep_original)
+    from mmskip.hf.quantized_blocks import bits_changes
+
+    return bits_changes(view, chosen, config.group, config.store, config.keep_original)

@@ -18,7 +18,7 @@ from mmskip import families
 from mmskip.calibration.importance import ImportanceTable, fingerprint
 from mmskip.config import MethodConfig, check_choice, check_count
 from mmskip.plan import PHASES, DepthPlan, Visit
-from mmskip.protocols import PlanView
+from mmskip.protocols import CountedView
 from mmskip.registry import Applied, register
 from mmskip.reporting import MethodReport, register_report
 from mmskip.swap import Change
@@ -219,7 +219,7 @@ def evenly(layers: int, kept: int) -> tuple[int, ...]:
     return tuple(round(i * (layers - 1) / (kept - 1)) for i in range(kept))
 
 
-def decode_flops(view: PlanView, visits: Sequence[Visit], fill: bool = False, keys: int = CONTEXT) -> float:
+def decode_flops(view: CountedView, visits: Sequence[Visit], fill: bool = False, keys: int = CONTEXT) -> float:
     """FLOPs of decoding one token by a plan with so many keys, output head included."""
     total = view.head_flops()
     for visit in visits:
@@ -231,11 +231,11 @@ def decode_flops(view: PlanView, visits: Sequence[Visit], fill: bool = False, ke
     return total + (sum(view.block_flops(i, "fill", keys) for i in left_out) if fill else 0.0)
 
 
-def _full(view: PlanView) -> list[Visit]:
+def _full(view: CountedView) -> list[Visit]:
     return [Visit(index) for index in range(len(view.blocks))]
 
 
-def _balanced(view: PlanView, speedup: float, fill: bool) -> tuple[int, ...]:
+def _balanced(view: CountedView, speedup: float, fill: bool) -> tuple[int, ...]:
     dense, count = decode_flops(view, _full(view)), len(view.blocks)
     plans = [evenly(count, kept) for kept in range(2, count + 1)]
     gains = [dense / decode_flops(view, [Visit(i) for i in plan], fill) for plan in plans]
@@ -249,7 +249,7 @@ def _balanced(view: PlanView, speedup: float, fill: bool) -> tuple[int, ...]:
     return plans[min(range(len(plans)), key=lambda i: abs(gains[i] - speedup))]
 
 
-def resolve(config: LayerPlanConfig, view: PlanView) -> DepthPlan:
+def resolve(config: LayerPlanConfig, view: CountedView) -> DepthPlan:
     """The plan of a config for a model.
 
     Raises:
@@ -319,7 +319,7 @@ def report(model: nn.Module, config: LayerPlanConfig) -> PlanReport:
     return _report(config, families.find(model, ("decoder", "vlm")))
 
 
-def _report(config: LayerPlanConfig, view: PlanView) -> PlanReport:
+def _report(config: LayerPlanConfig, view: CountedView) -> PlanReport:
     plan = resolve(config, view)
     dense = decode_flops(view, _full(view))
     order = tuple(visit.block for visit in plan.visits)
@@ -342,9 +342,11 @@ def plan_report(record: Applied, model: nn.Module) -> PlanReport:
 
 
 @register(LayerPlanConfig, "decoder", "vlm")
-def plan_decoder(config: LayerPlanConfig, view: PlanView) -> list[Change]:
+def layer_plan_decoder(config: LayerPlanConfig, view: CountedView) -> list[Change]:
     """The changes by which a decoder runs by a plan."""
-    changes = view.plan_changes(resolve(config, view))
+    from mmskip.hf.plans.block import plan_changes
+
+    changes = plan_changes(view, resolve(config, view))
     if config.rule == "unified":
         _log.info("%s", _report(config, view))
     return changes

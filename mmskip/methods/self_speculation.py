@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmskip.config import MethodConfig, check_choice, check_count, check_ratio
 from mmskip.methods.layer_plan import CONTEXT
-from mmskip.protocols import PlanView
+from mmskip.protocols import CountedView
 from mmskip.registry import Applied, applied, apply_, register, remove_
 from mmskip.reporting import MethodReport, register_report
 from mmskip.swap import Change, states
@@ -306,12 +306,15 @@ def gaussian_process_proposal(
 
 
 @register(SelfSpeculationConfig, "decoder")
-def speculate(config: SelfSpeculationConfig, view: PlanView) -> list[Change]:
+def self_speculation_decoder(config: SelfSpeculationConfig, view: CountedView) -> list[Change]:
     """The changes by which a decoder decodes by speculation."""
+    from mmskip.hf.speculation.draft import draft_units
+    from mmskip.hf.speculation.generator import speculation_changes
+
     if config.search == "bayes":
         check_installed("search", "sklearn", "search='bayes' (not search='random')")
     count = len(view.blocks)
-    units: list[Unit] = view.draft_units()
+    units: list[Unit] = draft_units(view)
     if config.exit_after is not None:
         if config.exit_after >= count:
             raise ValueError(f"exit_after is {config.exit_after}; this model has {count} blocks, drafts need fewer.")
@@ -325,12 +328,14 @@ def speculate(config: SelfSpeculationConfig, view: PlanView) -> list[Change]:
             parts = ((attn, "attn"), (mlp, "mlp"))
             cost = sum(view.block_flops(index, part, CONTEXT) for index, part in parts if index is not None)
         costs.append(cost / total)
-    return view.speculation_changes(Speculation(config, units, costs))
+    return speculation_changes(view, Speculation(config, units, costs))
 
 
 @register(SelfSpeculationConfig, "encoder_decoder")
-def speculate_early(config: SelfSpeculationConfig, view: Any) -> list[Change]:
+def self_speculation_encoder_decoder(config: SelfSpeculationConfig, view: Any) -> list[Change]:
     """The changes by which an encoder-decoder decodes by speculation: drafts leave its decoder early."""
+    from mmskip.hf.speculation.early_exit_draft import speculation_changes
+
     if view.generator is None:
         raise ValueError(
             f"{type(view.root).__name__} has no output projection, which drafts need; apply to the model that has it "
@@ -352,7 +357,7 @@ def speculate_early(config: SelfSpeculationConfig, view: Any) -> list[Change]:
     total = sum(sizes) + view.generator.get_output_embeddings().weight.numel()
     units: list[Unit] = [(index, index) for index in range(config.exit_after, count)]
     speculator = Speculation(config, units, [sizes[index] / total for index in range(config.exit_after, count)])
-    return view.speculation_changes(speculator, config.exit_after)
+    return speculation_changes(view, speculator, config.exit_after)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch.nn.functional import cosine_similarity
 from mmskip import families
 from mmskip.calibration.importance import LAC_ALPHA, fingerprint, lac_voids
 from mmskip.config import MethodConfig, check_choice, check_count
-from mmskip.protocols import PolicyView
+from mmskip.protocols import BlockView
 from mmskip.registry import applied, register
 from mmskip.swap import Change
 
@@ -83,13 +83,15 @@ class SkipPolicyConfig(MethodConfig):
             ValueError: the cosine does not rise through the stack (no saturation), no threshold leaves out as much, or
                 the blocks are not built as a residual with a feed-forward added last.
         """
+        from mmskip.hf.probes.residuals import mlp_cosines
+
         if not 0 < share < 1:
             raise ValueError(f"share is {share!r}; expected a number in (0, 1).")
         view = families.find(model, ("decoder",))
         if applied(model):
             raise ValueError(f"calibration needs the untouched model, but it carries {applied(model)}; remove_ that.")
         chosen = _chosen(len(view.blocks), cold_first, cold_last)
-        cosines_LN = view.mlp_cosines(model, data, chosen, warmup)
+        cosines_LN = mlp_cosines(view, model, data, chosen, warmup)
         means = cosines_LN.mean(1)
         rise = _spearman(means)
         if rise < 0.5:
@@ -158,14 +160,16 @@ class LacRule:
 
 
 @register(SkipPolicyConfig, "decoder")
-def skip_by_token(config: SkipPolicyConfig, view: PolicyView) -> list[Change]:
+def skip_by_token(config: SkipPolicyConfig, view: BlockView) -> list[Change]:
     """The changes by which a decoder leaves out what a policy says, token by token."""
+    from mmskip.hf.mlp_skipping import mlp_changes, void_changes
+
     if config.policy == "lac":
-        return view.void_changes(LacRule(config.alpha))
+        return void_changes(view, LacRule(config.alpha))
     if config.made_for != fingerprint(view):
         raise ValueError(
             f"the policy was calibrated on {config.made_for or 'no model'}; this one is {fingerprint(view)}. Use "
             "SkipPolicyConfig.calibrated(model, data)."
         )
     chosen = _chosen(len(view.blocks), config.cold_first, config.cold_last)
-    return view.policy_changes(SaturationRule(config.threshold, config.warmup), chosen)
+    return mlp_changes(view, SaturationRule(config.threshold, config.warmup), chosen)

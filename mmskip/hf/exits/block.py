@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
-from mmskip.hf.calls import CACHE_NAME, PER_TOKEN_ARGUMENTS
+from mmskip.hf.calls import CACHE_NAME, PER_TOKEN_ARGUMENTS, StoredError
 from mmskip.hf.exits.cache import (
     ExitLayer,
     PerToken,
-    StoredError,
     capture,
     exit_layer,
     last_entries,

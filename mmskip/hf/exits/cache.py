@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
+from mmskip.hf.calls import StoredError
+
 PerToken = dict[str, Any]
 """Arguments of a block that hold a value per token: tensors [B, T, ...] or tuples of them."""
 
@@ -160,10 +162,6 @@ def exit_layer(cache: Any, index: int) -> DynamicLayer:
 
 
 # --- stand-ins for a cache ------------------------------------------------------------------------------------------
-
-
-class StoredError(Exception):
-    """Raised behind the cache update of a block that is only called for its keys and values."""
 
 
 class _Capture(DynamicLayer):

@@ -1,11 +1,10 @@
-"""Running the blocks of a transformers decoder by a plan: left out, in part, again, or in another order.
+"""Run the blocks of a transformers decoder by a plan: drop, shorten, repeat or reorder them.
 
-A block keeps its place in the model's loop (its *slot*). A visit of block j runs in the slot of the largest block
-visited so far, so that the mask and positions the model hands block j are known by then, whatever the order.
+A block keeps its place in the model's loop (its *slot*). A visit of block j runs in the slot of the highest block
+visited so far: by then the model has passed the mask and positions of block j, whatever the order.
 
-Each visit has an entry of its own in the cache. transformers reads lengths and mask sizes from the first entry of each
-attention type, so plans that store nothing for what they leave out number the entries anew where that one would stay
-empty.
+Each visit has its own cache entry. transformers reads lengths and mask sizes from the first entry of each attention
+type, so a plan that stores nothing for what it leaves out renumbers the entries where that one would stay empty.
 
 Shape suffixes: B batch, T tokens of a call, D width.
 """
@@ -20,27 +19,32 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
-from mmskip.hf.calls import CACHE_ARGUMENTS, generate_arguments, given_cache, only_new_tokens
+from mmskip.hf.calls import StoredError, generate_arguments, given_cache, only_new_tokens
 from mmskip.hf.plans.cache_entries import check_plan, entries_of
+from mmskip.hf.plans.parts import (
+    DROP,
+    FILL,
+    MIX,
+    RUN,
+    PlannedPart,
+    part_sites,
+    part_state,
+    with_entry,
+)
 from mmskip.hf.streaming.cache import StreamCache
-from mmskip.hf.structure import parts_of, returned_values
+from mmskip.hf.structure import parts_of
 from mmskip.plan import DepthPlan, Visit
 from mmskip.protocols import STATE
-from mmskip.swap import Change, bind, bind_call, state_of
+from mmskip.swap import Change, around, bind, bind_call, state_of, states_of
 from mmskip.tracing import report_slot, report_visit
 
 PLAN_KEY = "mmskip_plan"
-
-
-RUN, DROP, FILL, MIX = "run", "drop", "fill", "mix"
-
-
 _decode_start: ContextVar[tuple[nn.Module, int] | None] = ContextVar("mmskip_decode_start", default=None)
 
 
 @contextmanager
 def decode_from(root: nn.Module, start: int) -> Iterator[None]:
-    """Calls of `root` inside treat tokens from slot `start` of the cache on as decoded, those before as prompt."""
+    """Treat tokens from cache slot `start` on as decoded, those before as prompt, in calls of `root` inside."""
     token = _decode_start.set((root, start))
     try:
         yield
@@ -53,11 +57,13 @@ class SlotState:
     """What a planned block does in its slot.
 
     Attributes:
+        index, site: of the block.
+        blocks: all blocks of the model.
         visits: the visits that run here, with their cache entries (None: it stores nothing).
         fills: whether keys and values are stored for attentions that are left out.
-        dropped: whether no visit of the plan is of this block.
+        dropped: whether the plan never visits this block.
         keeps: whether the arguments of the call are kept for visits in later slots.
-        entry_windows: per cache entry, the sliding window or None: entries beyond the model's blocks are made by it.
+        entry_windows: per cache entry, the sliding window or None; used to create entries beyond the model's blocks.
     """
 
     index: int
@@ -71,24 +77,14 @@ class SlotState:
 
 
 @dataclass
-class PartState:
-    """Whether the attention or MLP of a block runs in the visit under way.
+class PlanRootState:
+    """State of `PlannedRoot`.
 
     Attributes:
-        returns: how many values its `forward` returns as a tuple; 0: a tensor.
-        mode: it runs, adds nothing, adds nothing but stores keys and values, or adds nothing for some tokens.
-        planned_T: BoolTensor [T] of mode `MIX`, True for the tokens it adds nothing to.
+        claimed: indices of the blocks that the plan changes.
+        grows: whether the plan needs more cache entries than the model has blocks.
+        checked: whether all claimed blocks have been seen to run.
     """
-
-    block: int
-    returns: int
-    mode: str = RUN
-    planned_T: Tensor | None = None
-
-
-@dataclass
-class PlanRootState:
-    """What the module that calls the blocks needs to know."""
 
     plan: DepthPlan
     claimed: frozenset[int]
@@ -97,7 +93,7 @@ class PlanRootState:
 
 
 class PlanCall:
-    """What travels from the root to the planned blocks of one forward."""
+    """Passed from the root to the planned blocks of one forward."""
 
     __slots__ = ("arguments", "length", "planned", "planned_T", "ran", "start")
 
@@ -107,31 +103,8 @@ class PlanCall:
         self.ran: set[int] = set()
 
 
-class _StoredError(Exception):
-    """Ends a forward as soon as keys and values are stored."""
-
-
-class EntryCache:
-    """A cache whose `update` writes one given entry, and may end the forward there."""
-
-    def __init__(self, cache: Any, entry: int, stop: bool) -> None:
-        self._cache, self._entry, self._stop = cache, entry, stop
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Store in the given entry whatever `layer_idx` says."""
-        stored = self._cache.update(key_states, value_states, self._entry, *args, **kwargs)
-        if self._stop:
-            raise _StoredError
-        return stored
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_cache":
-            raise AttributeError(name)
-        return getattr(self._cache, name)
-
-
 class PlannedRoot(nn.Module):
-    """Mixin of the module that calls the blocks: tells them which tokens are prompt and which are decoded."""
+    """Mixin of the module that calls the blocks: tells prompt tokens from decoded ones."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state: PlanRootState = state_of(self, PlannedRoot)
@@ -186,7 +159,7 @@ def _check_cache(cache: Any, state: PlanRootState) -> None:
 
 
 class PlannedBlock(nn.Module):
-    """Mixin of a block: runs the visits of its slot."""
+    """Mixin of a block: run the visits of its slot."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state: SlotState = state_of(self, PlannedBlock)
@@ -212,19 +185,13 @@ class PlannedBlock(nn.Module):
 
 
 def _mixed(block: nn.Module, state: SlotState, call: PlanCall, bound: dict[str, Any], x_BTD: Tensor) -> Tensor:
-    """A call with prompt and decoded tokens: the block runs on all of them, which stores all keys and values, and the
-    planned ones get what the plan leaves of its update."""
+    """Run a call that holds prompt and decoded tokens: the block runs on all of them, so that all keys and values are
+    stored; planned tokens keep only the parts of the update that the plan runs."""
     if state.visits:
         return _visit(block, state, call, bound, x_BTD, state.visits[0][0], state.index)
     y_BTD = _visit(block, state, call, bound, x_BTD, Visit(state.index), state.index)
     assert call.planned_T is not None
     return torch.where(call.planned_T[None, :, None], x_BTD, y_BTD)
-
-
-def _with_entry(bound: dict[str, Any], entry: int, stop: bool = False) -> dict[str, Any]:
-    """The arguments with a cache that writes `entry`."""
-    given = [name for name in CACHE_ARGUMENTS if bound.get(name) is not None]
-    return {**bound, **{name: EntryCache(bound[name], entry, stop) for name in given}}
 
 
 def _visit(
@@ -240,7 +207,7 @@ def _visit(
     if cache is not None and entry is not None:
         _prepare_entry(cache, state, call, entry)
     moved = entry is not None and entry != visit.block
-    arguments = _with_entry(bound, entry) if moved and entry is not None else bound
+    arguments = with_entry(bound, entry) if moved and entry is not None else bound
     y_BTD = _run(block, state, call, arguments, x_BTD, visit)
     whole = call.planned_T is not None
     fills = state.fills and cache is not None and not (visit.attn or whole)
@@ -266,25 +233,25 @@ def _run(
     finally:
         for part, _ in parts:
             part.mode, part.planned_T = RUN, None
-    return output[0] if isinstance(output, tuple) else output
+    return states_of(output)
 
 
 def _fill(block: nn.Module, state: SlotState, call: PlanCall, bound: dict[str, Any], x_BTD: Tensor) -> None:
-    """Store the keys and values of tokens that pass the block by."""
+    """Store the keys and values of tokens that skip the block."""
     cache = given_cache(bound)
     if cache is None:
         return
     _prepare_entry(cache, state, call, state.index)
     try:
-        super(PlannedBlock, block).forward(x_BTD, **_with_entry(bound, state.index, stop=True))  # type: ignore[misc]
-    except _StoredError:
+        super(PlannedBlock, block).forward(x_BTD, **with_entry(bound, state.index, stop=True))  # type: ignore[misc]
+    except StoredError:
         report_visit(state.index, x_BTD, False, False, True, cache, state.index)
         return
     raise RuntimeError(f"{state.site} stored no keys and values; use kv='compact'.")
 
 
 def _prepare_entry(cache: Any, state: SlotState, call: PlanCall, entry: int) -> None:
-    """Make room for a visit beyond the model's blocks, and check that its entry holds all tokens before the call."""
+    """Create cache entries for visits beyond the model's blocks, and check that the entry holds all earlier tokens."""
     while cache.layer_class_to_replicate is None and len(cache.layers) <= entry:
         window = state.entry_windows[len(cache.layers)]
         cache.layers.append(DynamicLayer() if window is None else DynamicSlidingWindowLayer(sliding_window=window))
@@ -294,41 +261,13 @@ def _prepare_entry(cache: Any, state: SlotState, call: PlanCall, entry: int) -> 
     if held != call.start:
         raise RuntimeError(
             f"entry {entry} of the cache holds {held} tokens, the stream {call.start}: it was filled without this "
-            "plan, or by decoding with kv='compact', which stores nothing for blocks left out. Use a fresh cache, or "
-            "kv='fill'."
+            "plan, or by decoding with kv='compact', which stores nothing for blocks left out. Use a fresh "
+            "cache, or kv='fill'."
         )
 
 
-class PlannedPart(nn.Module):
-    """Mixin of the attention or MLP of a block: adds nothing in the visits that leave it out."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        state: PartState = state_of(self, PlannedPart)
-        if state.mode == RUN:
-            return super().forward(*args, **kwargs)
-        if state.mode == MIX:
-            output = super().forward(*args, **kwargs)
-            y_BTD = output[0] if isinstance(output, tuple) else output
-            assert state.planned_T is not None
-            y_BTD = y_BTD.masked_fill(state.planned_T[None, :, None], 0)
-            return (y_BTD, *output[1:]) if isinstance(output, tuple) else y_BTD
-        bound = bind(self, args, kwargs)
-        x_BTD = args[0] if args else bound["hidden_states"]
-        if state.mode == FILL and getattr(self, "layer_idx", None) is not None:
-            cache = given_cache(bound)
-            entry = cache._entry if isinstance(cache, EntryCache) else state.block
-            try:
-                super().forward(**_with_entry(bound, entry, stop=True))
-            except _StoredError:
-                pass
-            else:
-                raise RuntimeError(f"the attention of block {state.block} stored no keys and values; use kv='compact'.")
-        zero = torch.zeros_like(x_BTD)
-        return (zero, *[None] * (state.returns - 1)) if state.returns else zero
-
-
 class PlannedGenerator(nn.Module):
-    """Mixin of a module with `generate`: tells the decoder where its prompt ends."""
+    """Mixin of a module with `generate`: mark where the prompt ends."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         generate: Any = super().generate  # type: ignore[misc]
@@ -345,36 +284,30 @@ class PlannedGenerator(nn.Module):
 
 
 def plan_changes(view: Any, plan: DepthPlan) -> list[Change]:
-    """The changes by which a decoder runs its blocks as `plan` says.
+    """Build the changes by which a decoder runs its blocks as `plan` says.
 
     Raises:
-        ValueError: the plan does not fit the model.
+        ValueError: the model cannot run this plan exactly.
     """
-    kinds, count = view.kinds, len(view.blocks)
+    count = len(view.blocks)
     if isinstance(view.root, PlannedRoot):
         raise ValueError("this model runs a layer plan already; remove_ it, and put both into one LayerPlanConfig.")
     check_plan(view, plan)
-    entries = entries_of(plan, kinds)
-    slots: dict[int, list[tuple[Visit, int | None]]] = {index: [] for index in range(count)}
-    slot = 0
-    for visit, entry in zip(plan.visits, entries, strict=True):
-        slot = max(slot, visit.block)
-        slots[slot].append((visit, entry))
+    entries = entries_of(plan, view.kinds)
     windows = dict(zip(entries, (view.windows[visit.block] for visit in plan.visits), strict=True))
     total = max([count, *(entry + 1 for entry in entries if entry is not None)])
     entry_windows = tuple(view.windows[i] if i < count else windows[i] for i in range(total))
-    plain = {i: [(Visit(i), None if kinds[i] == STATE else i)] for i in range(count)}
-    changed = [i for i in range(count) if slots[i] != plain[i]] or [i for i in range(count) if kinds[i] != STATE]
+    slots = _slots(plan, entries, count)
     keeps = any(visit.block != i for i, visits in slots.items() for visit, _ in visits)
-    if keeps:
-        changed = list(range(count))
+    changed = list(range(count)) if keeps else _changed(slots, view.kinds)
     visited = {visit.block for visit in plan.visits}
     changes = []
-    for i in changed:
-        state = SlotState(
-            i, view.site(i), view.blocks, tuple(slots[i]), plan.fill, i not in visited, keeps, entry_windows
-        )
-        changes.append(Change(view.site(i), view.blocks[i], PlannedBlock, state))
+    for site in view.sites("block"):
+        i = site.index
+        if i in changed:
+            dropped, visits = i not in visited, tuple(slots[i])
+            state = SlotState(i, site.name, view.blocks, visits, plan.fill, dropped, keeps, entry_windows)
+            changes.append(around(site, PlannedBlock, state, "order"))
     changes += _part_changes(view, plan)
     root = PlanRootState(plan, frozenset(changed), total > count)
     changes.append(Change("decoder", view.root, PlannedRoot, root))
@@ -383,16 +316,30 @@ def plan_changes(view: Any, plan: DepthPlan) -> list[Change]:
     return changes
 
 
+def _slots(plan: DepthPlan, entries: list[int | None], count: int) -> dict[int, list[tuple[Visit, int | None]]]:
+    """The visits of each slot with their cache entries."""
+    slots: dict[int, list[tuple[Visit, int | None]]] = {index: [] for index in range(count)}
+    slot = 0
+    for visit, entry in zip(plan.visits, entries, strict=True):
+        slot = max(slot, visit.block)
+        slots[slot].append((visit, entry))
+    return slots
+
+
+def _changed(slots: dict[int, list[tuple[Visit, int | None]]], kinds: tuple[str, ...]) -> list[int]:
+    """Indices of the blocks that a plan in the order of the model changes; of the identity, all that it could."""
+    plain = {i: [(Visit(i), None if kind == STATE else i)] for i, kind in enumerate(kinds)}
+    return [i for i in slots if slots[i] != plain[i]] or [i for i, kind in enumerate(kinds) if kind != STATE]
+
+
 def _part_changes(view: Any, plan: DepthPlan) -> list[Change]:
     changes = []
-    for position, name in enumerate(("attn", "mlp")):
-        for index in sorted({visit.block for visit in plan.visits if not getattr(visit, name)}):
-            part = parts_of(view.blocks[index])[position]
-            if part is None:
+    for kind, sites in part_sites(view).items():
+        for index in sorted({visit.block for visit in plan.visits if not getattr(visit, kind)}):
+            if index not in sites:
                 raise ValueError(
                     f"{view.site(index)} ({type(view.blocks[index]).__name__}) has no single module for its "
-                    f"{'attention' if name == 'attn' else 'MLP'}, so it cannot be left out alone; drop the whole block."
+                    f"{'attention' if kind == 'attn' else 'MLP'}, so it cannot be left out alone; drop the whole block."
                 )
-            state = PartState(index, returned_values(part))
-            changes.append(Change(f"{view.site(index)}.{name}", part, PlannedPart, state))
+            changes.append(around(sites[index], PlannedPart, part_state(sites[index]), "parts"))
     return changes

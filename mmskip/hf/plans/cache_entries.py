@@ -1,4 +1,4 @@
-"""Whether a decoder can run a plan exactly, and which entry of the cache each visit of it has."""
+"""Check that a decoder can run a plan exactly, and assign a cache entry to each visit."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from mmskip.protocols import STATE
 
 
 def entries_of(plan: DepthPlan, kinds: Sequence[str]) -> list[int | None]:
-    """The cache entry of each visit; None: it stores nothing.
+    """Assign a cache entry to each visit; None: it stores nothing.
 
     Raises:
         ValueError: no entry would be left where transformers reads lengths.
@@ -57,7 +57,7 @@ def entries_of(plan: DepthPlan, kinds: Sequence[str]) -> list[int | None]:
 
 
 def check_plan(view: Any, plan: DepthPlan) -> None:
-    """Raise ValueError for plans that this decoder cannot run exactly."""
+    """Raise ValueError for a plan that this decoder cannot run exactly."""
     kinds = view.kinds
     stateful = [i for i, kind in enumerate(kinds) if kind == STATE]
     order = [visit.block for visit in plan.visits]

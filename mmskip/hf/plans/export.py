@@ -1,4 +1,4 @@
-"""Writing a decoder that runs by a plan as a stock checkpoint with fewer (or more) blocks."""
+"""Write a decoder that runs by a plan as a stock checkpoint with fewer (or more) blocks."""
 
 import copy
 import os
@@ -11,26 +11,26 @@ from transformers import PreTrainedModel
 
 from mmskip.hf.plans.block import PlannedRoot
 from mmskip.registry import applied
-from mmskip.swap import state_of
+from mmskip.swap import base_class, state_of
 from mmskip.utils.files import whole
 
 
 def export(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """Write the visited blocks of a model with a layer plan as a checkpoint that plain transformers loads.
 
-    Blocks that the plan repeats are stored once per visit. The small model is run beside the planned one on random
-    tokens before anything is written.
+    Blocks that the plan repeats are stored once per visit. Before anything is written, the small model is compared with
+    the planned one on random tokens.
 
     Args:
-        model: a decoder of transformers under a `LayerPlanConfig` of whole blocks in both phases, and nothing else.
+        model: a transformers decoder with a `LayerPlanConfig` of entire blocks in both phases, and no other method.
         folder: new, or empty.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the plan is not one of whole blocks in both phases, other methods are applied, the folder holds
-            files, or the architecture depends on the place of a block in a way its config cannot say.
+        ValueError: the plan leaves out parts of blocks or holds in one phase only, other methods are applied, the
+            folder holds files, or the architecture depends on the place of a block in a way its config cannot express.
     """
     root = next((m for m in model.modules() if isinstance(m, PlannedRoot)), None)
     if root is None or not isinstance(model, PreTrainedModel):
@@ -40,7 +40,7 @@ def export(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     plan: Any = state_of(root, PlannedRoot).plan
     if plan.phase != "both" or not all(visit.attn and visit.mlp for visit in plan.visits):
         raise ValueError(
-            "only plans of whole blocks in both phases are models of their own; this one holds in "
+            "only a plan of entire blocks in both phases can be exported; this one holds in "
             f"phase={plan.phase!r} or leaves out attentions or MLPs."
         )
     target = Path(folder)
@@ -58,9 +58,7 @@ def _small(model: PreTrainedModel, root: Any, order: list[int]) -> PreTrainedMod
         c for c in root.children() if isinstance(c, nn.ModuleList) and len(c) == root.config.num_hidden_layers
     )
     prefix = next(name for name, module in model.named_modules() if module is blocks) + "."
-    cls: Any = type(model)
-    while "_mmskip_base" in cls.__dict__:
-        cls = cls._mmskip_base
+    cls: Any = base_class(model)
     config = _config(model.config, len(blocks), order)
     try:
         with torch.random.fork_rng():
@@ -68,14 +66,14 @@ def _small(model: PreTrainedModel, root: Any, order: list[int]) -> PreTrainedMod
         small.load_state_dict(_weights(model.state_dict(), prefix, order))
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(
-            f"{cls.__name__} cannot be built with the blocks {order}: what a block is depends on its place in a way "
-            f"this export does not know ({error})."
+            f"{cls.__name__} cannot be built with the blocks {order}: what a block does depends on its place in "
+            f"a way that this export does not know ({error})."
         ) from error
     return small.to(model.device).eval()
 
 
 def _config(config: Any, count: int, order: list[int]) -> Any:
-    """A copy for the visited blocks: every list with one entry per block is cut alike."""
+    """Copy the config for the visited blocks: every list with one entry per block is cut alike."""
     small = copy.deepcopy(config)
     text = small.get_text_config(decoder=True)
     for name, value in text.to_dict().items():
@@ -107,5 +105,5 @@ def _check_equal(model: PreTrainedModel, small: PreTrainedModel) -> None:
     if not error <= (1e-4 if model.dtype == torch.float32 else 3e-2) * max(scale, 1.0):
         raise ValueError(
             f"the exported {type(small).__name__} would differ from the planned model (largest logit error "
-            f"{error:.3g}): what a block does depends on its place in a way this export does not know."
+            f"{error:.3g}): what a block does depends on its place in a way that this export does not know."
         )

@@ -15,7 +15,9 @@ from transformers.generation.utils import GenerateEncoderDecoderOutput
 
 from mmskip.hf.calls import CACHE_NAME, argument_names
 from mmskip.hf.exits.block import BlockState, Decide, DecoderExit, Run
-from mmskip.hf.speculation.decoding import Decoding, DraftState, GeneratorState, SpeculativeGenerator
+from mmskip.hf.speculation.decoding import Decoding
+from mmskip.hf.speculation.draft import DraftState
+from mmskip.hf.speculation.generator import GeneratorState, SpeculativeGenerator
 from mmskip.swap import Change
 
 

@@ -1,7 +1,7 @@
-"""Verifying a tree of drafts in one pass: its mask and positions, and the drafts that the model agrees with.
+"""Verify a tree of drafts in one pass: its mask and positions, and the drafts that the model agrees with.
 
-A tree is a chain of drafts and, beside some of its places, alternatives that nothing follows. The query at place 0 is
-the newest token of the row, the root; draft i stands at place i + 1.
+A tree is a chain of drafts with alternatives beside some of them; no draft follows an alternative. The query at place 0
+is the newest token of the row, the root; draft i is at place i + 1.
 
 Shape suffixes: B rows, S slots of the cache before the pass, Q queries (the root and the drafts), V vocabulary, K most
 likely tokens.
@@ -34,7 +34,7 @@ class DraftTree:
     length: int = 0
 
     def add(self, token: int, alternatives: Sequence[int] = ()) -> None:
-        """One more draft of the chain, and what stands beside it."""
+        """Append a draft to the chain, and its alternatives."""
         for other in alternatives:
             self.tokens.append(other)
             self.parents.append(self.end)
@@ -44,13 +44,13 @@ class DraftTree:
         self.length += 1
 
     def child(self, node: int, token: int) -> int | None:
-        """The draft of this token after `node`, or None."""
+        """Return the draft of this token after `node`, or None."""
         found = (i for i, parent in enumerate(self.parents) if parent == node and self.tokens[i] == token)
         return next(found, None)
 
 
 def alternatives(tokens: Sequence[int], probs_BV: Tensor, most: int, above: float) -> list[list[int]]:
-    """Up to `most` tokens beside the draft of each row that are at least as likely as `above`."""
+    """Find up to `most` tokens other than the draft of each row whose probability is at least `above`."""
     count = min(most, probs_BV.shape[1] - 1)
     if not count:
         return [[] for _ in tokens]
@@ -63,7 +63,7 @@ def alternatives(tokens: Sequence[int], probs_BV: Tensor, most: int, above: floa
 
 
 def walk(tree: DraftTree, choose: Callable[[int, list[int]], int]) -> tuple[list[int], list[int]]:
-    """Follow the model through a tree: at each place it chooses its own token, and goes on where that was drafted.
+    """Follow the model through a tree: at each place it chooses its own token, and continues where that was drafted.
 
     Args:
         choose: the token after query `place`, given the drafts accepted so far.
@@ -83,7 +83,7 @@ def walk(tree: DraftTree, choose: Callable[[int, list[int]], int]) -> tuple[list
 
 
 def tree_inputs(mask_BS: Tensor, trees: Sequence[DraftTree]) -> tuple[Tensor, Tensor]:
-    """Which queries see each other, BoolTensor [B, Q, Q], and the position of each, LongTensor [B, Q]."""
+    """Return which queries see each other, BoolTensor [B, Q, Q], and the position of each, LongTensor [B, Q]."""
     batch, queries = len(trees), 1 + max(len(tree.tokens) for tree in trees)
     sees = torch.eye(queries, dtype=torch.bool).repeat(batch, 1, 1)
     sees[:, :, 0] = True
@@ -99,7 +99,7 @@ def tree_inputs(mask_BS: Tensor, trees: Sequence[DraftTree]) -> tuple[Tensor, Te
 def tree_mask(
     mask_BS: Tensor, sees_BQQ: Tensor, positions_BQ: Tensor, windows: Sequence[int | None], dtype: torch.dtype
 ) -> Any:
-    """The additive mask [B, 1, Q, S + Q] of the pass; by kind of attention where a model has both.
+    """Build the additive mask [B, 1, Q, S + Q] of the pass; a dict by kind of attention where a model has both.
 
     Args:
         windows: sliding window of each block, None for full attention.
@@ -122,8 +122,8 @@ def tree_mask(
 
 
 def kept_slots(places: Sequence[Sequence[int]], before: int) -> Tensor:
-    """The slots of each row's tokens after a pass, right-aligned, LongTensor [B, slots]; -1 in front of rows that
-    accepted less.
+    """Return the slots of each row's tokens after a pass, right-aligned, LongTensor [B, slots]; -1 before rows that
+    accepted fewer.
 
     Args:
         places: of the queries each row keeps.
