@@ -29,7 +29,7 @@ from mmskip import families
 from mmskip.costs import torch_flops
 from mmskip.env import device_name
 from mmskip.hf.calls import CACHE_NAME
-from mmskip.methods.mixture_of_depths import routed_layers
+from mmskip.methods.mixture_of_depths import choose_layers
 
 CONTENDERS = ("mod", "random", "keep1", "fastv", "similarity")
 PHASES = ("prefill", "decode", "train")
@@ -39,7 +39,7 @@ def config_of(contender: str, model: PreTrainedModel, phase: str, keep: float) -
     """The method of a contender, at MoD's budget of skipped token-layers."""
     types = families.find(model).attention_types()
     blocks = len(types)
-    skipped = (1 - keep) * len(routed_layers("alternate", types)) / blocks
+    skipped = (1 - keep) * len(choose_layers("alternate", types)) / blocks
     after = min(2, blocks // 2)
     query = "next" if phase == "train" else "last"  # the last token of a training row is one of the answer
     return {

@@ -37,7 +37,7 @@ from common.measure import ROOT, emit
 from mmskip.calibration.fit_routers import fit_routers
 from mmskip.datasets.chat.module import ChatData
 from mmskip.datasets.synthetic.chat import SceneChatConfig
-from mmskip.methods.mixture_of_depths import anneal, policies
+from mmskip.methods.mixture_of_depths import anneal, find_policies
 from mmskip.models.common.language_model import LoRA
 from mmskip.models.vlm.build import save_base
 from mmskip.models.vlm.module import VLM, answering_tokens, inputs_of
@@ -56,7 +56,7 @@ KEEPS = ((0.85, 0.85), (0.9, 0.6), (0.8, 0.6), (0.9, 0.5))
 LADDER = ((1.0, 0.8), (1.0, 0.6), (0.9, 0.6), (0.8, 0.6), (0.8, 0.4), (0.6, 0.4))
 """Keep ratios from which those of a base are chosen, in this order."""
 SIZES = {"val": 600, "test": 1000}
-RANDOM = {"router": "random", "gate": "own", "noise": 0.0}
+RANDOM = {"router": "random", "gate": "separate", "noise": 0.0}
 TUNED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "router": ("vlm_router_only.yaml", {}, {}),
     "random tuned": ("vlm_router_only.yaml", RANDOM, {"router_fit": 0}),
@@ -197,7 +197,7 @@ def evaluate(model: VLM, data: ChatData, batch: dict[str, Any]) -> dict[str, flo
         "token_accuracy": right / labels,
         "answer_accuracy": whole / answers,
         "answers": answers,
-        "keep": mmskip.methods.mixture_of_depths.keep_in_use(model.llm),
+        "keep": mmskip.methods.mixture_of_depths.read_keep(model.llm),
     }
     return point(model, 0, batch)
 
@@ -259,7 +259,7 @@ def untuned(base: Path, data: ChatData, config: mmskip.MoDConfig, base_losses: l
         "random": {key: sum(draw[key] for draw in draws) / len(draws) for key in draws[0]},
         "uniform": routed("uniform"),
         "norm": routed("norm"),
-        "FastV": result(mmskip.TokenReductionConfig(keep=sum(keeps) / len(keeps), after=blocks // 2)),
+        "FastV": result(mmskip.TokenReductionConfig(keep=sum(keeps) / len(keeps), after_layer=blocks // 2)),
     }
 
 
@@ -371,7 +371,7 @@ def chosen_keep(seed: int) -> dict[str, Any]:
 
 def losses_at(model: VLM, keep: tuple[float, ...], sets: list[ChatData]) -> list[float]:
     """Losses by conversation with the routed blocks at these keep ratios."""
-    for policy, target in zip(policies(model.llm), keep, strict=True):
+    for policy, target in zip(find_policies(model.llm), keep, strict=True):
         policy.target = target
     return [loss for data in sets for loss in conversation_losses(model, data)]
 

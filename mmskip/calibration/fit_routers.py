@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from mmskip import families
-from mmskip.methods.mixture_of_depths import MoDConfig, anneal, policies
+from mmskip.methods.mixture_of_depths import MoDConfig, anneal, find_policies
 from mmskip.protocols import TokenView
 from mmskip.registry import applied
 from mmskip.swap import swap_all, unswap
 from mmskip.tokens.groups import TokenGroups
 from mmskip.tokens.router import LEARNED, token_scores
 
-OWN = ("own", "none")
+OWN = ("separate", "none")
 """Gates that share no weights with the ranking."""
 NOTHING_SEEN = "the calls have no vision tokens that the queries attend to, on which routers could be fitted."
 STEP_TOKENS, LEAST_STEPS = 4608, 4
@@ -206,7 +206,7 @@ def fit_routers(
     weights are fitted, so with keep 1 the model computes afterwards what it did before.
 
     Args:
-        model: with `MoDConfig(router="linear" or "mlp", gate="own" or "none")` applied.
+        model: with `MoDConfig(router="linear" or "mlp", gate="separate" or "none")` applied.
         calls: arguments of the forward, and BoolTensor [B, T] with the tokens whose attention counts: those from which
             an answer is predicted, or all text.
         ridge: of linear routers: weight of the penalty, relative to the variance of each hidden dimension, > 0.
@@ -229,11 +229,11 @@ def fit_routers(
         if value < 1:
             raise ValueError(f"{name} is {value!r}; expected an integer >= 1.")
     family = next((r.family for r in applied(model, details=True) if isinstance(r.config, MoDConfig)), None)
-    fitted = {p.index: p.config for p in policies(model) if p.config.router in LEARNED and p.config.gate in OWN}
+    fitted = {p.index: p.config for p in find_policies(model) if p.config.router in LEARNED and p.config.gate in OWN}
     if family is None or not fitted:
         raise ValueError(
-            f"{applied(model)} has no router to be fitted; expected MoDConfig(router='linear' or 'mlp', gate='own' or "
-            "'none'): with another gate the ranking weights also multiply the updates."
+            f"{applied(model)} has no router to be fitted; expected MoDConfig(router='linear' or 'mlp', "
+            "gate='separate' or 'none'): with another gate the ranking weights also multiply the updates."
         )
     view: TokenView = families.find(model, [family])
     watched: dict[int, _Moments | _Frames] = {
@@ -266,7 +266,7 @@ def _ranking_weights(block: Any) -> dict[str, Tensor]:
 def _dense(model: nn.Module) -> Iterator[None]:
     """In evaluation mode with every token kept, and afterwards as before."""
     training = [(module, module.training) for module in model.modules()]
-    progress = [(policy, policy.progress) for policy in policies(model)]
+    progress = [(policy, policy.progress) for policy in find_policies(model)]
     anneal(model, 0.0)
     model.eval()
     try:

@@ -1,10 +1,11 @@
 """Mixture-of-depths routing of vision tokens (VideoLLM-MoD, arXiv 2408.16730).
 
-In a routed block only k = max(1, round(keep * n)) of a frame's n vision tokens, and all text, go through
-attention and feed-forward: x' = x + mu * f(x_kept); the others pass on unchanged and store no key or value.
+A routed block runs attention and feed-forward on all text and on k = max(1, round(keep * n)) of the n vision tokens of
+each frame: x' = x + mu * f(x_kept). The other tokens skip the block unchanged and store no key or value.
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmskip.config import MethodConfig, check_choice, check_count, check_ratio
+from mmskip.config import MethodConfig, check_choice, check_count, check_indices, check_number, check_ratio, renamed
 from mmskip.protocols import STATE, TokenView
 from mmskip.registry import register
 from mmskip.swap import Change, states
@@ -25,37 +26,53 @@ ATTENTIONS = (None, "mmskip_ragged")
 PATTERNS = ("alternate", "alternate_deep", "all", "deep")
 
 
+@renamed(values={"gate": {"own": "separate"}})
 @dataclass(frozen=True)
 class MoDConfig(MethodConfig):
-    """Mixture-of-depths routing.
+    """Configure mixture-of-depths routing of vision tokens.
+
+    Calls of the model then take `layout=`, an integer tensor [B, T] with the frame id of each vision token and -1 for
+    text; VLMs work it out from their inputs.
 
     Args:
         keep: ratio of each frame's vision tokens that a routed block processes, in (0, 1]; a sequence with one
             value per routed block (or per block of the model); or `"cosine"`, p-MoD's schedule
-            0.5 * cos(pi * l / (L - 1)) + 0.5 of block l of L, not below `keep_floor`.
-        layers: which blocks are routed: `"alternate"` (1, 3, 5, ...: the paper's best), `"alternate_deep"` (those of
-            the deeper half), `"all"`, `"deep"` (the deeper half), or block indices. The first block of each
-            attention type stays dense, because transformers reads lengths and masks there; the patterns leave
-            it out, indices that claim it are refused unless every block of its type is claimed. Blocks without
-            attention (of hybrid models) are never routed.
-        router: `"linear"` (learned, the paper's), `"mlp"` (learned, with `router_hidden` units), or without parameters:
-            `"norm"` (largest hidden states) and the controls `"random"` and `"uniform"` (evenly spaced).
-        gate: multiplier of a kept vision token's update from its score mu: `"tanh"` (1 + 0.2 tanh mu, zero-initialised:
-            safe on pretrained weights), `"linear"` (mu, the paper's), `"sigmoid"`, `"none"` (1: the router gets no
-            gradient); used by the learned routers only. `"own"`: 1 + 0.2 tanh(v . x), whose zero-initialised weights
-            v are trained by the loss, beside any router; a learned router's ranking weights then get no gradient, they
-            are there to be fitted (`mmskip.calibration.fit_routers.fit_routers`).
+            0.5 * cos(pi * l / (L - 1)) + 0.5 of block l of L, at least `keep_floor`.
+        layers: the routed blocks: `"alternate"` (1, 3, 5, ...: best in the paper), `"alternate_deep"` (those of the
+            deeper half), `"all"`, `"deep"` (the deeper half), or block indices. The first block of each attention type
+            stays dense, because transformers reads lengths and masks there: patterns leave it out, indices that
+            include it are refused unless they include every block of its type. Blocks without attention (of hybrid
+            models) are never routed.
+        router: `"linear"` (learned, as in the paper), `"mlp"` (learned, with `router_hidden` units), or without
+            parameters: `"norm"` (largest hidden states) and the controls `"random"` and `"uniform"` (evenly spaced).
+        gate: multiplier of the update of a kept vision token with score mu: `"tanh"` (1 + 0.2 tanh mu,
+            zero-initialised: safe on pretrained weights), `"linear"` (mu, as in the paper), `"sigmoid"`, `"none"` (1:
+            the router gets no gradient); these serve learned routers only. `"separate"`: 1 + 0.2 tanh(v . x) with
+            zero-initialised weights v that the loss trains, beside any router; the ranking weights of a learned router
+            then get no gradient and are to be fitted (`mmskip.calibration.fit_routers.fit_routers`).
         always_keep: `"last"`: the last vision token of each frame, where a stream decides to speak, is one of the
             k; `"none"`: it competes like the others.
-        noise: scale of the Gumbel noise added to a learned router's scores in training, >= 0. At 1 the kept tokens are
-            a sample without replacement in proportion to exp(mu), so that every token is tried and can be learned
-            from; 0 (the paper): always the best k. Evaluation never adds noise.
+        noise: scale of the Gumbel noise added to the scores of a learned router in training, >= 0. At 1 the kept tokens
+            are a sample without replacement in proportion to exp(mu), so that every token is tried and can be learned
+            from; 0 (as in the paper): always the best k. Evaluation never adds noise.
         keep_floor: least keep ratio of the cosine schedule, in (0, 1].
         seed: of the random router, >= 0.
         router_hidden: units of the `"mlp"` router, >= 1.
         attention: attention implementation of the routed blocks: None, the model's, or `"mmskip_ragged"`, which packs
             samples without padding and runs xFormers where it loads (`python -m mmskip.env`). The other blocks keep
             the model's.
+
+    Example: two frames of four tokens in a text of two; a routed block processes two tokens of each frame.
+        >>> import mmskip, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+        >>> model = mmskip.apply_(model, mmskip.MoDConfig(keep=0.5, layers="alternate"))
+        >>> layout = torch.tensor([[-1, 0, 0, 0, 0, 1, 1, 1, 1, -1]])
+        >>> with mmskip.trace(model) as trace:
+        ...     output = model(torch.randint(64, (1, 10)), layout=layout)
+        >>> [10 if layer.kept is None else int(layer.kept.sum()) for layer in trace.forwards[0].layers]
+        [10, 6, 10, 6]
     """
 
     keep: float | Sequence[float] | str = 0.2
@@ -76,15 +93,12 @@ class MoDConfig(MethodConfig):
                 object.__setattr__(self, name, tuple(value))
         _check_keep(self.keep)
         check_ratio("keep_floor", self.keep_floor)
-        if isinstance(self.noise, bool) or not isinstance(self.noise, (int, float)) or not 0 <= self.noise < math.inf:
-            raise ValueError(f"noise is {self.noise!r}; expected a number >= 0.")
+        check_number("noise", self.noise, 0)
         _check_layers(self.layers)
         for name, choices in (("router", ROUTERS), ("gate", GATES), ("always_keep", ("none", "last"))):
             check_choice(name, getattr(self, name), choices)
         check_count("seed", self.seed)
-        check_count("router_hidden", self.router_hidden)
-        if self.router_hidden == 0:
-            raise ValueError("router_hidden is 0; expected the units of the 'mlp' router, >= 1.")
+        check_count("router_hidden", self.router_hidden, 1)
         check_choice("attention", self.attention, ATTENTIONS)
 
 
@@ -102,26 +116,21 @@ def _check_keep(keep: Any) -> None:
 
 
 def _check_layers(layers: Any) -> None:
-    if isinstance(layers, str):
-        if layers not in PATTERNS:
-            raise ValueError(
-                f"layers is {layers!r}; expected one of {', '.join(PATTERNS)}, or a list of block indices."
-            )
-        return
-    if not isinstance(layers, tuple) or not layers:
+    if (isinstance(layers, str) and layers not in PATTERNS) or not isinstance(layers, str | tuple):
         raise ValueError(f"layers is {layers!r}; expected one of {', '.join(PATTERNS)}, or a list of block indices.")
-    for index in layers:
-        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-            raise ValueError(f"layers holds {index!r}; expected block indices, integers >= 0.")
-    if len(set(layers)) != len(layers):
-        raise ValueError(f"layers is {list(layers)}; each index may stand there once.")
+    if isinstance(layers, tuple):
+        check_indices("layers", layers, empty=False)
 
 
-def routed_layers(layers: str | Sequence[int], types: Sequence[str]) -> tuple[int, ...]:
-    """Indices of the blocks to be routed in a model whose blocks have the given attention types.
+def choose_layers(layers: str | Sequence[int], types: Sequence[str]) -> tuple[int, ...]:
+    """Return the indices of the blocks to route.
+
+    Args:
+        layers: see `MoDConfig`.
+        types: attention type of each block of the model, or `mmskip.protocols.STATE`.
 
     Raises:
-        ValueError: an index out of range, or the first block of an attention type of which others stay dense.
+        ValueError: an index out of range, or the first block of an attention type while others of that type stay dense.
     """
     count = len(types)
     if not isinstance(layers, str):
@@ -136,8 +145,8 @@ def routed_layers(layers: str | Sequence[int], types: Sequence[str]) -> tuple[in
         chosen = [index for index in chosen if types[index] != STATE]
     firsts = {kind: types.index(kind) for kind in dict.fromkeys(types) if kind != STATE}
     for kind, index in firsts.items():
-        whole = all(i in chosen for i, other in enumerate(types) if other == kind)
-        if index not in chosen or (whole and not isinstance(layers, str)):
+        complete = all(i in chosen for i, other in enumerate(types) if other == kind)
+        if index not in chosen or (complete and not isinstance(layers, str)):
             continue
         if not isinstance(layers, str):
             raise ValueError(
@@ -153,8 +162,16 @@ def routed_layers(layers: str | Sequence[int], types: Sequence[str]) -> tuple[in
     return tuple(chosen)
 
 
-def keep_ratios(config: MoDConfig, routed: Sequence[int], count: int) -> tuple[float, ...]:
-    """The keep ratio of each routed block."""
+def choose_ratios(config: MoDConfig, routed: Sequence[int], count: int) -> tuple[float, ...]:
+    """Return the keep ratio of each routed block.
+
+    Args:
+        routed: indices of the routed blocks.
+        count: blocks of the model.
+
+    Raises:
+        ValueError: `config.keep` lists ratios for another number of blocks.
+    """
     keep = config.keep
     if isinstance(keep, str):
         ratios = [0.5 * math.cos(math.pi * i / max(count - 1, 1)) + 0.5 for i in routed]
@@ -173,13 +190,13 @@ def keep_ratios(config: MoDConfig, routed: Sequence[int], count: int) -> tuple[f
 
 @dataclass
 class MoDPolicy:
-    """The mathematics of one routed block.
+    """The policy of one routed block, see `mmskip.protocols.TokenPolicy`.
 
     Attributes:
-        config: the method's.
-        target: the keep ratio of the block.
+        config: of the method.
+        target: keep ratio of the block, in (0, 1].
         index: of the block.
-        progress: how far `anneal` has taken the keep ratio from 1 to the target, in [0, 1].
+        progress: how far `anneal` has moved the keep ratio from 1 to `target`, in [0, 1].
     """
 
     config: MoDConfig
@@ -189,19 +206,19 @@ class MoDPolicy:
 
     @property
     def keep(self) -> float:
-        """The keep ratio in use."""
+        """The keep ratio at the present `progress`."""
         return self.target if self.progress == 1 else 1 - self.progress * (1 - self.target)
 
     def prepare(self, groups: TokenGroups) -> None:
-        """Count the tokens to be kept."""
+        """Count the tokens to keep."""
         groups.budget(self.keep)
 
     def enter(self, block: nn.Module, x_BTD: Tensor, groups: TokenGroups) -> Tensor:
-        """Routing rewrites nothing."""
+        """Return the hidden states as they are."""
         return x_BTD
 
     def select(self, block: nn.Module, x_BTD: Tensor, groups: TokenGroups) -> Selection:
-        """The k best vision tokens of each frame, and all text."""
+        """Select the k best vision tokens of each frame, and all text."""
         with torch.no_grad():
             scores = self._scores(block, x_BTD.detach(), groups)
             return select(scores, groups, self.keep, self.config.always_keep == "last")
@@ -220,9 +237,9 @@ class MoDPolicy:
         return uniform_scores(groups, self.keep)
 
     def gate(self, block: nn.Module, x_BSD: Tensor, selection: Selection, groups: TokenGroups) -> Tensor | None:
-        """Multiplier [B, S]: of vision tokens from their score, of text 1."""
+        """Return the multiplier [B, S] of the update: of vision tokens from their score, of text 1."""
         gate = self.config.gate
-        if gate == "none" or (gate != "own" and self.config.router not in LEARNED):
+        if gate == "none" or (gate != "separate" and self.config.router not in LEARNED):
             return None
         if block.training and torch.is_grad_enabled():
             _check_learning(block, self.index)
@@ -235,35 +252,46 @@ class MoDPolicy:
 
 
 def anneal(model: nn.Module, progress: float) -> None:
-    """Set how far the routed blocks of `model` have gone from keep ratio 1 to the config's, in this process: training
-    may begin at the base model and end at the target (Router-Tuning, p-MoD). Configs and saved files do not change.
+    """Set the keep ratio of all routed blocks of `model` between 1 and the config's, in this process: training may
+    start from the base model and end at the target (Router-Tuning, p-MoD). Configs and saved files do not change.
 
     Args:
-        progress: 0: every token is kept; 1: the config's ratio; linear between them.
+        progress: 0: every token is kept; 1: the config's ratio; linear in between.
 
     Raises:
         ValueError: out of range.
     """
     if not 0 <= progress <= 1:
         raise ValueError(f"progress is {progress!r}; expected a number from 0 (keep all) to 1 (the config's keep).")
-    for policy in policies(model):
+    for policy in find_policies(model):
         policy.progress = float(progress)
 
 
-def keep_in_use(model: nn.Module) -> float:
-    """Mean over the routed blocks of the keep ratio that `anneal` has brought them to; 1 in a model without any."""
-    ratios = [policy.keep for policy in policies(model)]
+def read_keep(model: nn.Module) -> float:
+    """Return the present keep ratio, see `anneal`: the mean over the routed blocks of `model`; 1 without any."""
+    ratios = [policy.keep for policy in find_policies(model)]
     return sum(ratios) / len(ratios) if ratios else 1.0
 
 
-def policies(model: nn.Module) -> list[MoDPolicy]:
-    """The policies of the routed blocks of `model`, in order."""
+def find_policies(model: nn.Module) -> list[MoDPolicy]:
+    """Return the policies of the routed blocks of `model`, in order."""
     found = (getattr(state, "policy", None) for state in states(model))
     return [policy for policy in found if isinstance(policy, MoDPolicy)]
 
 
+_RENAMED = {"keep_in_use": read_keep, "policies": find_policies}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{name} is now {_RENAMED[name].__name__}; the old name goes in the next release.", FutureWarning, 2)
+    return _RENAMED[name]
+
+
 def _check_learning(block: nn.Module, index: int) -> None:
-    """A router that was frozen by accident (peft freezes all it did not make) would silently never learn."""
+    """Raise RuntimeError if the router is frozen while its block trains, most likely by accident: peft freezes all
+    weights that it did not make, and the router would silently never learn."""
     if any(p.requires_grad for p in block.mmskip_router.parameters()):  # type: ignore[union-attr]
         return
     if any(p.requires_grad for p in block.parameters()):
@@ -276,15 +304,15 @@ def _check_learning(block: nn.Module, index: int) -> None:
 
 
 @register(MoDConfig, "decoder", "vlm")
-def route_decoder(config: MoDConfig, view: TokenView) -> list[Change]:
+def mod_decoder(config: MoDConfig, view: TokenView) -> list[Change]:
     """Route the blocks of a decoder."""
     from mmskip.hf.routing.changes import routing_changes
 
-    routed = routed_layers(config.layers, view.attention_types())
-    ratios = keep_ratios(config, routed, len(view.blocks))
+    routed = choose_layers(config.layers, view.attention_types())
+    ratios = choose_ratios(config, routed, len(view.blocks))
     policies = {i: MoDPolicy(config, ratio, i) for i, ratio in zip(routed, ratios, strict=True)}
     children: dict[int, dict[str, nn.Module]] = {i: {} for i in routed}
-    if config.router in LEARNED or config.gate == "own":
+    if config.router in LEARNED or config.gate == "separate":
         for i in routed:
             children[i]["mmskip_router"] = _router(config, view, i)
     return routing_changes(view, policies, children, config.attention)
@@ -292,12 +320,12 @@ def route_decoder(config: MoDConfig, view: TokenView) -> list[Change]:
 
 def _router(config: MoDConfig, view: TokenView, index: int) -> TokenRouter:
     block = view.blocks[index]
-    # quantized blocks keep scales and norms in dtypes of their own: the hidden states tell
+    # not the dtype of the block's weights: quantized blocks keep scales and norms in other dtypes than hidden states
     device = next(block.parameters()).device
     hidden = config.router_hidden if config.router == "mlp" else 0
     router = TokenRouter(view.width, config.gate, device, view.dtype, config.router in LEARNED, hidden)
     router.train(block.training)
-    # without a gate no gradient reaches the scores, and DDP waits for every weight that asks for one
+    # without a gate no gradient reaches the scores, and DDP waits for every weight that requires one
     for weight in router.ranking_weights().values():
-        weight.requires_grad_(config.gate not in ("none", "own"))
+        weight.requires_grad_(config.gate not in ("none", "separate"))
     return router

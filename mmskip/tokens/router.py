@@ -1,4 +1,4 @@
-"""The learned router: scores tokens and gates their update.
+"""The learned router: score tokens and gate their updates.
 
 Shape suffixes: B batch, T tokens, D width, G groups of the batch, N tokens of the largest group, S slots of
 the largest row after selection.
@@ -18,21 +18,22 @@ LEARNED = ("linear", "mlp")
 """Routers with weights."""
 
 
-GATES = ("linear", "sigmoid", "tanh", "own", "none")
+GATES = ("linear", "sigmoid", "tanh", "separate", "none")
 
 
 class TokenRouter(nn.Module):
-    """The learned routers: one score per token in fp32, mu = w . x (VideoLLM-MoD, LayerExpert), or, with `hidden`
-    units, mu = w . gelu(W x / rms(x) + b).
+    """A learned router: one score per token in fp32, mu = w . x (VideoLLM-MoD, LayerExpert), or, with `hidden` units,
+    mu = w . gelu(W x / rms(x) + b).
 
-    Not made of `nn.Linear`, so that peft's `all-linear` leaves it alone.
+    It does not use `nn.Linear`, so that peft's `all-linear` does not wrap it.
 
     Args:
         width: hidden width D.
-        gate: how the update of a kept token is multiplied: by mu (`linear`, the paper's), its `sigmoid`, `tanh`
-            (1 + 0.2 * tanh(mu) with zero-initialised weights w: the update starts unchanged; p-MoD), `own`
-            (1 + 0.2 * tanh(v . x) with weights v of its own, zero-initialised), or `none` (1).
-        ranks: whether it has the weights w; False for gates beside a router without weights.
+        gate: multiplier of a kept token's update: mu (`linear`, VideoLLM-MoD), its `sigmoid`, `tanh`
+            (1 + 0.2 * tanh(mu) with zero-initialised weights w: the update starts unchanged; p-MoD), `separate`
+            (1 + 0.2 * tanh(v . x) with separate, zero-initialised weights v), or `none` (1).
+        device, dtype: of the weights.
+        ranks: whether it has the weights w; False for a gate beside a router without weights.
         hidden: units of the MLP; 0: the linear router.
     """
 
@@ -54,12 +55,12 @@ class TokenRouter(nn.Module):
         self.hidden_weight = weights(hidden, width) if ranks and hidden else None
         self.hidden_bias = weights(hidden) if ranks and hidden else None
         self.weight = weights(hidden or width) if ranks else None
-        self.gate_weight = weights(width) if gate == "own" else None
+        self.gate_weight = weights(width) if gate == "separate" else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Zeros for w of `tanh` and the weights of a gate; otherwise normal with standard deviation fan-in ** -0.5, so
-        that scores are of order 1."""
+        """Initialise: zeros for w of `tanh` and for separate gate weights; otherwise normal with standard deviation
+        fan-in ** -0.5, so that scores are of order 1."""
         if self.gate_weight is not None:
             nn.init.zeros_(self.gate_weight)
         if self.hidden_weight is not None and self.hidden_bias is not None:
@@ -73,22 +74,22 @@ class TokenRouter(nn.Module):
             nn.init.normal_(self.weight, std=self.weight.shape[0] ** -0.5)
 
     def ranking_weights(self) -> dict[str, nn.Parameter]:
-        """The weights that make the scores, by name."""
+        """Return the weights that produce the scores, by name."""
         named = {"weight": self.weight, "hidden_weight": self.hidden_weight, "hidden_bias": self.hidden_bias}
         return {name: value for name, value in named.items() if value is not None}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores in fp32, [..., D] -> [...]."""
+        """Return scores in fp32, [..., D] -> [...]."""
         return token_scores(x, self.ranking_weights())
 
     def gate(self, x: Tensor) -> Tensor:
-        """Multipliers of the updates in fp32, [..., D] -> [...]."""
+        """Return multipliers of the updates in fp32, [..., D] -> [...]."""
         if self.gate_weight is not None:
             return gate_of(token_scores(x, {"weight": self.gate_weight}), "tanh")
         return gate_of(self(x), self.gate_mode)
 
     def flops(self) -> tuple[int, int]:
-        """Of a token's score, and of its gate."""
+        """Return the FLOPs of a token's score, and of its gate."""
         score = 2 * sum(value.numel() for value in self.ranking_weights().values())
         if self.gate_weight is not None:
             return score, 2 * self.gate_weight.numel()
@@ -100,7 +101,7 @@ class TokenRouter(nn.Module):
 
 
 def token_scores(x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    """The scores of a router with these `ranking_weights`, in fp32, [..., D] -> [...]."""
+    """Score tokens by a router's `ranking_weights`, in fp32, [..., D] -> [...]."""
     with torch.autocast(x.device.type, enabled=False):
         x = x.float()
         if "hidden_weight" in weights:
@@ -110,7 +111,11 @@ def token_scores(x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
 
 
 def gate_of(scores: Tensor, mode: str) -> Tensor:
-    """The multiplier of a kept token's update, fp32, same shape as `scores`."""
+    """Return the multiplier of a kept token's update, fp32, same shape as `scores`.
+
+    Args:
+        mode: `linear`, `sigmoid` or `tanh`, see `TokenRouter`.
+    """
     if mode == "linear":
         return scores
     if mode == "sigmoid":

@@ -20,7 +20,7 @@ from mmskip import MoDConfig
 from mmskip.calibration.fit_routers import fit_routers
 from mmskip.datasets.chat.batches import NOT_INPUTS
 from mmskip.datasets.common.labels import IGNORE
-from mmskip.methods.mixture_of_depths import anneal, keep_in_use
+from mmskip.methods.mixture_of_depths import anneal, read_keep
 from mmskip.models.common.base import StepLossModule
 from mmskip.models.common.fp32_head import head_only_at
 from mmskip.models.common.language_model import LoRA, methods_from_dicts, methods_to_dicts, torch_dtype
@@ -88,7 +88,7 @@ class VLM(StepLossModule):
         gradient_checkpointing: recompute each layer in the backward pass.
         anneal_steps: optimizer steps in which the keep ratio of MoD falls from 1 to the config's, >= 0. Validation
             during training uses the ratio of the step; everything after training, the config's.
-        router_fit: training batches on which learned routers with gate "own" or "none" are taught the attention of
+        router_fit: training batches on which learned routers with gate "separate" or "none" are taught the attention of
             the answers before the first step (`mmskip.calibration.fit_routers.fit_routers`); 0: they stay random.
         lr: peak learning rate of AdamW, > 0.
         router_lr: the same for the methods' weights; None: `lr`.
@@ -232,7 +232,7 @@ class VLM(StepLossModule):
         return labels, {
             "loss": loss / labels,
             "token_accuracy": right / labels,
-            "keep": sums.new_tensor(keep_in_use(self.llm)),
+            "keep": sums.new_tensor(read_keep(self.llm)),
         }
 
     # --- annealing ----------------------------------------------------------------------------------------------
@@ -353,7 +353,7 @@ class VLM(StepLossModule):
             "token_accuracy": right / max(labels, 1),
             "answer_accuracy": whole / max(answers, 1),
             "answers": answers,
-            "keep": keep_in_use(self.llm),
+            "keep": read_keep(self.llm),
         }
         for name in ("loss", "token_accuracy", "answer_accuracy", "keep"):
             self.log(f"{stage}/{name}", self.results[name], prog_bar=name in ("loss", "answer_accuracy"))

@@ -138,7 +138,7 @@ def test_a_change_by_another_tool_on_top_blocks_remove():
         ({"layers": ["1"]}, "holds '1'; expected block indices, integers >= 0"),
         ({"layers": [1, 1]}, "once"),
         ({"router": "best"}, "linear, mlp, norm, random, uniform"),
-        ({"gate": "relu"}, "linear, sigmoid, tanh, own, none"),
+        ({"gate": "relu"}, "linear, sigmoid, tanh, separate, none"),
         ({"always_keep": "first"}, "none, last"),
         ({"keep_floor": 0}, "keep_floor is 0"),
         ({"noise": -1}, "noise is -1"),

@@ -1,4 +1,4 @@
-"""Routers fitted to the attention that tokens receive, and gates with weights of their own."""
+"""Routers fitted to the attention that tokens receive, and gates with separate weights."""
 
 import copy
 import threading
@@ -11,7 +11,7 @@ from tiny_decoders import VOCAB, pad_rows, stream_layout, tiny_decoder
 
 import mmskip
 from mmskip.calibration.fit_routers import _Frames, fit_routers
-from mmskip.methods.mixture_of_depths import policies
+from mmskip.methods.mixture_of_depths import find_policies
 from mmskip.ops.hf_attention import register_attention
 from mmskip.tokens.groups import token_groups
 
@@ -56,10 +56,10 @@ def naive_weights(base, calls, index, ridge):
 @pytest.mark.parametrize("name", NAMES)
 def test_fitted_weights_equal_a_naive_regression_of_the_attention_maps(name):
     base = tiny_decoder(name)
-    model = mmskip.apply_(copy.deepcopy(base), mmskip.MoDConfig(keep=0.3, gate="own"))
+    model = mmskip.apply_(copy.deepcopy(base), mmskip.MoDConfig(keep=0.3, gate="separate"))
     base.set_attn_implementation("eager")
     shares = fit_routers(model, batches(), ridge=0.1)
-    assert list(shares) == [p.index for p in policies(model)]
+    assert list(shares) == [p.index for p in find_policies(model)]
     with torch.no_grad():
         for index, share in shares.items():
             expected, naive_share = naive_weights(base, batches(), index, 0.1)
@@ -70,7 +70,7 @@ def test_fitted_weights_equal_a_naive_regression_of_the_attention_maps(name):
 
 def test_fitting_leaves_nothing_behind_even_after_an_error():
     base = tiny_decoder("llama")
-    model = mmskip.apply_(copy.deepcopy(base), mmskip.MoDConfig(keep=0.3, gate="own")).train()
+    model = mmskip.apply_(copy.deepcopy(base), mmskip.MoDConfig(keep=0.3, gate="separate")).train()
     classes, weights = [type(m) for m in model.modules()], copy.deepcopy(model.state_dict())
 
     def broken():
@@ -82,7 +82,7 @@ def test_fitting_leaves_nothing_behind_even_after_an_error():
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     fit_routers(model, batches())
     assert [type(m) for m in model.modules()] == classes
-    assert model.training and all(policy.progress == 1 for policy in policies(model))
+    assert model.training and all(policy.progress == 1 for policy in find_policies(model))
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, weights[key])}
     assert changed == {f"model.layers.{i}.mmskip_router.weight" for i in (1, 3)}
 
@@ -90,11 +90,11 @@ def test_fitting_leaves_nothing_behind_even_after_an_error():
 @pytest.mark.parametrize("name", NAMES)
 def test_mlp_routers_learn_the_attention_and_nothing_else_changes(name):
     base = tiny_decoder(name)
-    model = mmskip.apply_(copy.deepcopy(base), mmskip.MoDConfig(keep=0.3, router="mlp", gate="own")).train()
+    model = mmskip.apply_(copy.deepcopy(base), mmskip.MoDConfig(keep=0.3, router="mlp", gate="separate")).train()
     weights = copy.deepcopy(model.state_dict())
     few = fit_routers(model, batches(), epochs=1)
     many = fit_routers(model, batches(), epochs=50)
-    assert list(many) == [p.index for p in policies(model)] and all(0 <= few[i] < many[i] <= 1 for i in many)
+    assert list(many) == [p.index for p in find_policies(model)] and all(0 <= few[i] < many[i] <= 1 for i in many)
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, weights[key])}
     ranking = ("weight", "hidden_weight", "hidden_bias")
     assert changed == {f"model.layers.{i}.mmskip_router.{part}" for i in many for part in ranking}
@@ -144,7 +144,7 @@ def test_ranks_agree_on_an_mlp_also_where_one_has_no_frames():
         torch.manual_seed(number)
         fit_routers(models[number], calls[number], reduce=reduce, epochs=5)
 
-    models = [mmskip.apply_(tiny_decoder("llama"), mmskip.MoDConfig(router="mlp", gate="own")) for _ in calls]
+    models = [mmskip.apply_(tiny_decoder("llama"), mmskip.MoDConfig(router="mlp", gate="separate")) for _ in calls]
     before = copy.deepcopy(models[1].state_dict())
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(rank, range(2)))
@@ -161,7 +161,7 @@ def test_a_fitted_router_keeps_more_attention_than_one_that_was_not(router):
     queries = layout < 0
     shares = []
     for fit in (False, True):
-        model, base = routed("llama", gate="own", keep=0.3, router=router)
+        model, base = routed("llama", gate="separate", keep=0.3, router=router)
         if fit:
             fit_routers(model, [({"input_ids": ids, "layout": layout}, queries)], epochs=150)
         base.set_attn_implementation("eager")
@@ -178,7 +178,7 @@ def test_a_gate_of_its_own_starts_at_one_and_alone_is_trained_beside_any_router(
     base = tiny_decoder("llama")
     ids, layout = example()
     plain = mmskip.apply_(copy.deepcopy(base), mmskip.MoDConfig(keep=0.3, router=router, gate="none"))
-    model = mmskip.apply_(copy.deepcopy(base), mmskip.MoDConfig(keep=0.3, router=router, gate="own"))
+    model = mmskip.apply_(copy.deepcopy(base), mmskip.MoDConfig(keep=0.3, router=router, gate="separate"))
     model.load_state_dict(plain.state_dict(), strict=False)
     assert torch.equal(model(ids, layout=layout).logits, plain(ids, layout=layout).logits)
     model(ids, layout=layout).logits.square().sum().backward()
@@ -199,8 +199,8 @@ def test_a_gate_of_its_own_starts_at_one_and_alone_is_trained_beside_any_router(
     ("config", "message"),
     [
         ({"gate": "tanh"}, "has no router to be fitted"),
-        ({"router": "random", "gate": "own"}, "has no router to be fitted"),
-        ({"gate": "own", "attention": "mmskip_ragged"}, "fit under the model's own attention"),
+        ({"router": "random", "gate": "separate"}, "has no router to be fitted"),
+        ({"gate": "separate", "attention": "mmskip_ragged"}, "fit under the model's own attention"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(config, message):
@@ -211,7 +211,7 @@ def test_what_cannot_be_fitted_is_refused(config, message):
 
 
 def test_calls_without_frames_are_refused():
-    model = mmskip.apply_(tiny_decoder("llama"), mmskip.MoDConfig(gate="own"))
+    model = mmskip.apply_(tiny_decoder("llama"), mmskip.MoDConfig(gate="separate"))
     ids = torch.randint(3, VOCAB, (1, 5))
     with pytest.raises(ValueError, match="no vision tokens"):
         fit_routers(model, [({"input_ids": ids, "layout": torch.full_like(ids, -1)}, torch.ones_like(ids).bool())])

@@ -30,16 +30,16 @@ NAMES = (
     "opt",
 )
 STATEFUL = ("qwen3_next", "qwen3_5_text", "lfm2", "nemotron_h")
-# the naive reference embeds and normalises by itself, which these do in ways of their own
+# the naive reference embeds and normalises by itself, which these do differently
 REFERENCE = tuple(n for n in NAMES if not n.startswith("gemma") and n != "opt")
 SETTINGS = {
-    "next": {"score": "attention", "after": 2},
-    "last": {"score": "attention", "after": 2, "query": "last"},
-    "norm": {"score": "norm", "after": 1},
-    "random": {"score": "random", "after": 2},
-    "uniform": {"score": "uniform", "after": 1},
-    "similarity": {"score": "similarity", "after": 0},
-    "similarity-inside": {"score": "similarity", "after": 2},
+    "next": {"score": "attention", "after_layer": 2},
+    "last": {"score": "attention", "after_layer": 2, "query": "last"},
+    "norm": {"score": "norm", "after_layer": 1},
+    "random": {"score": "random", "after_layer": 2},
+    "uniform": {"score": "uniform", "after_layer": 1},
+    "similarity": {"score": "similarity", "after_layer": 0},
+    "similarity-inside": {"score": "similarity", "after_layer": 2},
 }
 CAUSAL = tuple(s for s in SETTINGS if s != "last")
 
@@ -80,7 +80,7 @@ def test_keeping_everything_is_the_base_model_bit_for_bit(name, setting):
     with torch.no_grad(), mmskip.trace(model) as trace:
         assert torch.equal(model(ids, layout=layout).logits, base(ids).logits)
     ran = [layer.kept is not None for layer in trace.forwards[0].layers]
-    assert ran == [i >= SETTINGS[setting]["after"] for i in range(4)], "went round the routing path"
+    assert ran == [i >= SETTINGS[setting]["after_layer"] for i in range(4)], "bypassed the routing path"
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -88,7 +88,7 @@ def test_text_ranks_by_the_attention_of_the_model_itself_in_every_decoder(name):
     base = tiny_decoder(name)
     ids, layout = example()
     model = copy.deepcopy(base)
-    config = mmskip.TokenReductionConfig(keep=0.3, after=2)
+    config = mmskip.TokenReductionConfig(keep=0.3, after_layer=2)
     if name in STATEFUL:
         with pytest.raises(ValueError, match=r"block\.2 .* must see every token"):
             mmskip.apply_(model, config)
@@ -110,7 +110,7 @@ def naive_choice(base, ids, layout, setting, keep):
         if config.score == "similarity":
             return merge(x, layout, keep)
         scores = {
-            "attention": lambda: attention_scores(base, ids, layout, config.after - 1, config.query),
+            "attention": lambda: attention_scores(base, ids, layout, config.after_layer - 1, config.query),
             "norm": lambda: norm_scores(x),
             "random": lambda: random_scores(groups, 0, False)[0],
             "uniform": lambda: uniform_scores(groups, keep)[0],
@@ -118,7 +118,7 @@ def naive_choice(base, ids, layout, setting, keep):
         kept = _kept(scores, layout, keep, False)
         return kept, x[kept]
 
-    return config.after, choose
+    return config.after_layer, choose
 
 
 def merge(x, layout, keep):
@@ -338,7 +338,7 @@ def test_lora_trains_in_both_orders(order):
     import peft
 
     lora = peft.LoraConfig(r=2, target_modules="all-linear")
-    config = mmskip.TokenReductionConfig(keep=0.3, after=2)
+    config = mmskip.TokenReductionConfig(keep=0.3, after_layer=2)
     model = tiny_decoder("llama")
     if order == "before":
         model = mmskip.apply_(peft.get_peft_model(model, lora), config)
@@ -374,8 +374,8 @@ def test_the_last_vision_token_can_be_kept(setting):
     ("values", "message"),
     [
         ({"keep": 0}, r"keep is 0; expected a number in \(0, 1\]"),
-        ({"after": -1}, "after is -1; expected an integer >= 0"),
-        ({"after": 0}, "after is 0; expected at least 1 for score='attention'"),
+        ({"after_layer": -1}, "after_layer is -1; expected an integer >= 0"),
+        ({"after_layer": 0}, "after_layer is 0; expected at least 1 for score='attention'"),
         ({"score": "fastv"}, "score is 'fastv'; expected one of attention, norm"),
         ({"query": "all"}, "query is 'all'; expected one of next, last"),
         ({"always_keep": "first"}, "always_keep is 'first'"),
@@ -389,12 +389,12 @@ def test_wrong_settings_are_refused(values, message):
 
 
 def test_config_round_trip_and_unfit_models():
-    config = mmskip.TokenReductionConfig(keep=0.25, score="similarity", after=0)
+    config = mmskip.TokenReductionConfig(keep=0.25, score="similarity", after_layer=0)
     assert mmskip.TokenReductionConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ValueError, match="TokenReductionConfig has no layers"):
         mmskip.TokenReductionConfig.from_dict({"layers": "all"})
-    with pytest.raises(ValueError, match="after is 4; expected 0 to 3"):
-        mmskip.apply_(tiny_decoder("llama"), mmskip.TokenReductionConfig(after=4))
+    with pytest.raises(ValueError, match="after_layer is 4; expected 0 to 3"):
+        mmskip.apply_(tiny_decoder("llama"), mmskip.TokenReductionConfig(after_layer=4))
 
 
 def test_routing_may_come_before_a_reduction_but_not_in_the_block_it_reads():
@@ -406,8 +406,8 @@ def test_routing_may_come_before_a_reduction_but_not_in_the_block_it_reads():
         mmskip.apply_(model, mmskip.MoDConfig(layers=[1]))
     model = mmskip.apply_(tiny_decoder("llama"), mmskip.MoDConfig(keep=0.5, layers=[1]))
     with pytest.raises(ValueError, match=r"claims block\.1, which MoDConfig"):
-        mmskip.apply_(model, mmskip.TokenReductionConfig(after=2))
-    mmskip.apply_(model, mmskip.TokenReductionConfig(keep=0.2, after=2, score="uniform"))
+        mmskip.apply_(model, mmskip.TokenReductionConfig(after_layer=2))
+    mmskip.apply_(model, mmskip.TokenReductionConfig(keep=0.2, after_layer=2, score="uniform"))
     ids, layout = example(2, lead=0)
     with torch.no_grad(), mmskip.trace(model) as trace:
         model(ids, layout=layout)

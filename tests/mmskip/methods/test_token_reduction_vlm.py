@@ -9,9 +9,9 @@ from tiny_vlms import BREAK, IMAGE, VLMS, collate, example_rows, tiny_vlm
 import mmskip
 
 SETTINGS = {
-    "next": {"after": 2},
-    "last": {"after": 2, "query": "last"},
-    "similarity": {"score": "similarity", "after": 0},
+    "next": {"after_layer": 2},
+    "last": {"after_layer": 2, "query": "last"},
+    "similarity": {"score": "similarity", "after_layer": 0},
 }
 NAMES = ("llava_onevision", "llava_next_video", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl", "paligemma", "gemma3")
 

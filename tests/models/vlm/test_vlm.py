@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText
 import mmskip
 from mmskip.datasets.chat.module import ChatData
 from mmskip.datasets.synthetic.chat import scene_processor
-from mmskip.methods.mixture_of_depths import anneal, keep_in_use
+from mmskip.methods.mixture_of_depths import anneal, read_keep
 from mmskip.models.common.language_model import LoRA
 from mmskip.models.vlm.build import load_tuned, save_base, save_tuned, token_ids
 from mmskip.models.vlm.module import VLM
@@ -224,7 +224,7 @@ def test_annealing_goes_from_the_base_model_to_the_configs_keep(batch):
         kept = []
         for progress in (0.0, 0.5, 1.0):
             anneal(model.llm, progress)
-            kept.append(keep_in_use(model.llm))
+            kept.append(read_keep(model.llm))
             with mmskip.trace(model.llm) as trace:
                 loss = model.loss_sums(batch)
             assert torch.equal(loss, expected) == (progress == 0)
@@ -239,7 +239,7 @@ def test_a_copy_is_annealed_on_its_own():
     model = build(MOD).llm
     other = copy.deepcopy(model)
     anneal(other, 0.0)
-    assert (keep_in_use(model), keep_in_use(other)) == (0.4, 1.0)
+    assert (read_keep(model), read_keep(other)) == (0.4, 1.0)
 
 
 def test_keep_follows_the_optimizer_steps_and_a_resumed_run_goes_on(data, tmp_path):
@@ -302,7 +302,7 @@ def test_routers_are_fitted_before_the_first_step_and_not_again_when_a_run_goes_
     torch.manual_seed(0)
     save_base(VLM(TINY_VLM, tokens=TOKENS).llm, tmp_path / "base", data.processor)
     own, settings = (
-        mmskip.MoDConfig(keep=0.4, router=router, gate="own"),
+        mmskip.MoDConfig(keep=0.4, router=router, gate="separate"),
         {"trainable": "router", "anneal_steps": 3, "lr": 0.1},
     )
 
