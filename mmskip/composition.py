@@ -46,6 +46,20 @@ class Claim:
     aspect: str
 
 
+@dataclass(frozen=True)
+class Applied:
+    """One method on a model: its config, the family that took it, and what it claims."""
+
+    config: Any
+    family: str
+    claims: tuple[Claim, ...]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites claimed."""
+        return tuple(claim.site for claim in self.claims)
+
+
 def claims_of(changes: Iterable[Change]) -> tuple[Claim, ...]:
     """What a method claims by its changes. A change without an aspect (of the root, which may carry many) claims
     nothing unless its site has a dot."""

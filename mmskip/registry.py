@@ -1,13 +1,12 @@
 """Apply a method to a model: config type and model family -> handler -> changes."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import nn
 
 from mmskip import composition, families
-from mmskip.composition import Claim
+from mmskip.composition import Applied
 from mmskip.swap import Change, is_swapped, swap_all, unswap
 from mmskip.utils.plugins import load_plugins
 
@@ -16,20 +15,6 @@ Handler = Callable[[Any, Any], Sequence[Change]]
 _HANDLERS: dict[type, dict[str, Handler]] = {}
 
 M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Applied:
-    """One method on a model: its config, the family that took it, and what it claims."""
-
-    config: Any
-    family: str
-    claims: tuple[Claim, ...]
-
-    @property
-    def sites(self) -> tuple[str, ...]:
-        """Names of the sites claimed."""
-        return tuple(claim.site for claim in self.claims)
 
 
 def register(config_type: type, *served: str) -> Callable[[Handler], Handler]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mmskip.registry import Applied, applied
+from mmskip.composition import Applied
+from mmskip.registry import applied
 
 
 class MethodReport:

@@ -19,16 +19,18 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from mmskip import families
-from mmskip.hf.probes.residuals import Residual, calls_of, residuals
 from mmskip.protocols import STATE
 from mmskip.utils.files import whole, write_json
+
+if TYPE_CHECKING:
+    from mmskip.hf.probes.residuals import Residual
 
 LAC_ALPHA = 0.8
 """Of the LAC threshold, as published."""
@@ -143,6 +145,7 @@ def importance(model: nn.Module, data: Iterable[Any]) -> ImportanceTable:
     Raises:
         ValueError: no family fits the model, a method changes which blocks run, or the data are empty.
     """
+    from mmskip.hf.probes.residuals import calls_of, residuals
     from mmskip.registry import applied
 
     view = families.find(model, ("decoder", "vlm"))
@@ -177,7 +180,7 @@ class _Sums:
     def begin(self, call: Mapping[str, Any]) -> None:
         self._mask_BT, self._range_BT = call.get("attention_mask"), None
 
-    def add(self, seen: Residual) -> None:
+    def add(self, seen: "Residual") -> None:
         x, y, index = seen.x_BTD.float(), seen.y_BTD.float(), seen.index
         real_BT = torch.ones(x.shape[:2], device=x.device) if self._mask_BT is None else self._mask_BT.to(x.device)
         real_BT = real_BT.expand(x.shape[:2]).bool()
@@ -223,11 +226,13 @@ def lac_activity(model: nn.Module, batch: Any) -> Tensor:
     Args:
         batch: ids [B, T], or a dictionary of the model's arguments.
     """
+    from mmskip.hf.probes.residuals import calls_of, residuals
+
     view = families.find(model, ("decoder", "vlm"))
     active: list[Tensor] = []
     seen_range: tuple[Tensor, Tensor] | None = None
 
-    def seen(residual: Residual) -> None:
+    def seen(residual: "Residual") -> None:
         nonlocal seen_range
         grown_BT = residual.y_BTD.float().norm(dim=-1) - residual.x_BTD.float().norm(dim=-1)
         void_BT, seen_range = lac_voids(grown_BT, seen_range)

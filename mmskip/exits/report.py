@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from mmskip.registry import Applied
+from mmskip.composition import Applied
 from mmskip.reporting import MethodReport
 from mmskip.swap import states
 

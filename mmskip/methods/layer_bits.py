@@ -17,10 +17,11 @@ from torch import nn
 
 from mmskip import families
 from mmskip.calibration.importance import ImportanceTable, fingerprint
+from mmskip.composition import Applied
 from mmskip.config import MethodConfig, check_choice, check_count
 from mmskip.ops.quantize import STORES
 from mmskip.protocols import BlockView
-from mmskip.registry import Applied, register
+from mmskip.registry import register
 from mmskip.reporting import MethodReport, register_report
 from mmskip.swap import Change
 

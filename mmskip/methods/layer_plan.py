@@ -16,10 +16,11 @@ from torch import nn
 
 from mmskip import families
 from mmskip.calibration.importance import ImportanceTable, fingerprint
+from mmskip.composition import Applied
 from mmskip.config import MethodConfig, check_choice, check_count
 from mmskip.plan import PHASES, DepthPlan, Visit
 from mmskip.protocols import CountedView
-from mmskip.registry import Applied, register
+from mmskip.registry import register
 from mmskip.reporting import MethodReport, register_report
 from mmskip.swap import Change
 

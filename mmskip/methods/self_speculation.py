@@ -14,10 +14,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmskip.composition import Applied
 from mmskip.config import MethodConfig, check_choice, check_count, check_ratio
 from mmskip.methods.layer_plan import CONTEXT
 from mmskip.protocols import CountedView
-from mmskip.registry import Applied, applied, apply_, register, remove_
+from mmskip.registry import applied, apply_, register, remove_
 from mmskip.reporting import MethodReport, register_report
 from mmskip.swap import Change, states
 from mmskip.utils.extras import check_installed

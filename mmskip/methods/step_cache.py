@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmskip.composition import Applied
 from mmskip.config import MethodConfig, check_count
-from mmskip.registry import Applied, register
+from mmskip.registry import register
 from mmskip.reporting import MethodReport, register_report
 from mmskip.swap import Change, around, bind, state_of
 
