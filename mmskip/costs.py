@@ -3,17 +3,18 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from mmskip import families
-from mmskip.tracing import ForwardRecord, LayerRecord, Trace
+from mmskip.operations import torch_flops
+from mmskip.recording import Trace
+from mmskip.tracing import meter_of
+
+__all__ = ["Cost", "cost", "torch_flops"]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Counted cost of what a trace says ran, beside the dense model on the same inputs.
+    """Counted cost of what ran in a trace, beside the dense model on the same inputs.
 
     Attributes:
         flops, dense_flops: of all forwards (two per multiply-add; three times the forward where gradients were
@@ -50,13 +51,16 @@ class Cost:
 
 
 def cost(model: nn.Module, trace: Trace) -> Cost:
-    """Count the cost of `trace`, recorded on `model` by `mmskip.trace`.
+    """Count the cost of `trace`, recorded on `model` by `mmskip.trace`; models of every family.
 
-    FLOPs follow the rules of `torch.utils.flop_counter` (matrix products and attention), plus the routers' scores.
+    FLOPs follow the rules of `torch.utils.flop_counter`: matrix products, convolutions and attention. What methods add
+    (routers' scores, output heads at exits) counts; norms, activations, pooling, Fourier transforms and what a layer
+    mask fills in do not. Layer masks, skip scales and FreeU save nothing: their cost is the dense model's.
 
     Raises:
-        TypeError: these are no model and trace, in this order.
-        ValueError: the trace is empty, or no family fits the model.
+        TypeError: the arguments are no model and trace, in this order.
+        ValueError: the trace is empty, no family fits the model, the family has no meter, or the trace does not tell
+            what a skipped site costs in the dense model.
     """
     if not isinstance(model, nn.Module) or not isinstance(trace, Trace):
         raise TypeError(
@@ -65,64 +69,16 @@ def cost(model: nn.Module, trace: Trace) -> Cost:
         )
     if not trace.forwards:
         raise ValueError("the trace is empty; run the model inside `with mmskip.trace(model) as trace:`.")
-    view = families.find(model, ("decoder", "vlm"))
-    blocks = [_BlockCost(view, index) for index in range(len(view.blocks))]
-    head = view.head_flops()
+    meter = meter_of(model)
     flops = dense = 0.0
     activations = dense_activations = 0
     for forward in trace.forwards:
-        ran, full, kept_bytes, full_bytes = _forward_cost(blocks, forward)
+        found = meter.forward_cost(forward, trace.forwards)
         times = 3 if forward.training else 1
-        flops += times * (ran + head * forward.head_rows)
-        dense += times * (full + head * forward.head_rows)
-        activations = max(activations, kept_bytes)
-        dense_activations = max(dense_activations, full_bytes)
+        flops += times * found.flops
+        dense += times * found.dense_flops
+        activations = max(activations, found.activation_bytes)
+        dense_activations = max(dense_activations, found.dense_activation_bytes)
     last = trace.forwards[-1].layers
     kv, dense_kv = sum(layer.kv_bytes for layer in last), sum(layer.dense_kv_bytes for layer in last)
     return Cost(flops, dense, kv, dense_kv, activations, dense_activations)
-
-
-class _BlockCost:
-    """FLOPs and bytes of one block per token."""
-
-    def __init__(self, view: Any, index: int) -> None:
-        products = view.matrix_products(index)
-        self.linear = 2.0 * sum(count * rows * columns for rows, columns, count in products)
-        self.pair = 4.0 * view.attention_width(index)
-        self.score, self.gate = view.router_flops(index)
-        item = view.item_bytes(index)
-        self.view, self.index = view, index
-        self.activation = item * sum(count * (rows + columns) for rows, columns, count in products)
-
-    def planned(self, layer: LayerRecord) -> float:
-        """FLOPs of a block that a plan runs in parts: what is neither attention nor MLP goes with every visit."""
-        parts = {name: self.view.block_flops(self.index, name, 0) for name in ("attn", "mlp", "fill")}
-        rest = self.linear - parts["attn"] - parts["mlp"]
-        attn = (layer.attn or 0) * (parts["attn"] + self.pair * layer.keys)
-        return attn + (layer.mlp or 0) * parts["mlp"] + layer.filled * parts["fill"] + layer.ran * rest
-
-
-def _forward_cost(blocks: list[_BlockCost], forward: ForwardRecord) -> tuple[float, float, int, int]:
-    ran = full = 0.0
-    kept_bytes = full_bytes = 0
-    for block, layer in zip(blocks, forward.layers, strict=True):
-        if layer.attn is None:
-            ran += layer.ran * (block.linear + block.pair * layer.keys)
-        else:
-            ran += block.planned(layer)
-        full += layer.tokens * (block.linear + block.pair * layer.dense_keys)
-        if layer.kept is not None:
-            ran += block.score * layer.tokens + block.gate * layer.ran
-        kept_bytes += block.activation * layer.ran
-        full_bytes += block.activation * layer.tokens
-    return ran, full, kept_bytes, full_bytes
-
-
-def torch_flops() -> FlopCounterMode:
-    """torch's own counter of FLOPs, a context, which also counts attention on a CPU (some versions leave it out)."""
-    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return FlopCounterMode(display=False, custom_mapping={on_cpu: _attention_flops})
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return sdpa_flop_count(query, key, value)

@@ -122,11 +122,18 @@ class BlockView(View, Protocol):
     blocks: tuple[nn.Module, ...]
 
 
-class CountedView(BlockView, Protocol):
-    """A model whose blocks' FLOPs are known."""
+class BlockMeter(Protocol):
+    """Counts the blocks of a decoder, see `mmskip.hf.meter.DecoderMeter`."""
 
     def block_flops(self, index: int, part: str, keys: int) -> float:
         """FLOPs per token of `"attn"`, `"mlp"`, `"fill"` (keys and values alone) or `"block"` with so many keys."""
 
     def head_flops(self) -> float:
         """FLOPs of the output head per token."""
+
+
+class CountedView(BlockView, Protocol):
+    """A model whose blocks' FLOPs are known."""
+
+    def meter(self) -> BlockMeter:
+        """Return what counts the blocks."""

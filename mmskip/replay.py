@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from mmskip.recording import Trace
 from mmskip.tokens.groups import TEXT, TokenGroups
 from mmskip.tokens.selection import Selection, compact
-from mmskip.tracing import Trace
 
 _active: ContextVar["Replay | None"] = ContextVar("mmskip_replay", default=None)
 

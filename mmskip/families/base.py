@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from mmskip.meters import CountingMeter, Meter
+
 KINDS = ("block", "attn", "mlp", "conv", "norm", "skip", "stage")
 
 
@@ -105,6 +107,11 @@ class View:
             found = [(name, module) for name, module in self.root.named_modules() if fits(module)]
             for index, (name, module) in enumerate(found):
                 yield Site(f"{kind}.{name}", kind, module, index)
+
+    def meter(self) -> Meter:
+        """Return what counts the cost of the model: every operation while it runs. A family may return a
+        `mmskip.meters.Meter` that knows its models better."""
+        return CountingMeter(self)
 
     def hidden_argument(self, block: nn.Module) -> str:
         """Name of the argument of a block's `forward` that carries the hidden states; "" for the first one."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mmskip.families.base import View
+from mmskip.meters import ConvMeter
 
 _ATTENTION = ("qkv", "q_proj", "to_qkv", "in_proj_weight", "relative_position_bias_table")
 
@@ -29,6 +30,10 @@ class CNNView(View):
     def stacks(self) -> dict[str, tuple[nn.Module, ...]]:  # type: ignore[override]
         """None: its sites are convolutions and norms."""
         return {}
+
+    def meter(self) -> ConvMeter:
+        """Return what counts the convolutions."""
+        return ConvMeter(self)
 
     @property
     def joins_parallel_branches(self) -> bool:

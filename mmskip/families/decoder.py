@@ -10,19 +10,16 @@ from mmskip.exits.heads import TiedHead
 from mmskip.families.base import View
 from mmskip.hf.exits.block import ExitRule
 from mmskip.hf.exits.decoder import exit_changes, tied_head
+from mmskip.hf.meter import DecoderMeter
 from mmskip.hf.routing.block import RoutedBlock
-from mmskip.hf.streaming.cache import StreamCache
 from mmskip.hf.structure import (
-    attention_of,
     is_stack,
     kinds,
-    output_projection,
     parts_of,
     unfit,
     windows,
     without_attention,
 )
-from mmskip.protocols import STATE
 from mmskip.swap import Change
 
 
@@ -81,93 +78,9 @@ class DecoderView(View):
         """Per block, `full` or `sliding`; `state` for a block that must see every token."""
         return self.kinds
 
-    def matrix_products(self, index: int) -> list[tuple[int, int, int]]:
-        """Weight matrices of a block that every token is multiplied by: (inputs, outputs, how many). The scans of
-        state-space and linear attention are not counted.
-
-        Raises:
-            ValueError: the block has expert weights whose use per token the config does not tell.
-        """
-        return self._products(self.blocks[index])
-
-    def _products(self, whole: nn.Module) -> list[tuple[int, int, int]]:
-        products = []
-        for module in whole.modules():
-            weight = getattr(module, "weight", None)
-            if isinstance(module, nn.Linear):
-                # not the shape of the weight, which quantization packs
-                products.append((module.in_features, module.out_features, 1))
-            elif type(module).__name__ == "Conv1D":
-                products.append((weight.shape[0], weight.shape[1], 1))  # type: ignore[union-attr]
-            for parameter in module._parameters.values():
-                # weights of three dimensions are experts, but for short convolutions, whose cost is small
-                if parameter is not None and parameter.dim() == 3 and not isinstance(module, nn.Conv1d):
-                    products.append((parameter.shape[1], parameter.shape[2], self._experts_per_token()))
-        return products
-
-    def _experts_per_token(self) -> int:
-        count = getattr(self.config, "num_experts_per_tok", None)
-        if count is None:
-            raise ValueError(f"{type(self.config).__name__} does not say how many experts a token uses.")
-        return int(count)
-
-    def attention_width(self, index: int) -> int:
-        """Heads times head width of a block (the mean of keys' and values' width where they differ); 0 without
-        attention."""
-        if self.kinds[index] == STATE:
-            return 0
-        config, attention = self.config, attention_of(self.blocks[index], causal=False)
-        head = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None)
-        head = head or self.width // config.num_attention_heads
-        key = getattr(attention, "qk_head_dim", head)
-        value = getattr(attention, "v_head_dim", head)
-        return int((key + value) * config.num_attention_heads) // 2
-
-    def block_flops(self, index: int, part: str, keys: int) -> float:
-        """FLOPs per token of `"attn"`, `"mlp"`, `"fill"` (what stores keys and values: all of the attention before its
-        scores) or `"block"`, with so many keys."""
-        attention, mlp = parts_of(self.blocks[index])
-        pairs = 4.0 * self.attention_width(index) * keys
-        modules = {"block": self.blocks[index], "attn": attention, "fill": attention, "mlp": mlp}
-        linear = 0 if modules[part] is None else _flops(self._products(modules[part]))
-        if part == "fill" and attention is not None:
-            linear -= _flops(self._products(output_projection(attention)))
-        return linear + (pairs if part in ("block", "attn") else 0.0)
-
-    def head_flops(self) -> float:
-        """FLOPs of the output heads per token."""
-        heads = {id(h): h for h in (m.get_output_embeddings() for m in self.generators) if h is not None}  # type: ignore[operator]
-        return 2.0 * sum(h.weight.numel() for h in heads.values())
-
-    def item_bytes(self, index: int) -> int:
-        """Bytes of one number of the hidden states."""
-        return next(p.element_size() for p in self.blocks[index].parameters() if p.is_floating_point())
-
-    def router_flops(self, index: int) -> tuple[int, int]:
-        """FLOPs per token of the scores and of the gates of a block's router."""
-        router = getattr(self.blocks[index], "mmskip_router", None)
-        return (0, 0) if router is None else router.flops()
-
-    def cache_use(self, index: int, cache: Any, length: int) -> tuple[int, int, int]:
-        """After a call with `length` tokens: keys a dense block attends over, KV bytes stored, KV bytes a dense block
-        stores. A block without attention stores none."""
-        if self.kinds[index] == STATE:
-            return 0, 0, 0
-        if cache is None:
-            return length, 0, 0
-        if isinstance(cache, StreamCache):
-            return cache.use(index)
-        same = [i for i, kind in enumerate(self.kinds) if kind == self.kinds[index] and i < len(cache.layers)]
-        held = [i for i in same if getattr(cache.layers[i], "keys", None) is not None]
-        if not held:
-            return 0, 0, 0
-        # a plan leaves some entries short or empty: a dense block would store what another of its kind does
-        total, window = max(int(cache.get_seq_length(i)) for i in held), self.windows[index]
-        entry = cache.layers[index if index in held else held[0]]
-        past = total - length if window is None else min(total - length, window - 1)
-        stored = total if window is None else min(total, window - 1)
-        per_slot = (entry.keys[:, :, :1].numel() + entry.values[:, :, :1].numel()) * entry.keys.element_size()
-        return past + length, per_slot * entry.keys.shape[-2], per_slot * stored
+    def meter(self) -> DecoderMeter:
+        """Return what counts the blocks."""
+        return DecoderMeter(self)
 
     def exit_changes(self, rule: ExitRule) -> list[Change]:
         """The changes by which tokens leave the decoder early.
@@ -184,10 +97,6 @@ class DecoderView(View):
             ValueError: the output is more than a norm and a projection, or missing.
         """
         return tied_head(self)
-
-
-def _flops(products: list[tuple[int, int, int]]) -> float:
-    return 2.0 * sum(count * rows * columns for rows, columns, count in products)
 
 
 def match(model: nn.Module, causal: bool = True) -> tuple[DecoderView | None, str]:

@@ -15,6 +15,7 @@ from mmskip.hf.calls import CACHE_NAME, argument_names
 from mmskip.hf.exits.block import BlockState, DecoderExit, EncoderExit, ExitRule, Run
 from mmskip.hf.exits.decoder import check_output, final_norm
 from mmskip.hf.exits.modalities import split_changes
+from mmskip.hf.meter import EncoderDecoderMeter
 from mmskip.swap import Change
 
 _DECODER_ARGUMENTS = {"hidden_states", "attention_mask", "encoder_hidden_states", CACHE_NAME}
@@ -62,6 +63,10 @@ class EncoderDecoderView(View):
     def blocks(self) -> tuple[nn.Module, ...]:
         """All layers: the encoder's, then the decoder's."""
         return self.encoder + self.decoder
+
+    def meter(self) -> EncoderDecoderMeter:
+        """Return what counts the layers and the caches."""
+        return EncoderDecoderMeter(self)
 
     def site(self, index: int) -> str:
         """The site name of a layer."""

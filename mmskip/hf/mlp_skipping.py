@@ -15,8 +15,8 @@ from mmskip.families.base import Site
 from mmskip.hf.calls import given_cache
 from mmskip.hf.structure import added_by
 from mmskip.protocols import STATE, MlpRule, VoidRule
+from mmskip.recording import Work, recorder, stored_bytes
 from mmskip.swap import Change, around, bind, bind_call, state_of, states_of, with_states
-from mmskip.tracing import report_slot, report_visit
 
 CALL_KEY = "mmskip_tokens"
 
@@ -100,8 +100,9 @@ class MlpSkippingBlock(nn.Module):
             state.done_BT = state.update_BTD = None
         call.done_BT = done_BT | now_BT
         cache = given_cache(bound)
-        report_slot(state.index)
-        report_visit(state.index, x_BTD, True, True, False, cache, state.index, ~done_BT)
+        if (recording := recorder()) is not None:
+            slots, through = x_BTD.shape[0] * x_BTD.shape[1], int((~done_BT).sum())
+            recording.visit(self, Work(slots, slots, through, kv_bytes=stored_bytes(cache, state.index)))
         return output
 
 

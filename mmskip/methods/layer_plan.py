@@ -222,14 +222,15 @@ def evenly(layers: int, kept: int) -> tuple[int, ...]:
 
 def decode_flops(view: CountedView, visits: Sequence[Visit], fill: bool = False, keys: int = CONTEXT) -> float:
     """FLOPs of decoding one token by a plan with so many keys, output head included."""
-    total = view.head_flops()
+    meter = view.meter()
+    total = meter.head_flops()
     for visit in visits:
         parts = [part for part in ("attn", "mlp") if not getattr(visit, part)]
-        total += view.block_flops(visit.block, "block", keys)
-        total -= sum(view.block_flops(visit.block, part, keys) for part in parts)
-        total += view.block_flops(visit.block, "fill", keys) if fill and not visit.attn else 0.0
+        total += meter.block_flops(visit.block, "block", keys)
+        total -= sum(meter.block_flops(visit.block, part, keys) for part in parts)
+        total += meter.block_flops(visit.block, "fill", keys) if fill and not visit.attn else 0.0
     left_out = set(range(len(view.blocks))) - {visit.block for visit in visits}
-    return total + (sum(view.block_flops(i, "fill", keys) for i in left_out) if fill else 0.0)
+    return total + (sum(meter.block_flops(i, "fill", keys) for i in left_out) if fill else 0.0)
 
 
 def _full(view: CountedView) -> list[Visit]:

@@ -320,14 +320,15 @@ def self_speculation_decoder(config: SelfSpeculationConfig, view: CountedView) -
         if config.exit_after >= count:
             raise ValueError(f"exit_after is {config.exit_after}; this model has {count} blocks, drafts need fewer.")
         units = [(index, index) for index in range(config.exit_after, count)]
-    total = view.head_flops() + sum(view.block_flops(i, "block", CONTEXT) for i in range(count))
+    meter = view.meter()
+    total = meter.head_flops() + sum(meter.block_flops(i, "block", CONTEXT) for i in range(count))
     costs = []
     for attn, mlp in units:
         if attn == mlp and attn is not None:
-            cost = view.block_flops(attn, "block", CONTEXT)
+            cost = meter.block_flops(attn, "block", CONTEXT)
         else:
             parts = ((attn, "attn"), (mlp, "mlp"))
-            cost = sum(view.block_flops(index, part, CONTEXT) for index, part in parts if index is not None)
+            cost = sum(meter.block_flops(index, part, CONTEXT) for index, part in parts if index is not None)
         costs.append(cost / total)
     return speculation_changes(view, Speculation(config, units, costs))
 

@@ -35,8 +35,8 @@ from mmskip.hf.streaming.cache import StreamCache
 from mmskip.hf.structure import parts_of
 from mmskip.plan import DepthPlan, Visit
 from mmskip.protocols import STATE
+from mmskip.recording import Work, recorder, stored_bytes
 from mmskip.swap import Change, around, bind, bind_call, state_of, states_of
-from mmskip.tracing import report_slot, report_visit
 
 PLAN_KEY = "mmskip_plan"
 _decode_start: ContextVar[tuple[nn.Module, int] | None] = ContextVar("mmskip_decode_start", default=None)
@@ -167,7 +167,8 @@ class PlannedBlock(nn.Module):
         call, bound = bind_call(self, PLAN_KEY, f"{state.site} got no plan", args, kwargs)
         x_BTD = bound.pop("hidden_states")
         call.ran.add(state.index)
-        report_slot(state.index)
+        if (recording := recorder()) is not None:
+            recording.visit(self)
         if state.keeps:
             call.arguments[state.index] = bound
         own = Visit(state.index)
@@ -211,8 +212,20 @@ def _visit(
     y_BTD = _run(block, state, call, arguments, x_BTD, visit)
     whole = call.planned_T is not None
     fills = state.fills and cache is not None and not (visit.attn or whole)
-    report_visit(visit.block, x_BTD, visit.attn or whole, visit.mlp or whole, fills, cache, entry)
+    _record(block, x_BTD, visit.attn or whole, visit.mlp or whole, fills, cache, entry)
     return y_BTD
+
+
+def _record(
+    block: nn.Module, x_BTD: Tensor, attn: bool, mlp: bool, filled: bool, cache: Any, entry: int | None
+) -> None:
+    """Tell the trace under way which parts of a block ran in a visit that stored in `entry` of the cache."""
+    if (recording := recorder()) is None:
+        return
+    slots = x_BTD.shape[0] * x_BTD.shape[1]
+    stored = stored_bytes(cache, entry) if attn or filled else 0
+    runs = slots if attn or mlp else 0
+    recording.visit(block, Work(runs, slots * attn, slots * mlp, slots * filled, kv_bytes=stored))
 
 
 def _run(
@@ -245,7 +258,7 @@ def _fill(block: nn.Module, state: SlotState, call: PlanCall, bound: dict[str, A
     try:
         super(PlannedBlock, block).forward(x_BTD, **with_entry(bound, state.index, stop=True))  # type: ignore[misc]
     except StoredError:
-        report_visit(state.index, x_BTD, False, False, True, cache, state.index)
+        _record(block, x_BTD, False, False, True, cache, state.index)
         return
     raise RuntimeError(f"{state.site} stored no keys and values; use kv='compact'.")
 

@@ -22,11 +22,11 @@ from mmskip.hf.streaming.cache import StreamCache
 from mmskip.ops.hf_attention import NAME as RAGGED
 from mmskip.ops.tokens import merge_tokens, select_tokens
 from mmskip.protocols import TokenPolicy
+from mmskip.recording import Work, recorder
 from mmskip.replay import replayed
 from mmskip.swap import bind_call, state_of, states_of, with_states
 from mmskip.tokens.groups import PADDING, TokenGroups
 from mmskip.tokens.selection import Selection
-from mmskip.tracing import report
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ class RoutedBlock(nn.Module):
         output = super().forward(x_BSD, **bound)
         merged = merge_tokens(x_BTD, states_of(output), selection.index_BS, gate_BS, selection.valid_BS)
         call.ran.add(state.index)
-        report(self, selection.keep_BT, selection.index_BS.shape[1], slots)
+        if (recording := recorder()) is not None:
+            work = Work(selection.index_BS.numel(), keys=slots, kept=selection.keep_BT)
+            recording.block(self, work)
         return with_states(output, merged)
 
 

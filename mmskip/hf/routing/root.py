@@ -16,9 +16,9 @@ from mmskip.hf.routing.call import NO_CONTEXT, ROUTING_KEY, CallContext, RoutedC
 from mmskip.hf.routing.frames import check_not_cut, frames_of, seen_after
 from mmskip.hf.streaming.cache import StreamCache
 from mmskip.protocols import TokenPolicy
+from mmskip.recording import recorder
 from mmskip.swap import bind, state_of
 from mmskip.tokens.groups import TEXT, TokenGroups, token_groups
-from mmskip.tracing import begin_forward
 
 
 @dataclass
@@ -49,7 +49,8 @@ class LayoutRoot(nn.Module):
     def forward(self, *args: Any, layout: Tensor | None = None, **kwargs: Any) -> Any:
         state: LayoutRootState = state_of(self, LayoutRoot)
         call = _read_call(self, state, bind(self, args, kwargs), layout, call_context.of(self) or NO_CONTEXT)
-        begin_forward(self, call.groups.layout_BT, call.groups.real_BT)
+        if (recording := recorder()) is not None:
+            recording.layout(self, call.groups.layout_BT, call.groups.real_BT)
         output = super().forward(*args, **kwargs, **{ROUTING_KEY: call})
         check_ran(self, set(state.policies) - state.checked, call.ran)
         state.checked |= call.ran

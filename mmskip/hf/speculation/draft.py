@@ -9,8 +9,8 @@ from torch import nn
 
 from mmskip.hf.plans.parts import DROP, RUN, PartState, PlannedPart, part_sites, part_state
 from mmskip.hf.structure import parts_of
+from mmskip.recording import Work, recorder
 from mmskip.swap import Change, around, state_of
-from mmskip.tracing import report_slot, report_visit
 
 
 @dataclass
@@ -53,11 +53,15 @@ class DraftBlock(nn.Module):
         left_out = (site.index in site.shared.attn, site.index in site.shared.mlp)
         if not site.shared.active or not any(left_out):
             return super().forward(*args, **kwargs)
-        report_slot(site.index)
+        recording = recorder()
+        if recording is not None:
+            recording.visit(self)
         x_BTD = args[0] if args else kwargs["hidden_states"]
         if all(left_out):
             return x_BTD
-        report_visit(site.index, x_BTD, not left_out[0], not left_out[1], False, None, None)
+        if recording is not None:
+            slots = x_BTD.shape[0] * x_BTD.shape[1]
+            recording.visit(self, Work(slots, slots * (not left_out[0]), slots * (not left_out[1])))
         dropped = [part for part, out in zip(site.parts, left_out, strict=True) if out and part is not None]
         for part in dropped:
             part.mode = DROP
