@@ -1,4 +1,4 @@
-"""What mechanisms ask of a method, and methods of a view of a model."""
+"""Interfaces between methods, the mechanisms that carry them out, and views of models."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -12,30 +12,30 @@ from mmskip.tokens.selection import Selection
 
 STATE = "state"
 """Kind of a block that carries a state from token to token (state space, linear attention, convolution) or has no
-attention at all: it sees every token, so token routing leaves it dense."""
+attention: it must see every token, so token routing keeps it dense."""
 
 
 class View(Protocol):
-    """What a family says of a model: its name, the module that stands for the whole model, and its sites."""
+    """The part of `mmskip.families.base.View` that methods use: the family's name and the root module."""
 
     family: str
     root: nn.Module
 
 
 class TokenPolicy(Protocol):
-    """What a method says of one block: which tokens it processes and how their update is weighted."""
+    """Chooses the tokens that one block processes, and the weights of their updates."""
 
     def prepare(self, groups: TokenGroups) -> None:
-        """Called once per forward before the blocks run: the place for whatever must be known on the host."""
+        """Prepare a forward: called once, before the blocks run, to compute what the host must know."""
 
     def enter(self, block: nn.Module, x_BTD: Tensor, groups: TokenGroups) -> Tensor:
-        """The hidden states the block starts from, for methods that rewrite tokens; else as they are."""
+        """Return the hidden states [B, T, D] that the block starts from; most methods return them unchanged."""
 
     def select(self, block: nn.Module, x_BTD: Tensor, groups: TokenGroups) -> Selection:
-        """The tokens that the block processes."""
+        """Select the tokens that the block processes."""
 
     def gate(self, block: nn.Module, x_BSD: Tensor, selection: Selection, groups: TokenGroups) -> Tensor | None:
-        """Multiplier [B, S] of the update of the selected tokens; None means 1."""
+        """Return the multiplier [B, S] of the updates of the selected tokens; None: 1."""
 
 
 class TokenView(View, Protocol):
@@ -53,7 +53,8 @@ class TokenView(View, Protocol):
         """Of the hidden states."""
 
     def attention_types(self) -> tuple[str, ...]:
-        """The kind of attention of each block, or `STATE`; lengths and masks are read at the first block of a kind."""
+        """Return the attention type of each block, or `STATE`; transformers reads lengths and masks at the first block
+        of a type."""
 
 
 class Speculator(Protocol):

@@ -25,9 +25,11 @@ from mmskip.swap import Change
 
 @dataclass(frozen=True)
 class DecoderView(View):
-    """A causal decoder: the module that calls the blocks (`root`), and the blocks in order.
+    """A causal decoder.
 
     Attributes:
+        root: the module that calls the blocks.
+        blocks: in the order they run.
         windows: per block, the sliding window in tokens, or None for full attention.
         generators: the modules around the root that have `generate`.
         kinds: per block `full`, `sliding` or `state`, see `mmskip.hf.structure`.
@@ -46,7 +48,7 @@ class DecoderView(View):
         return {"block": self.blocks}
 
     def parts(self, block: nn.Module) -> tuple[Any, Any]:
-        """The attention and the MLP of a block, None for a part that is no module of its own."""
+        """Return the attention and the MLP of a block; None for a part that is not a module."""
         return parts_of(block)
 
     @property
@@ -61,12 +63,12 @@ class DecoderView(View):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the hidden states, which the embeddings set, whatever quantization made of the blocks."""
+        """Dtype of the hidden states: that of the embeddings, since blocks may be quantized."""
         dtype: torch.dtype = self.root.get_input_embeddings().weight.dtype  # type: ignore[operator]
         return dtype if dtype.is_floating_point else self.root.dtype  # type: ignore[return-value]
 
     def site(self, index: int) -> str:
-        """The site name of a block."""
+        """Return the site name of a block."""
         return f"block.{index}"
 
     @property
@@ -75,7 +77,7 @@ class DecoderView(View):
         return tuple(index for index, block in enumerate(self.blocks) if isinstance(block, RoutedBlock))
 
     def attention_types(self) -> tuple[str, ...]:
-        """Per block, `full` or `sliding`; `state` for a block that must see every token."""
+        """Return the kind of each block: `full` or `sliding`, or `state` for a block that must see every token."""
         return self.kinds
 
     def meter(self) -> DecoderMeter:
@@ -100,8 +102,12 @@ class DecoderView(View):
 
 
 def match(model: nn.Module, causal: bool = True) -> tuple[DecoderView | None, str]:
-    """The view of `model`, or None and the reason why it does not fit. Without `causal`, blocks whose masks a module
-    around the decoder makes causal fit too."""
+    """Return the view of `model`, or None and the reason why it does not fit.
+
+    Args:
+        causal: whether the self-attention must declare itself causal; False where a module around the decoder builds
+            the masks.
+    """
     from transformers import PreTrainedModel
 
     found = []

@@ -1,5 +1,5 @@
-"""What the blocks of a transformers decoder are, told from their structure: which of them can process a subset of the
-tokens exactly, and why others cannot."""
+"""Recognise the blocks of a transformers decoder by structure: their kind, their parts, and whether they can process a
+subset of the tokens exactly."""
 
 import ast
 import inspect
@@ -46,7 +46,7 @@ def is_stack(blocks: nn.Module, causal: bool = True) -> bool:
 
 
 def attention_of(block: nn.Module, causal: bool = True) -> Any:
-    """The self-attention of a decoder layer, or None."""
+    """Return the self-attention of a decoder layer, or None."""
     for child in block.children():
         if getattr(child, "is_causal", None) in (True, causal) and getattr(child, "layer_idx", None) is not None:
             return child
@@ -54,7 +54,7 @@ def attention_of(block: nn.Module, causal: bool = True) -> Any:
 
 
 def kinds(config: Any, blocks: Sequence[nn.Module], causal: bool = True) -> tuple[str, ...]:
-    """Per block `full`, `sliding` or `state`."""
+    """Return the kind of each block: `full`, `sliding` or `state`."""
     return tuple(
         STATE if _carries_state(block, causal) else "full" if window is None else "sliding"
         for block, window in zip(blocks, windows(config, len(blocks)), strict=True)
@@ -62,7 +62,7 @@ def kinds(config: Any, blocks: Sequence[nn.Module], causal: bool = True) -> tupl
 
 
 def windows(config: Any, count: int) -> tuple[int | None, ...]:
-    """Per block, the sliding window in tokens, or None for full attention."""
+    """Return the sliding window of each block in tokens, or None for full attention."""
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
     if types is None:
@@ -71,13 +71,13 @@ def windows(config: Any, count: int) -> tuple[int | None, ...]:
 
 
 def unfit(model: nn.Module, root: nn.Module, blocks: Sequence[nn.Module], causal: bool = True) -> str:
-    """The reason why the decoder `root` cannot be served, or nothing."""
+    """Return the reason why the decoder `root` cannot be served, or ""."""
     config: Any = root.config
     name = type(root).__name__
     if any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) for m in model.modules()):
         return f"{name} is part of an encoder-decoder model"
     if any(getattr(getattr(m, "config", None), "vision_config", None) is not None for m in model.modules()):
-        return f"{name} stands in a vision-language model, whose frames only its own family can tell"
+        return f"{name} is part of a vision-language model, whose frames only its own family knows"
     if len(blocks) != config.num_hidden_layers:
         return f"{name} has {len(blocks)} decoder layers, its config says {config.num_hidden_layers}"
     routable = [i for i, kind in enumerate(kinds(config, blocks, causal)) if kind != STATE]
@@ -98,7 +98,7 @@ def unfit(model: nn.Module, root: nn.Module, blocks: Sequence[nn.Module], causal
 
 
 def _carries_state(block: nn.Module, causal: bool) -> bool:
-    """A child that has a place in the cache and is no attention keeps a state."""
+    """Whether a block keeps a state: it has no attention, or another child with an entry in the cache."""
     if attention_of(block, causal) is None:
         return True
     return any(
@@ -123,20 +123,20 @@ def _foreign_state(model: nn.Module, config: Any, name: str) -> str:
         return f"{name} passes several hidden states per token (AltUp) from layer to layer"
     generators: Any = [m for m in model.modules() if hasattr(m, "_supports_default_dynamic_cache")]
     if not all(m._supports_default_dynamic_cache() for m in generators):
-        return f"{name} keeps its state in a cache of its own, which is no DynamicCache"
+        return f"{name} keeps its state in its own cache, which is no DynamicCache"
     return ""
 
 
 def without_attention(model: nn.Module) -> str:
-    """What stands where decoder layers with a causal self-attention were looked for."""
+    """Describe what a model has in place of decoder layers with a causal self-attention, for an error."""
     for root in model.modules():
         for stack in root.children():
             layers = list(stack.children()) if isinstance(stack, nn.ModuleList) else []
             if layers and hasattr(root, "config") and "hidden_states" in argument_names(layers[0]):
-                told = "declares no causal self-attention"
+                lack = "declares no causal self-attention"
                 if not _passes_keywords(root, layers):
-                    told += f", and {type(root).__name__}.forward passes no unknown keywords (the layout) to it"
-                return f"{type(layers[0]).__name__} {told}"
+                    lack += f", and {type(root).__name__}.forward passes no unknown keywords (the layout) to it"
+                return f"{type(layers[0]).__name__} {lack}"
     return f"{type(model).__name__} has none"
 
 
@@ -151,7 +151,7 @@ def _foreign_arguments(config: Any, blocks: Any) -> str:
 
 
 def _passes_keywords(root: nn.Module, blocks: Sequence[nn.Module]) -> bool:
-    """Whether the loop over the blocks in `root.forward` calls them with `**kwargs`. Code that cannot be read passes:
+    """Whether the loop over the blocks in `root.forward` calls them with `**kwargs`; True if the source cannot be read:
     a block that gets no layout raises."""
     lists = {name for name, child in root.named_children() if list(child.children()) == list(blocks)}
     forward = inspect.unwrap(type(root).forward)
@@ -164,7 +164,7 @@ def _passes_keywords(root: nn.Module, blocks: Sequence[nn.Module]) -> bool:
 
 
 def _block_calls(loop: ast.For, lists: set[str]) -> list[ast.Call]:
-    """Calls of the loop's variables in its body, if it runs over `self.<one of lists>`."""
+    """Return the calls of the loop's variables in its body, if it runs over `self.<one of lists>`."""
     if not any(isinstance(node, ast.Attribute) and node.attr in lists for node in ast.walk(loop.iter)):
         return []
     variables = {node.id for node in ast.walk(loop.target) if isinstance(node, ast.Name)}
@@ -177,7 +177,7 @@ def _block_calls(loop: ast.For, lists: set[str]) -> list[ast.Call]:
 
 
 def parts_of(block: nn.Module) -> tuple[Any, Any]:
-    """The attention and the MLP module of a block; None where it has none of its own."""
+    """Return the attention and the MLP module of a block; None for a part that is not a module."""
     attention = attention_of(block, causal=False)
     found = [
         child
@@ -191,14 +191,18 @@ def parts_of(block: nn.Module) -> tuple[Any, Any]:
 
 
 def added_by(block: nn.Module) -> Any:
-    """The module whose output a block adds for its MLP: the norm after the MLP where there is one, else the MLP."""
+    """Return the module whose output a block adds for its MLP: the norm after the MLP if there is one, else the MLP."""
     names = ("post_feedforward_layernorm", "post_mlp_layernorm")
     norms = [child for name, child in block.named_children() if name in names]
     return norms[0] if len(norms) == 1 else parts_of(block)[1]
 
 
 def output_projection(attention: nn.Module) -> nn.Module:
-    """The matrix product of an attention that follows its scores."""
+    """Return the output projection of an attention.
+
+    Raises:
+        ValueError: none has a known name.
+    """
     names = ("o_proj", "out_proj", "c_proj", "dense", "wo")
     found = [child for name, child in attention.named_children() if name in names]
     if len(found) != 1:
@@ -207,13 +211,17 @@ def output_projection(attention: nn.Module) -> nn.Module:
 
 
 def returned_values(module: nn.Module) -> int:
-    """How many values `forward` returns as a tuple; 0: a tensor."""
+    """Return the number of values that `forward` returns as a tuple; 0: a tensor.
+
+    Raises:
+        ValueError: the source cannot be read, or the number differs between returns.
+    """
     base: Any = base_class(module)
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(base.forward))))
     except (OSError, TypeError, SyntaxError) as error:
         raise ValueError(
-            f"{base.__name__} cannot be left out alone: its source cannot be read to tell what it returns."
+            f"{base.__name__} cannot be left out alone: its source, which shows what it returns, cannot be read."
         ) from error
     values = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
     counts = {len(value.elts) if isinstance(value, ast.Tuple) else 0 for value in values}

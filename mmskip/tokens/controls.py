@@ -1,4 +1,4 @@
-"""Scores that learn nothing: norms, chance, even spacing.
+"""Token scores without parameters: norm, random, uniform.
 
 Shape suffixes: B batch, T tokens, D width, G groups of the batch, N tokens of the largest group, S slots of
 the largest row after selection.
@@ -11,13 +11,18 @@ from mmskip.tokens.groups import TokenGroups
 
 
 def norm_scores(x_BTD: Tensor) -> Tensor:
-    """The L2 norm of each token in fp32: a router without parameters."""
+    """Score tokens by their L2 norm in fp32, [B, T]."""
     return x_BTD.float().norm(dim=-1)
 
 
 def random_scores(groups: TokenGroups, seed: int, training: bool) -> Tensor:
-    """The control: scores [B, T] that know nothing. Fresh in training; in evaluation a hash of frame id and
-    place in the frame, so that chunked, padded and cached runs select the same tokens."""
+    """Score tokens at random, [B, T]: the control.
+
+    Args:
+        seed: of the evaluation scores, >= 0.
+        training: draw fresh scores; else hash frame id and index in the frame, so that chunked, padded and cached runs
+            select the same tokens.
+    """
     batch, length = groups.shape
     if training:
         return torch.rand(batch, length, device=groups.layout_BT.device)
@@ -33,14 +38,18 @@ def random_scores(groups: TokenGroups, seed: int, training: bool) -> Tensor:
 
 
 def uniform_scores(groups: TokenGroups, keep: float) -> Tensor:
-    """The control: k tokens at even distances in each group; scores [B, T], 1 on those, else 0."""
+    """Score k evenly spaced tokens of each group 1, all others 0: the control. [B, T].
+
+    Args:
+        keep: ratio in (0, 1], k = max(1, round(keep * n)) per group.
+    """
     batch, length = groups.shape
     scores = torch.zeros(batch * length + 1, device=groups.layout_BT.device)
     if groups.has_vision:
         sizes = (groups.table_GN < batch * length).sum(1, keepdim=True)
         k = groups.budget(keep).k_G[:, None]
         rank = torch.arange(groups.table_GN.shape[1], device=scores.device)
-        # the k ranks in the middle of k equal parts of the group
+        # the rank in the middle of each of k equal parts of the group
         even = (((2 * rank + 2) * k + sizes) // (2 * sizes)) > (((2 * rank) * k + sizes) // (2 * sizes))
         scores.scatter_(0, groups.table_GN.reshape(-1), even.float().reshape(-1))
     return scores[:-1].view(batch, length)

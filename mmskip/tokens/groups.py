@@ -12,26 +12,28 @@ import torch
 from torch import Tensor
 
 TEXT = -1
-"""The layout value of a token that belongs to no group."""
+"""Layout value of a token that belongs to no group."""
 
 
 PADDING = -2
-"""What stands for padding in `TokenGroups.host_BT`."""
+"""Value of padding in `TokenGroups.host_BT`."""
 
 
 ATTENTION_SCORES = "attention scores"
-"""Name in `TokenGroups.shared` of the attention [B, T] that text pays to each token in a probed block."""
+"""Key in `TokenGroups.shared` of the attention [B, T] that text pays to each token in a probed block."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many tokens of a forward a layer keeps at one keep ratio.
+    """Numbers of tokens of a forward that a layer keeps at one keep ratio.
 
     Attributes:
-        k_G: LongTensor [G], tokens kept of each group; `k_max` the largest, on the host.
+        k_G: LongTensor [G], tokens kept of each group.
+        k_max: largest of `k_G`, on the host.
         slots: S, tokens kept of the fullest row, on the host.
-        rows_B: LongTensor [B], tokens kept of each row where rows differ; None where all keep S.
-        host_G, host_B: k_G, and the tokens kept of each row, on the host.
+        rows_B: LongTensor [B], tokens kept of each row; None where all rows keep S.
+        host_G: `k_G` on the host.
+        host_B: tokens kept of each row, on the host, [B].
     """
 
     k_G: Tensor
@@ -56,9 +58,9 @@ class TokenGroups:
         group_rows: batch row of each group, on the host, [G].
         row_lengths: real tokens per row, on the host, [B].
         start: number of tokens that came before this forward (of a cached stream).
-        host_BT: the layout on the host, [B, T], with `PADDING` where there is no token.
-        prompt: tokens of the stream that `generate` was given; None outside of it.
-        shared: what blocks of one forward hand on to later ones, by name; common to all copies.
+        host_BT: the layout on the host, [B, T], with `PADDING` on padding.
+        prompt: tokens of the prompt of `generate`, cached ones included; None outside of it.
+        shared: values that blocks of one forward leave for later blocks, by name; common to all copies.
     """
 
     layout_BT: Tensor
@@ -86,8 +88,12 @@ class TokenGroups:
         return len(self.sizes) > 0
 
     def budget(self, keep: float) -> Budget:
-        """Counts at a keep ratio: k = max(1, round(keep * n)) of a group's n tokens, every text token. Counted once
-        per forward and ratio, on the host."""
+        """Count the tokens to keep: k = max(1, round(keep * n)) of a group's n tokens, and all text. Counted once per
+        forward and ratio, on the host.
+
+        Args:
+            keep: ratio in (0, 1].
+        """
         if keep not in self._budgets:
             self._budgets[keep] = self._count(keep)
         return self._budgets[keep]
@@ -100,14 +106,14 @@ class TokenGroups:
         rows = self.row_lengths - skipped
         slots = int(rows.max(initial=0))
         if slots == length:
-            # leaving padding out would save nothing, and keeping it leaves the call just as the base makes it
+            # dropping padding would save nothing, and keeping it makes the call the same as the base model's
             rows = length - skipped
         device = self.layout_BT.device
         rows_B = torch.from_numpy(rows).to(device) if bool((rows != slots).any()) else None
         return Budget(torch.from_numpy(k).to(device), int(k.max(initial=0)), slots, rows_B, k, rows)
 
     def to(self, device: torch.device) -> "TokenGroups":
-        """The same groups with their tensors on `device`; copied once per device (models spread over several)."""
+        """Return the same groups with tensors on `device`; copied once per device (models spread over several)."""
         if self.layout_BT.device == device:
             return self
         if device not in self._copies:
@@ -128,7 +134,7 @@ class TokenGroups:
 
 
 def token_groups(layout_BT: Tensor, real_BT: Tensor | None = None, start: int = 0) -> TokenGroups:
-    """Read a layout, which waits for the device: once per forward, before the layers run.
+    """Read a layout. This waits for the device: once per forward, before the layers run.
 
     Args:
         layout_BT: integer tensor [B, T]: group (frame) id >= 0 of a vision token, -1 for text. Ids need only
@@ -157,7 +163,7 @@ def token_groups(layout_BT: Tensor, real_BT: Tensor | None = None, start: int = 
             layout_BT = torch.from_numpy(layout).to(layout_BT.device)
     row_lengths = np.full(batch, length) if real is None else real_np.sum(1)
     host = layout.astype(np.int64) if real is None else np.where(real_np, layout, PADDING)
-    table, sizes, group_rows = _group_table(layout)
+    table, sizes, group_rows = group_table(layout)
     last = np.arange(table.shape[1])[None] == sizes[:, None] - 1
     device = layout_BT.device
     return TokenGroups(
@@ -173,7 +179,8 @@ def token_groups(layout_BT: Tensor, real_BT: Tensor | None = None, start: int = 
     )
 
 
-def _group_table(layout: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def group_table(layout: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the table [G, N] of a layout [B, T], see `TokenGroups.table_GN`, with sizes [G] and batch rows [G]."""
     batch, length = layout.shape
     flat = layout.reshape(-1)
     positions = np.flatnonzero(flat != TEXT)

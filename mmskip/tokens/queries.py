@@ -1,4 +1,4 @@
-"""Which queries rank the tokens of a group.
+"""Text queries whose attention ranks the tokens of a group.
 
 Shape suffixes: B batch, T tokens, D width, G groups of the batch, N tokens of the largest group, S slots of
 the largest row after selection.
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmskip.tokens.groups import TEXT, TokenGroups, _group_table
+from mmskip.tokens.groups import TEXT, TokenGroups, group_table
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,9 @@ class Queries:
     """Text tokens by whose attention vision tokens are ranked, on the host.
 
     Attributes:
-        rows_Q, slots_Q: batch row and place in this call of each query, [Q].
-        query_G: which query ranks each group, [G].
-        ends_G: place in this call of each group's last token, [G].
+        rows_Q, slots_Q: batch row of each query and its slot in this call, [Q].
+        query_G: index of the query that ranks each group, [G].
+        ends_G: slot in this call of each group's last token, [G].
     """
 
     rows_Q: np.ndarray
@@ -28,9 +28,11 @@ class Queries:
 
 
 def ranking_queries(groups: TokenGroups, which: str) -> Queries:
-    """The text token that ranks each group: with `which="next"` the first after the group (known as soon as that token
-    is, so nothing later decides what the group keeps), with `"last"` the last of the row in this call. Text that
-    `generate` appended to the prompt never ranks.
+    """Find the text token that ranks each group. Text that `generate` appended to the prompt never ranks.
+
+    Args:
+        which: `"next"`: the first text token after the group, so that no later token decides what the group keeps;
+            `"last"`: the last one of the row in this call.
 
     Raises:
         ValueError: a group has no such text after it in this call.
@@ -45,9 +47,8 @@ def ranking_queries(groups: TokenGroups, which: str) -> Queries:
         if (after == len(text)).any():
             frame = int(groups.host_BT[row, ends[mine][after == len(text)][0]])
             raise ValueError(
-                f"frame {frame} of row {int(row)} is followed by no text in this call, by whose attention its tokens "
-                "would be ranked. Pass a frame and the text after it in one call, or choose a score other than "
-                "'attention'."
+                f"frame {frame} of row {int(row)} is followed by no text in this call whose attention could rank its "
+                "tokens. Pass a frame and the text after it in one call, or choose a score other than 'attention'."
             )
         slots[mine] = text[after] if which == "next" else text[-1]
     pairs = np.stack([groups.group_rows, slots])
@@ -56,6 +57,6 @@ def ranking_queries(groups: TokenGroups, which: str) -> Queries:
 
 
 def _group_ends(host_BT: np.ndarray) -> np.ndarray:
-    """Place in its row of each group's last token, [G]."""
-    table, sizes, _ = _group_table(np.maximum(host_BT, TEXT))
+    """Return the slot of each group's last token in its row, [G]."""
+    table, sizes, _ = group_table(np.maximum(host_BT, TEXT))
     return table[np.arange(len(sizes)), sizes - 1] % host_BT.shape[1]

@@ -1,4 +1,4 @@
-"""Which tokens of a call a layer processes.
+"""Select the tokens of a call that a layer processes.
 
 Shape suffixes: B batch, T tokens, D width, G groups of the batch, N tokens of the largest group, S slots of
 the largest row after selection.
@@ -21,8 +21,8 @@ class Selection:
         index_BS: LongTensor [B, S], kept positions of each row, ascending; padding slots repeat the last.
         valid_BS: BoolTensor [B, S], False on padding slots; None when all rows keep S tokens.
         keep_BT: BoolTensor [B, T], True on kept tokens.
-        kept_G: tokens kept of each group, on the host, [G]; None where the method does not say. Streams need it.
-        kept_B: tokens kept of each row, on the host, [B]; None likewise. Packed attention waits for the device without.
+        kept_G: tokens kept of each group, on the host, [G]; None where the method does not know. Streams need it.
+        kept_B: tokens kept of each row, on the host, [B]; None as above. Packed attention waits for the device then.
     """
 
     index_BS: Tensor
@@ -32,13 +32,13 @@ class Selection:
     kept_B: np.ndarray | None = None
 
     def to(self, device: torch.device) -> "Selection":
-        """The same selection on `device`."""
+        """Return the same selection on `device`."""
         valid = None if self.valid_BS is None else self.valid_BS.to(device)
         return replace(self, index_BS=self.index_BS.to(device), valid_BS=valid, keep_BT=self.keep_BT.to(device))
 
 
 def select(scores_BT: Tensor, groups: TokenGroups, keep: float, force_last: bool = False) -> Selection:
-    """The k highest-scoring tokens of each group and all text, ties to the lower index, with no device sync.
+    """Select the k highest-scoring tokens of each group and all text, ties to the lower index, with no device sync.
 
     Args:
         scores_BT: float tensor [B, T]; only the scores of group tokens are read.
@@ -59,7 +59,7 @@ def select(scores_BT: Tensor, groups: TokenGroups, keep: float, force_last: bool
 
 
 def _chosen(scores_BT: Tensor, groups: TokenGroups, budget: Budget, force_last: bool) -> Tensor:
-    """Flat positions [G, k_max] of the chosen tokens; unused entries hold B * T."""
+    """Return flat positions [G, k_max] of the chosen tokens; unused entries hold B * T."""
     outside = groups.table_GN.new_tensor(scores_BT.numel())
     scores_GN = scores_BT.reshape(-1)[groups.table_GN.clamp(max=scores_BT.numel() - 1)]
     unused_GN = groups.table_GN == outside
@@ -73,8 +73,13 @@ def _chosen(scores_BT: Tensor, groups: TokenGroups, budget: Budget, force_last: 
 
 
 def compact(keep_BT: Tensor, slots: int, rows_B: Tensor | None) -> Selection:
-    """Turn a keep mask into ascending indices, given the host-known largest row (`slots`) and, where rows
-    differ, their lengths `rows_B`."""
+    """Turn a keep mask into ascending indices.
+
+    Args:
+        keep_BT: BoolTensor [B, T].
+        slots: S, tokens kept of the fullest row.
+        rows_B: LongTensor [B], tokens kept of each row; None: all keep S.
+    """
     batch, length = keep_BT.shape
     positions_BT = torch.arange(length, device=keep_BT.device).expand(batch, length)
     slot_BT = torch.where(keep_BT, keep_BT.cumsum(1) - 1, slots)

@@ -1,1 +1,1 @@
-"""What blocks do, measured while they run."""
+"""Measurements of blocks while they run: attention, residual stream."""

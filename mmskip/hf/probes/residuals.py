@@ -1,5 +1,4 @@
-"""Watching the residual stream of a transformers decoder: what enters each block, what its attention leaves, and what
-leaves it.
+"""Watch or edit the residual stream of a transformers decoder: before each block, after its attention, after it.
 
 Shape suffixes: B batch, T tokens of a call, D width.
 """
@@ -15,6 +14,7 @@ from torch.nn.functional import cosine_similarity
 
 from mmskip.hf.structure import added_by, parts_of
 from mmskip.protocols import STATE
+from mmskip.swap import states_of, with_states
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Residual:
 
     Attributes:
         index: of the block.
-        x_BTD: what enters it.
-        mid_BTD: after its attention has been added, or None where attention and MLP cannot be told apart.
-        y_BTD: what leaves it.
+        x_BTD: before it.
+        mid_BTD: after its attention has been added; None where attention and MLP cannot be separated.
+        y_BTD: after it.
     """
 
     index: int
@@ -36,8 +36,14 @@ class Residual:
 
 @contextmanager
 def residuals(view: Any, seen: Callable[[Residual], None], middle: bool = True) -> Iterator[None]:
-    """Call `seen` for every block of every forward inside. To see the state between attention and MLP, a block runs a
-    second time with its MLP silenced, without writing to a cache; without `middle` that is left out."""
+    """Call `seen` for every block of every forward inside.
+
+    Args:
+        view: a decoder.
+        seen: called with the residual stream around a block.
+        middle: find the state between attention and MLP too: a block then runs a second time with its MLP silenced,
+            which needs a call without a cache.
+    """
     with ExitStack() as stack:
         for index, block in enumerate(view.blocks):
             _, mlp = parts_of(block)
@@ -53,13 +59,11 @@ def residuals(view: Any, seen: Callable[[Residual], None], middle: bool = True) 
 
 @contextmanager
 def leaving(view: Any, index: int, edit: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
-    """In forwards inside, what leaves a block is `edit(x_BTD, y_BTD)` of what entered and what would have left."""
+    """In forwards inside, replace the output of a block by `edit(input_BTD, output_BTD)`."""
 
     def hook(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         x_BTD = args[0] if args else kwargs["hidden_states"]
-        if isinstance(output, tuple):
-            return (edit(x_BTD, output[0]), *output[1:])
-        return edit(x_BTD, output)
+        return with_states(output, edit(x_BTD, states_of(output)))
 
     with _removed(view.blocks[index].register_forward_hook(hook, with_kwargs=True)):
         yield
@@ -67,7 +71,7 @@ def leaving(view: Any, index: int, edit: Callable[[Tensor, Tensor], Tensor]) -> 
 
 @contextmanager
 def entering(view: Any, index: int, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """In forwards inside, a block gets `edit(x_BTD)` of what would have entered it."""
+    """In forwards inside, replace the input of a block by `edit(input_BTD)`."""
 
     def hook(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
@@ -79,23 +83,30 @@ def entering(view: Any, index: int, edit: Callable[[Tensor], Tensor]) -> Iterato
 
 
 def calls_of(data: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    """Arguments of the model for each batch of calibration data: ids [B, T], or a dictionary.
+    """Yield the arguments of the model for each batch of calibration data: ids [B, T], or a dictionary.
 
     Raises:
-        ValueError: `data` are no batches.
+        ValueError: `data` is not a list of batches.
     """
     if isinstance(data, (Tensor, Mapping, str)) or not isinstance(data, Iterable):
         raise ValueError(f"data is one {type(data).__name__}; expected a list of batches, ids [B, T] or dictionaries.")
     for batch in data:
         if not (isinstance(batch, Mapping) or (isinstance(batch, Tensor) and batch.dim() == 2)):
-            told = f"a tensor of shape {list(batch.shape)}" if isinstance(batch, Tensor) else f"{batch!r:.80}"
-            raise ValueError(f"data holds {told}; expected ids [B, T], or dictionaries of the model's arguments.")
+            found = f"a tensor of shape {list(batch.shape)}" if isinstance(batch, Tensor) else f"{batch!r:.80}"
+            raise ValueError(f"data holds {found}; expected ids [B, T], or dictionaries of the model's arguments.")
         yield {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
 
 
 def mlp_cosines(view: Any, model: nn.Module, data: Iterable[Any], chosen: range, warmup: int) -> Tensor:
-    """Cosines [blocks, tokens] between the states before and after the MLP of some blocks, for every real token of the
-    data past the warm-up, by the blocks' own arithmetic: the output minus what the MLP, or the norm after it, added.
+    """Measure the cosines [blocks, tokens] between the states before and after the MLP of some blocks, for every real
+    token of the data after the warm-up. The state before is the output minus what the MLP, or the norm after it, added.
+
+    Args:
+        view: a decoder.
+        model: that holds it.
+        data: see `calls_of`.
+        chosen: block indices.
+        warmup: tokens at the start of each row that are left out.
 
     Raises:
         ValueError: a block's MLP is not added last to its residual stream, or the data are empty.
@@ -114,7 +125,7 @@ def mlp_cosines(view: Any, model: nn.Module, data: Iterable[Any], chosen: range,
         if float((before_BTD - residual.mid_BTD).abs().max()) > 1e-2 * scale:
             raise ValueError(
                 f"{view.site(residual.index)} ({type(view.blocks[residual.index]).__name__}) scales what its MLP "
-                "adds, so the state before it cannot be told; this policy does not apply."
+                "adds, so the state before it is unknown; this policy does not apply."
             )
         cosine_BT = cosine_similarity(before_BTD.float(), residual.y_BTD.float(), dim=-1)
         found[residual.index].append(cosine_BT[keep_BT] if keep_BT is not None else cosine_BT.flatten())
@@ -122,7 +133,7 @@ def mlp_cosines(view: Any, model: nn.Module, data: Iterable[Any], chosen: range,
     def note(index: int) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             # the block runs a second time with its MLP silenced
-            added.setdefault(index, output[0] if isinstance(output, tuple) else output)
+            added.setdefault(index, states_of(output))
 
         return hook
 
@@ -154,21 +165,19 @@ def _removed(handle: Any) -> Iterator[None]:
 
 
 class _Silence:
-    """Forward hook of a module that adds nothing while it is on."""
+    """Forward hook that multiplies a module's output by 0 while it is on."""
 
     on = False
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not self.on:
             return None
-        if isinstance(output, tuple):
-            return (output[0] * 0, *output[1:])
-        return output * 0
+        return with_states(output, states_of(output) * 0)
 
 
 def _watch(index: int, silence: _Silence | None, seen: Callable[[Residual], None]) -> Any:
     def hook(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        y_BTD = output[0] if isinstance(output, tuple) else output
+        y_BTD = states_of(output)
         x_BTD = args[0] if args else kwargs["hidden_states"]
         mid_BTD = None
         if silence is not None:
@@ -177,7 +186,7 @@ def _watch(index: int, silence: _Silence | None, seen: Callable[[Residual], None
                 again = block.forward(*args, **kwargs)
             finally:
                 silence.on = False
-            mid_BTD = again[0] if isinstance(again, tuple) else again
+            mid_BTD = states_of(again)
         seen(Residual(index, x_BTD, mid_BTD, y_BTD))
 
     return hook

@@ -1,4 +1,4 @@
-"""The cache layer of a block that processes only some tokens: every row has its own positions.
+"""The cache layer of a block that processes some tokens only: every row has its own positions.
 
 Shape suffixes: B batch, H key/value heads, K stored entries, S new entries, E head width.
 """
@@ -22,7 +22,7 @@ from mmskip.hf.routing.frames import seen_before
 
 
 class SlotCacheLayer(CacheLayerMixin):
-    """Keys and values of the tokens a block processed, with the place of each in its row.
+    """Keys and values of the tokens a block processed, with the slot of each in its row.
 
     A *slot* is the index of a token in its (padded) row, counted from the start of the stream; windows and
     `crop` are measured in slots, never in stored entries. Lengths reported to transformers are those of the
@@ -32,9 +32,9 @@ class SlotCacheLayer(CacheLayerMixin):
         keys, values: [B, H, K, E]
         slots: LongTensor [B, K]
         valid: BoolTensor [B, K], False on padding
-        host_valid: the same on the host, where it is known there; else None
+        host_valid: `valid` on the host, where it is known there; else None
         total: tokens of the stream so far
-        frames: LongTensor [B, F, 3], the frames seen, see `hf_frames`; None: none
+        frames: LongTensor [B, F, 3], the frames seen, see `mmskip.hf.routing.frames`; None: none
         cropped: whether tokens were removed since the last update
     """
 
@@ -57,7 +57,7 @@ class SlotCacheLayer(CacheLayerMixin):
         self.cropped = False
         self.total = 0
         self.all_valid = True
-        # (entries, end) of each update, and the end of the last one dropped: what is stored is known on the host
+        # (entries, end) of each update, and the end of the last one dropped, so that the host knows what is stored
         self._chunks: list[tuple[int, int]] = []
         self._floor = 0
         self._pending: tuple[Tensor, Tensor, int, bool, Tensor | None, np.ndarray | None] | None = None
@@ -70,16 +70,18 @@ class SlotCacheLayer(CacheLayerMixin):
         frames: Tensor | None,
         host_valid: np.ndarray | None = None,
     ) -> tuple[Tensor, Tensor, bool, np.ndarray | None]:
-        """Announce the entries that the next `update` brings.
+        """Announce the entries of the next `update`.
 
         Args:
-            slots: LongTensor [B, S]; valid: BoolTensor [B, S] or None (all valid); total: length of the stream
-                after this forward; frames: LongTensor [B, F, 3], those seen after it, or None; host_valid: bool [B, S],
-                `valid` on the host, or None where it is not known there.
+            slots: LongTensor [B, S].
+            valid: BoolTensor [B, S]; None: all valid.
+            total: length of the stream after this forward.
+            frames: LongTensor [B, F, 3], the frames seen after it; None: none.
+            host_valid: bool [B, S], `valid` on the host; None where it is not known there.
 
         Returns:
-            slots [B, K + S], validity [B, K + S], whether all are valid, and validity on the host (or None), of the
-            keys attention will see.
+            Of the keys attention will see: slots [B, K + S], validity [B, K + S], whether all are valid, and validity
+            on the host (or None).
         """
         if valid is None:
             valid_S, all_valid = torch.ones_like(slots, dtype=torch.bool), self.all_valid
@@ -100,7 +102,7 @@ class SlotCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append the entries announced by `begin`; returns all keys and values, [B, H, K + S, E]."""
+        """Append the entries announced by `begin`, and return all keys and values, [B, H, K + S, E]."""
         if self._pending is None:
             raise RuntimeError(
                 "this cache belongs to a routed block: it was updated by a model without mmskip. Use a fresh cache, "
@@ -157,8 +159,8 @@ class SlotCacheLayer(CacheLayerMixin):
         """Remove the last `-tokens_to_remove` tokens of the stream (a value <= 0, as in transformers)."""
         if tokens_to_remove > 0:
             raise ValueError(
-                f"crop got {tokens_to_remove}; expected a negative number of tokens to remove, as transformers' "
-                "own cache layers do."
+                f"crop got {tokens_to_remove}; expected a negative number of tokens to remove, as for the cache layers "
+                "of transformers."
             )
         if self.slots is None or self.valid is None:
             return
@@ -199,10 +201,10 @@ class SlotCacheLayer(CacheLayerMixin):
         self.slots, self.valid = pick(self.slots), pick(self.valid)
         self.frames = pick(self.frames) if self.frames is not None else None
         if self.host_valid is not None:
-            # rows that are alike stay so in any order, and most are: then nothing has to be read from the device
-            alike = bool((self.host_valid == self.host_valid[:1]).all())
+            # equal rows, the common case, stay equal in any order: then nothing has to be read from the device
+            equal = bool((self.host_valid == self.host_valid[:1]).all())
             first = np.repeat(self.host_valid[:1], len(self.keys), axis=0)
-            self.host_valid = first if alike else pick(torch.from_numpy(self.host_valid)).numpy()
+            self.host_valid = first if equal else pick(torch.from_numpy(self.host_valid)).numpy()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
@@ -215,7 +217,7 @@ class SlotCacheLayer(CacheLayerMixin):
 
 
 def check_cache(cache: Any) -> None:
-    """Raise unless routed blocks can keep their entries in `cache` (None: no cache).
+    """Check that routed blocks can keep their entries in `cache` (None: no cache).
 
     Raises:
         ValueError: a static, quantized, offloaded or encoder-decoder cache.
@@ -239,11 +241,10 @@ def check_cache(cache: Any) -> None:
 
 
 def slot_layer(cache: Cache, layer_idx: int, window: int | None) -> SlotCacheLayer:
-    """The cache layer of a routed block, put in the place of transformers' own on first use.
+    """Return the cache layer of a routed block, which replaces that of transformers on first use.
 
     Raises:
-        ValueError: the cache has no room for rows of different lengths, or that place holds entries of a forward
-            without mmskip.
+        ValueError: the cache cannot hold rows of different lengths, or holds entries of a forward without mmskip.
     """
     check_cache(cache)
     if cache.layer_class_to_replicate is not None:
@@ -261,10 +262,10 @@ def slot_layer(cache: Cache, layer_idx: int, window: int | None) -> SlotCacheLay
         raise ValueError(
             f"layer {layer_idx} of past_key_values holds {present.get_seq_length()} tokens of a forward without "
             "mmskip; start from an empty cache after apply_. (peft's prefix tuning fills the cache like this and "
-            "does not go with routed blocks; use LoRA, or prompt tuning.)"
+            "does not work with routed blocks; use LoRA, or prompt tuning.)"
         )
     fresh = SlotCacheLayer(window)
-    # without a config all layers keep everything; transformers takes mask sizes from the first layer that slides
+    # a cache without a config has no sliding layers; transformers reads mask sizes from the first sliding layer
     fresh.is_sliding = present.is_sliding
     fresh.record_past = getattr(present, "record_past", False)
     cache.layers[layer_idx] = fresh

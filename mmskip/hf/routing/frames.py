@@ -1,6 +1,6 @@
-"""Which frames a cached stream has seen: each must arrive in one call, since its best tokens cannot be taken in parts.
+"""The frames that a cached stream has seen: each must arrive in one call, since its best tokens are chosen together.
 
-Shape suffixes: B batch, F frames of a row (of the row with most; the others are filled with id -1), N new ones.
+Shape suffixes: B batch, F frames of the row with most (other rows are padded with id -1), N new frames.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from mmskip.tokens.groups import TEXT, TokenGroups
 
 
 def frames_of(groups: TokenGroups) -> Tensor | None:
-    """Id, first slot and end of every frame of a call, [B, N, 3] on the device of the call; None without vision."""
+    """Return id, first slot and end of every frame of a call, [B, N, 3] on its device; None without vision."""
     if not groups.has_vision:
         return None
     rows = []
@@ -27,7 +27,7 @@ def frames_of(groups: TokenGroups) -> Tensor | None:
 
 
 def seen_after(seen_BF3: Tensor | None, new_BN3: Tensor | None) -> Tensor | None:
-    """The frames seen after a call.
+    """Return the frames seen after a call, [B, F + N, 3].
 
     Raises:
         ValueError: a frame of the call was seen before.
@@ -40,25 +40,25 @@ def seen_after(seen_BF3: Tensor | None, new_BN3: Tensor | None) -> Tensor | None
     if len(found):
         row, frame = found[0].tolist()
         raise ValueError(
-            f"frame {int(new_BN3[row, frame, 0])} of row {row} goes on from an earlier call; pass all tokens of a "
-            "frame in one call (in generate: prefill_chunk_size=None), and give each frame of a row an id of its own."
+            f"frame {int(new_BN3[row, frame, 0])} of row {row} continues from an earlier call; pass all tokens of a "
+            "frame in one call (in generate: prefill_chunk_size=None), and give each frame of a row its own id."
         )
     return torch.cat([seen_BF3, new_BN3], 1)
 
 
 def seen_before(seen_BF3: Tensor, total: int) -> Tensor:
-    """The frames seen after all but the first `total` tokens were removed."""
+    """Return the frames that the first `total` tokens hold, [B, F, 3]."""
     gone = seen_BF3[..., 1] >= total
     return seen_BF3.masked_fill(gone[..., None], TEXT)
 
 
 def check_not_cut(seen_BF3: Tensor, total: int) -> None:
-    """Raise if the last of the `total` tokens of a cropped stream is one within a frame."""
+    """Raise ValueError if a stream was cropped to `total` tokens within a frame."""
     cut = (seen_BF3[..., 2] > total).nonzero()
     if len(cut):
         row, frame = cut[0].tolist()
         name, first, end = seen_BF3[row, frame].tolist()
         raise ValueError(
             f"the cache was cropped to {total} tokens, within frame {name} of row {row} (tokens {first} to {end - 1}), "
-            f"whose best tokens were chosen as a whole. Crop to {first} or less and pass the frame again."
+            f"whose best tokens were chosen together. Crop to {first} or less and pass the frame again."
         )

@@ -1,11 +1,11 @@
-"""Which tokens of a vision-language model belong to one picture, read from what its processor hands the model.
+"""The layout of a call of a vision-language model: which tokens belong to one picture, read from the model's inputs.
 
 A *picture* is one frame of a video, one image, or one tile where a processor cuts an image into tiles that the
 language model sees one after the other. Tiles that the model stitches together again (the anyres of LLaVA-NeXT)
 are one picture with the base view. Newline, separator and row-end tokens are text.
 
-The model fills the placeholder tokens of a batch with the features of its pictures in order. A reader says how
-those features are divided: from grids, sizes and tensor shapes, never from ids alone.
+The model fills the placeholder tokens of a batch with the features of its pictures in order. A reader divides those
+features into pictures by grids, sizes and tensor shapes, never by ids alone.
 
 Shape suffixes: B batch, T tokens, N features of one modality in the batch.
 """
@@ -27,11 +27,11 @@ PASS_LAYOUT = "pass layout=, an integer tensor [batch, tokens] with the frame id
 
 @dataclass(frozen=True)
 class Pictures:
-    """How the features of one modality are divided.
+    """The division of the features of one modality into pictures.
 
     Attributes:
         picture_N: number of the picture of each feature, -1 for a newline.
-        run_N: number of the run of each feature; the tokens of a run stand side by side in one row.
+        run_N: number of the run of each feature; the tokens of a run are adjacent in one row.
     """
 
     picture_N: np.ndarray
@@ -39,13 +39,13 @@ class Pictures:
 
     @classmethod
     def of_sizes(cls, sizes: Any) -> "Pictures":
-        """Pictures of these numbers of features (a sequence of integers), each one run."""
+        """Build pictures of the given numbers of features (a sequence of integers), each one run."""
         numbers = np.repeat(np.arange(len(sizes)), np.asarray(sizes, np.int64))
         return cls(numbers, numbers)
 
     @classmethod
     def of_parts(cls, parts: Sequence[np.ndarray]) -> "Pictures":
-        """One run per part; a part holds picture numbers and -1."""
+        """Build one run per part; a part holds picture numbers and -1."""
         runs = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         return cls(np.concatenate(parts) if parts else np.zeros(0, np.int64), runs)
 
@@ -56,12 +56,14 @@ Reader = Callable[[Any, dict[str, Any], np.ndarray, str], Pictures]
 
 def _host(value: Any, name: str) -> np.ndarray:
     if value is None:
-        raise ValueError(f"{name} is missing, by which the frames and images are told; pass it, or {PASS_LAYOUT}.")
+        raise ValueError(
+            f"{name} is missing, which divides the tokens into frames and images; pass it, or {PASS_LAYOUT}."
+        )
     return value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
 
 
 def grids(root: Any, call: dict[str, Any], mask_BT: np.ndarray, modality: str) -> Pictures:
-    """Qwen-VL and Video-LLaMA 3: `*_grid_thw` [pictures, 3] before merging; t pictures of h * w / merge^2 each."""
+    """Read Qwen-VL and Video-LLaMA 3: `*_grid_thw` [pictures, 3] before merging; t pictures of h * w / merge^2 each."""
     grid = _host(call.get(f"{modality}_grid_thw"), f"{modality}_grid_thw")
     merge: Any = root.config.vision_config
     if f"{modality}_merge_sizes" in inspect.signature(type(root).forward).parameters:
@@ -83,15 +85,15 @@ def grids(root: Any, call: dict[str, Any], mask_BT: np.ndarray, modality: str) -
 
 
 def equal_pictures(root: Any, call: dict[str, Any], mask_BT: np.ndarray, modality: str) -> Pictures:
-    """Towers that turn every picture of `pixel_values` [pictures, C, H, W] into equally many tokens: how many follows
-    from the number of placeholders, which the model itself checks against its features."""
+    """Read towers that turn every picture of `pixel_values` [pictures, C, H, W] into equally many tokens: their number
+    follows from the placeholders, which the model checks against its features."""
     pixels = call["pixel_values"]
     if pixels.dim() not in (4, 5):
         raise ValueError(f"pixel_values has shape {tuple(pixels.shape)}; expected 4 or 5 dimensions, or {PASS_LAYOUT}.")
     total = int(mask_BT.sum())
     count = pixels.shape[0]
     if pixels.dim() == 5:
-        # [rows, pictures of the fullest row, C, H, W]; rows with fewer are filled with zeros, which the model skips
+        # [rows, pictures of the fullest row, C, H, W]; other rows are padded with zeros, which the model skips
         real = (pixels != 0).flatten(2).any(-1).cpu().numpy()
         real.reshape(-1)[0] |= not real.any()
         count = int(real.sum())
@@ -110,7 +112,7 @@ def equal_pictures(root: Any, call: dict[str, Any], mask_BT: np.ndarray, modalit
 
 
 def image_rows(root: Any, call: dict[str, Any], mask_BT: np.ndarray, modality: str) -> Pictures:
-    """Pixtral towers: `image_sizes` [images, 2] in pixels; the rows of an image are divided by row-end tokens."""
+    """Read Pixtral towers: `image_sizes` [images, 2] in pixels; row-end tokens divide the rows of an image."""
     sizes = call.get("image_sizes")
     if sizes is None and "spatial_merge_size" not in root.config.to_dict():
         return equal_pictures(root, call, mask_BT, modality)
@@ -122,8 +124,8 @@ def image_rows(root: Any, call: dict[str, Any], mask_BT: np.ndarray, modality: s
 
 
 def anyres(root: Any, call: dict[str, Any], mask_BT: np.ndarray, modality: str) -> Pictures:
-    """LLaVA-NeXT and LLaVA-OneVision: images of `image_sizes` [images, 2], whose tiles the model stitches together
-    and divides by newlines; videos of `pixel_values_videos` [videos, frames, C, H, W]."""
+    """Read LLaVA-NeXT and LLaVA-OneVision: images of `image_sizes` [images, 2], whose tiles the model stitches together
+    with newlines between rows; videos of `pixel_values_videos` [videos, frames, C, H, W]."""
     side = root.config.vision_config.image_size // root.config.vision_config.patch_size
     if modality == "video":
         return _pooled_video(root, call, side)
@@ -131,13 +133,13 @@ def anyres(root: Any, call: dict[str, Any], mask_BT: np.ndarray, modality: str) 
     module = sys.modules[type(root).__module__]
     count_patches: Any = module.image_size_to_num_patches
     images = call.get("batch_num_images")
-    whole = [False] * len(sizes) if images is None else [int(n) != 1 for n in images for _ in range(int(n))]
+    untiled = [False] * len(sizes) if images is None else [int(n) != 1 for n in images for _ in range(int(n))]
     config = root.config
     tiles = [
         1 if one else count_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
-        for size, one in zip(sizes, whole, strict=True)
+        for size, one in zip(sizes, untiled, strict=True)
     ]
-    # the model's own packing, of features that are 0 and newlines that are 1
+    # the model's own packing, with features 0 and newlines 1
     settings = {"image_newline": torch.ones(1)}
     for name in ("vision_feature_select_strategy", "vision_aspect_ratio"):
         if name in inspect.signature(root.pack_image_features).parameters:
@@ -149,7 +151,7 @@ def anyres(root: Any, call: dict[str, Any], mask_BT: np.ndarray, modality: str) 
 def _pooled_video(root: Any, call: dict[str, Any], side: int) -> Pictures:
     pixels = call.get("pixel_values_videos")
     if pixels is None:
-        raise ValueError(f"pixel_values_videos is missing, whose shape tells the frames; pass it, or {PASS_LAYOUT}.")
+        raise ValueError(f"pixel_values_videos is missing, whose shape gives the frames; pass it, or {PASS_LAYOUT}.")
     videos, frames = pixels.shape[:2]
     resampler = getattr(root, "vision_resampler", None)
     if resampler is None:
@@ -172,7 +174,7 @@ READERS: dict[str, Reader] = {
     ),
     **dict.fromkeys(("llava", "mistral3"), image_rows),
 }
-"""Readers by `config.model_type`. A model without one is routed all the same, with `layout=` in every call."""
+"""Readers by `config.model_type`. A model without one needs `layout=` in every call."""
 
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 _TEXT_ARGUMENTS = {
@@ -182,17 +184,17 @@ _TEXT_ARGUMENTS = {
 
 
 def layout_of_call(root: Any, call: dict[str, Any], start: int = 0) -> Tensor | None:
-    """The layout [B, T] of a call of the VLM module `root`; None where only the language model can know it.
+    """Return the layout [B, T] of a call of the VLM module `root`; None where only the language model can know it.
 
-    The id of a picture is the number of real tokens before it in its row, so it does not depend on padding, on the
-    other rows, or on how a stream is cut into calls.
+    The id of a picture is the number of real tokens before it in its row, so it does not depend on padding, on other
+    rows, or on how a stream is divided into calls.
 
     Args:
         call: arguments by name, of the forward or of `generate`.
         start: tokens already in the cache.
 
     Raises:
-        ValueError: the groups are ambiguous, or grids, shapes and placeholders do not agree.
+        ValueError: the groups are ambiguous, or grids, shapes and placeholders disagree.
     """
     ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
     present = [m for m in _PIXELS if _has(call, m)]
@@ -212,7 +214,7 @@ def layout_of_call(root: Any, call: dict[str, Any], start: int = 0) -> Tensor | 
     for modality in present:
         if call.get(_PIXELS[modality]) is None and call.get(f"{modality}_grid_thw") is None:
             raise ValueError(
-                f"mm_encoder_outputs holds {modality} features, which do not tell where a frame ends. For generate, "
+                f"mm_encoder_outputs holds {modality} features, which do not show where a frame ends. For generate, "
                 "which encodes first, call mmskip.apply_ on the model that has generate, not on the one inside; else "
                 f"{PASS_LAYOUT}."
             )
@@ -242,7 +244,7 @@ def _placeholders(root: Any, ids: Tensor | None, embeds: Any, modality: str) -> 
     token = getattr(root.config, f"{modality}_token_id")
     if ids is not None:
         return (ids == token).cpu().numpy()
-    # as the models themselves do without ids
+    # same rule as the models without ids
     wanted = root.get_input_embeddings()(torch.tensor(token, device=embeds.device))
     return (embeds == wanted.to(embeds.dtype)).all(-1).cpu().numpy()
 
@@ -267,7 +269,7 @@ def _place(
 
 
 def _check_places(places: np.ndarray, length: int, pictures: Pictures, modality: str) -> None:
-    """Refuse placeholders [N], places in rows of `length`, that divide a run, or a picture between rows."""
+    """Raise ValueError if placeholders [N], positions in rows of `length`, divide a run, or a picture between rows."""
     rows = places // length
     same_run = pictures.run_N[1:] == pictures.run_N[:-1]
     order = np.flatnonzero(pictures.picture_N >= 0)
@@ -275,6 +277,6 @@ def _check_places(places: np.ndarray, length: int, pictures: Pictures, modality:
     torn = (same_run & ((np.diff(places) != 1) | (np.diff(rows) != 0))).any()
     if torn or (same_picture & (np.diff(rows[order]) != 0)).any():
         raise ValueError(
-            f"the {modality} tokens of input_ids do not stand where the sizes of the {modality}s say: a picture would "
-            f"be torn apart. Check their order, or {PASS_LAYOUT}."
+            f"the {modality} tokens of input_ids do not match the sizes of the {modality}s: a picture would be split. "
+            f"Check their order, or {PASS_LAYOUT}."
         )

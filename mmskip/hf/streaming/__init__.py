@@ -1,1 +1,1 @@
-"""Caches of streams with a window."""
+"""KV caches of running streams."""

@@ -1,7 +1,8 @@
-"""The KV cache of running streams: several in one batch, each at its own position, bounded by a window if wanted.
+"""The KV cache of running streams: several in one batch, each at its own position, optionally bounded by a window.
 
-Every layer stores what it processed and nothing else: no padding, no skipped token. Under a window a token sees the
-`window` positions up to its own and the first `sinks` positions of its stream, whatever a layer stores of them.
+Every layer stores the tokens it processed and nothing else: no padding, no skipped token. Under a window a token sees
+the last `window` positions, its own included, and the first `sinks` positions of its stream, whatever a layer stores of
+them.
 
 Shape suffixes: B streams, T tokens of a call, S tokens a layer processes, K keys it sees, H heads, E head width.
 """
@@ -18,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from mmskip.hf.calls import CACHE_NAME
 from mmskip.hf.masks import build_mask
 from mmskip.hf.streaming.rope import Rotation
-from mmskip.hf.streaming.slot_ledger import Ledger, Plan, Run, pieces_of
+from mmskip.hf.streaming.slot_ledger import SlotLedger, StorePlan, TokenRun, pieces_of
 from mmskip.tokens.groups import TEXT, TokenGroups
 from mmskip.tokens.selection import Selection
 
@@ -26,9 +27,10 @@ POSITIONS = ("absolute", "rolling")
 
 
 class StreamLayer(CacheLayerMixin):
-    """Keys and values of one layer in buffers that grow by an eighth; `keys` and `values` show what is stored."""
+    """Keys and values of one layer in buffers that grow by an eighth; `keys` and `values` are views of the stored
+    entries."""
 
-    def __init__(self, index: int, ledger: Ledger, rotation: Rotation | None, sliding: bool) -> None:
+    def __init__(self, index: int, ledger: SlotLedger, rotation: Rotation | None, sliding: bool) -> None:
         super().__init__()
         self.index, self.ledger, self.rotation, self.is_sliding = index, ledger, rotation, sliding
         self._buffers: list[Tensor] = []
@@ -40,12 +42,12 @@ class StreamLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store the entries the ledger announced; returns all keys and values, [B, H, K, E]."""
+        """Store the entries that the ledger announced, and return all keys and values, [B, H, K, E]."""
         plan = self.ledger.plan
         if plan is None or plan.number == self._done:
             raise RuntimeError(
-                f"layer {self.index} of a stream's cache got a call that was not announced; feed streams by "
-                "mmskip.models.video_llm.streaming.engine.StreamEngine only."
+                f"layer {self.index} of a stream's cache got a call that was not announced; feed streams only through "
+                "mmskip.models.video_llm.streaming.engine.StreamEngine."
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -61,7 +63,7 @@ class StreamLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def crop_view(self) -> None:
-        """Show what is stored after the ledger was cropped."""
+        """Update `keys` and `values` after the ledger was cropped."""
         self.keys, self.values = (buffer[:, :, : max(self.ledger.counts)] for buffer in self._buffers)
 
     @property
@@ -86,22 +88,22 @@ class StreamLayer(CacheLayerMixin):
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        # transformers builds a mask itself in the first call only, when there is nothing special about it
+        # transformers builds a mask itself only in a first call without padding or windows
         return query_length, 0
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """Stored keys and values, [B, H, K, E], for saving."""
+        """Return the stored keys and values, [B, H, K, E], for saving."""
         assert self.keys is not None and self.values is not None
         return self.keys, self.values
 
     def restore(self, keys: Tensor, values: Tensor) -> None:
-        """Take over saved keys and values."""
+        """Restore saved keys and values."""
         self.lazy_initialization(keys, values)
         self._buffers = [torch.cat([x, torch.zeros_like(x[:, :, :1])], dim=2) for x in (keys, values)]
         self.crop_view()
 
 
-def _moved(buffer: Tensor, plan: Plan) -> Tensor:
+def _moved(buffer: Tensor, plan: StorePlan) -> Tensor:
     fresh = buffer.new_zeros(*buffer.shape[:2], plan.capacity + 1, buffer.shape[3])
     for row, (pinned, first, stop) in enumerate(plan.moves or ()):
         fresh[row, :, :pinned] = buffer[row, :, :pinned]
@@ -109,7 +111,7 @@ def _moved(buffer: Tensor, plan: Plan) -> Tensor:
     return fresh
 
 
-def _write(buffer: Tensor, new_BHSE: Tensor, plan: Plan) -> None:
+def _write(buffer: Tensor, new_BHSE: Tensor, plan: StorePlan) -> None:
     if plan.columns_BS is None:
         buffer[:, :, plan.column : plan.column + new_BHSE.shape[2]] = new_BHSE
     else:
@@ -118,7 +120,7 @@ def _write(buffer: Tensor, new_BHSE: Tensor, plan: Plan) -> None:
 
 
 class _Call:
-    """The call under way: what it brings, on the host and on the device."""
+    """The call in progress: its tokens, on the host and on the device."""
 
     def __init__(self, layout: np.ndarray, lengths: Sequence[int], starts: Sequence[int], device: torch.device) -> None:
         self.starts, self.lengths = list(starts), list(lengths)
@@ -135,11 +137,11 @@ class _Call:
         self.plain = max(starts) == 0 and self.real_BT is None
 
 
-def _runs(layout: np.ndarray, start: int) -> list[Run]:
+def _runs(layout: np.ndarray, start: int) -> list[TokenRun]:
     if not len(layout):
         return []
     edges = [0, *(np.flatnonzero(np.diff(layout)) + 1).tolist(), len(layout)]
-    return [Run(start + begin, start + end, layout[begin] != TEXT) for begin, end in itertools.pairwise(edges)]
+    return [TokenRun(start + begin, start + end, layout[begin] != TEXT) for begin, end in itertools.pairwise(edges)]
 
 
 class StreamCache(Cache):
@@ -150,16 +152,16 @@ class StreamCache(Cache):
         streams: B.
         window: positions a token looks back on, itself included; None: all.
         sinks: first positions of a stream that stay visible under a window.
-        positions: `absolute`: a token's position is its place in the stream, and a stream longer than
-            `position_range` is refused; `rolling`: before they reach that range, positions begin again: the stored
-            keys are turned back by `roll` positions, all but the sinks', which keep theirs.
+        positions: `absolute`: a token's position is its index in the stream, and a stream longer than
+            `position_range` is refused; `rolling`: before a stream reaches that range, its stored keys are rotated back
+            by `roll` positions, all but those of the sinks.
         position_range: positions that the model has; None: its config's `max_position_embeddings`.
-        unit_tokens: most tokens of a frame with the text before it: what is never split.
-        device: where the calls' inputs lie.
+        unit_tokens: most tokens of a frame with the text before it, which is never split.
+        device: of the calls' inputs.
 
     Raises:
-        ValueError: an unknown `positions`, rolling ones without a window, or that do not fit the range or the model; a
-            model with blocks other than attention.
+        ValueError: an unknown `positions`; rolling positions without a window, or that do not fit the range or the
+            model; a model with blocks other than attention.
     """
 
     def __init__(
@@ -199,40 +201,40 @@ class StreamCache(Cache):
         ]
         super().__init__(layers=list(self._own))
 
-    def _ledger(self, index: int) -> Ledger:
+    def _ledger(self, index: int) -> SlotLedger:
         own = self.view.windows[index]
         limits = [limit for limit in (own, self.window) if limit is not None]
         sinks = self.sinks if own is None else 0
-        return Ledger(len(self.totals), min(limits, default=None), sinks, self.device)
+        return SlotLedger(len(self.totals), min(limits, default=None), sinks, self.device)
 
     # --- one call -----------------------------------------------------------------------------------------------
 
     def base_of(self, position: int) -> int:
-        """What is taken off the positions of a unit whose last token stands at `position` of its stream."""
+        """Return what is subtracted from the positions of a unit whose last token is at `position` of its stream."""
         if self.roll is None or self.range is None or position < self.range:
             return 0
         return ((position - self.range) // self.roll + 1) * self.roll
 
     def begin(self, layout: np.ndarray, lengths: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
-        """Announce a call: everything that is new, in every stream.
+        """Announce a call with the new tokens of every stream.
 
         Args:
-            layout: integers [B, T], frame id of a vision token and -1 for text; each stream's tokens first, then
+            layout: integers [B, T], frame id of a vision token and -1 for text; the tokens of each stream first, then
                 padding.
             lengths: tokens of each stream, 0 to T.
             dtype: of the hidden states.
 
         Returns:
-            `attention_mask`, `position_ids`, the cache and `use_cache` of the model's forward.
+            `attention_mask`, `position_ids`, the cache and `use_cache` for the model's forward.
 
         Raises:
-            ValueError: absolute positions beyond the model's range; nothing has changed then.
+            ValueError: absolute positions beyond the model's range; nothing has changed.
         """
         ends = [start + length for start, length in zip(self.totals, lengths, strict=True)]
         if self.roll is None and self.range is not None and max(ends) > self.range:
             raise ValueError(
                 f"stream {ends.index(max(ends))} would be {max(ends)} tokens long, the model has {self.range} "
-                "positions; stream with positions='rolling' and a window, or begin a new stream."
+                "positions; stream with positions='rolling' and a window, or start a new stream."
             )
         call = _Call(layout, lengths, self.totals, self.device)
         call.plain &= layout.shape[1] <= min([w for w in (*self.view.windows, self.window) if w], default=1 << 60)
@@ -244,7 +246,7 @@ class StreamCache(Cache):
             call.turns = [new - old for new, old in zip(bases, self.bases, strict=True)]
         self._call, self.totals, self.bases = call, ends, bases
         masks: dict[str, Any] = {}
-        # a model with one mask per kind takes them as they are, and without one only sdpa is causal by itself
+        # models with one mask per kind use them as they are, and without a mask only sdpa is causal by itself
         plain = call.plain and (len(self._dense) == 1 or self.view.config._attn_implementation == "sdpa")
         for kind, ledger in self._dense.items():
             pieces = [pieces_of(runs, _all_of(runs), ledger.sinks) for runs in call.runs]
@@ -263,14 +265,18 @@ class StreamCache(Cache):
 
     @property
     def real_BT(self) -> Tensor | None:
-        """Which tokens of the call under way are no padding; None: all."""
+        """BoolTensor [B, T], False on the padding of the call in progress; None: no padding."""
         assert self._call is not None
         return self._call.real_BT
 
     def attend(
         self, index: int, config: Any, groups: TokenGroups, selection: Selection, x_BSD: Tensor
     ) -> tuple[Any, int]:
-        """Announce what a routed block, whose attention follows `config`, processes of the call under way.
+        """Announce the tokens of the call in progress that a routed block processes.
+
+        Args:
+            index: of the block.
+            config: the config its attention reads.
 
         Returns:
             The mask over its stored entries, and their number K.
@@ -278,7 +284,9 @@ class StreamCache(Cache):
         call, layer = self._call, self._own[index]
         assert call is not None
         if selection.kept_G is None:
-            raise ValueError(f"block {index} selects tokens without telling how many of each frame; streams need that.")
+            raise ValueError(
+                f"block {index} selects tokens without `kept_G`, their number per frame, which streams need."
+            )
         ledger = layer.ledger
         kept = [selection.kept_G[groups.group_rows == row].tolist() for row in range(len(call.runs))]
         pieces = [
@@ -292,7 +300,7 @@ class StreamCache(Cache):
         return self._mask(config, positions_BS, keys_BK, self.view.windows[index], x_BSD.dtype), plan.length
 
     def _mask(self, config: Any, query_BS: Tensor, key_BK: Tensor, own: int | None, dtype: torch.dtype) -> Any:
-        """The mask by which a query sees entries at or before its own place, in the window or among the sinks."""
+        """Build the mask: a query sees entries at or before its own position, in the window or among the sinks."""
         window, sinks = self.window, self.sinks
 
         def allowed(b: Any, h: Any, q: Any, k: Any) -> Any:
@@ -309,10 +317,10 @@ class StreamCache(Cache):
     # --- between calls ------------------------------------------------------------------------------------------
 
     def crop_stream(self, row: int, position: int) -> None:
-        """Forget a stream's tokens from `position` on: the end of a frame of the last call, or within its text.
+        """Forget the tokens of a stream from `position` on: the end of a frame of the last call, or inside its text.
 
         Raises:
-            ValueError: before the last call, which a window may have left behind.
+            ValueError: a position before the last call, whose entries a window may have dropped.
         """
         if self._call is None or not self._call.starts[row] <= position <= self.totals[row]:
             raise ValueError(f"stream {row} cannot go back to token {position}: only its last call can be undone.")
@@ -323,13 +331,13 @@ class StreamCache(Cache):
         self.totals[row] = position
 
     def use(self, index: int) -> tuple[int, int, int]:
-        """After a call: keys a dense block attends over, KV bytes stored, KV bytes a dense block stores."""
+        """Return, after a call, keys a dense block attends to, KV bytes stored, KV bytes a dense block stores."""
         layer, dense = self._own[index], self._dense[self.view.attention_types()[index]]
         return max(dense.counts), layer.stored_bytes, dense.entries * layer.entry_bytes
 
     @property
     def entry_bytes(self) -> tuple[int, ...]:
-        """Bytes of one entry of each layer, once a call has filled them."""
+        """Bytes of one entry of each layer, after the first call."""
         return tuple(layer.entry_bytes for layer in self._own)
 
     @property
@@ -339,13 +347,13 @@ class StreamCache(Cache):
 
     @property
     def reserved_bytes(self) -> int:
-        """Bytes of the buffers they lie in."""
+        """Bytes of the buffers that hold them."""
         return sum(layer.reserved_bytes for layer in self._own)
 
     # --- saving -------------------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What is to be saved: a JSON-ready part, and tensors by name."""
+        """Return the state to save: a JSON-ready part, and tensors by name."""
         ledgers = self._ledgers()
         tensors = {f"positions.{name}": ledger.positions_BK().contiguous() for name, ledger in ledgers.items()}
         for index, layer in enumerate(self._own):
@@ -356,7 +364,7 @@ class StreamCache(Cache):
         return {"totals": self.totals, "bases": self.bases, "ledgers": states}, tensors
 
     def restore(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Take over what `state` gave, in a cache of the same settings."""
+        """Restore what `state` returned, in a cache of the same settings."""
         self.totals, self.bases = list(state["totals"]), list(state["bases"])
         for name, ledger in self._ledgers().items():
             ledger.restore(state["ledgers"][name], tensors[f"positions.{name}"])
@@ -365,17 +373,17 @@ class StreamCache(Cache):
                 device = next(self.view.blocks[index].parameters()).device
                 layer.restore(*(tensors[f"{part}.{index}"].to(device) for part in ("keys", "values")))
 
-    def _ledgers(self) -> dict[str, Ledger]:
+    def _ledgers(self) -> dict[str, SlotLedger]:
         routed = {f"block.{index}": self._own[index].ledger for index in self.view.routed}
         return {**self._dense, **routed}
 
 
-def _all_of(runs: Sequence[Run]) -> Any:
+def _all_of(runs: Sequence[TokenRun]) -> Any:
     return [run.end - run.begin for run in runs if run.vision].__getitem__
 
 
 def _roll(positions: str, window: int | None, sinks: int, unit: int, reach: int | None) -> int | None:
-    """By how many positions a rolling stream is turned back at a time; None: absolute positions."""
+    """Return by how many positions a rolling stream is rotated back at a time; None: absolute positions."""
     if positions not in POSITIONS:
         raise ValueError(f"positions is {positions!r}; expected one of {', '.join(POSITIONS)}.")
     if positions == "absolute":

@@ -1,5 +1,4 @@
-"""One stream over the cache that a model makes for itself: for models whose layers are not all attention, or that no
-family knows."""
+"""One stream over the model's own cache: for models with layers other than attention, or that no family fits."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,14 +10,13 @@ from torch import Tensor
 from mmskip.hf.calls import CACHE_NAME
 
 
-class PlainCache:
-    """What `mmskip.hf.streaming.cache.StreamCache` is to several bounded streams, for one stream without bounds, one
-    frame per call.
+class DenseCache:
+    """Counterpart of `mmskip.hf.streaming.cache.StreamCache` for one stream without a window, one frame per call.
 
     Args:
         config: of the language model.
         position_range: positions that the model has; None: its config's `max_position_embeddings`.
-        device: where calls come from.
+        device: of the calls' inputs.
     """
 
     roll = None
@@ -29,14 +27,14 @@ class PlainCache:
         self._cache: Any = None
 
     def base_of(self, position: int) -> int:
-        """0: positions are absolute."""
+        """Return 0: positions are absolute."""
         return 0
 
     def begin(self, layout: np.ndarray, lengths: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
-        """Arguments of the model's forward for one more call.
+        """Announce a call, and return arguments for the model's forward; see `StreamCache.begin`.
 
         Raises:
-            ValueError: beyond the model's range; nothing has changed then.
+            ValueError: positions beyond the model's range; nothing has changed.
         """
         total = self.totals[0] + lengths[0]
         if self.range is not None and total > self.range:
@@ -46,7 +44,7 @@ class PlainCache:
         return {"attention_mask": mask, CACHE_NAME: self._cache, "use_cache": True}
 
     def end(self, output: Any) -> None:
-        """Keep the cache of the model's output."""
+        """Keep the cache in the model's output."""
         self._cache = getattr(output, CACHE_NAME)
 
     @property
@@ -59,7 +57,7 @@ class PlainCache:
     reserved_bytes = stored_bytes
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Streams of such a model cannot be saved.
+        """Refuse to save: the cache of such a model may hold more than keys and values.
 
         Raises:
             ValueError: always.

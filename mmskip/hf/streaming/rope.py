@@ -1,4 +1,4 @@
-"""Turning cached keys back by some positions (rotary position embeddings), in the model's own way.
+"""Rotate cached keys back by some positions (rotary position embeddings), with the model's own functions.
 
 Shape suffixes: B streams, H heads, K entries, E head width, R rotated part of it, D width.
 """
@@ -17,7 +17,7 @@ _DYNAMIC = ("dynamic", "longrope")
 
 
 class _KeyCapture:
-    """A cache that keeps the keys it is given."""
+    """A cache that keeps the keys of the last update."""
 
     key: Tensor
 
@@ -27,14 +27,14 @@ class _KeyCapture:
 
 
 class Rotation:
-    """Turns keys of a decoder's layers. Made once per model: each layer is tried on a random token, so that a layer
-    without rotary embeddings is left alone and an unknown way of rotating is refused.
+    """Rotates the keys of a decoder's layers. Build it once per model: each layer is tried on a fixed token, so that
+    keys of layers without rotary embeddings stay as they are and unknown rotations are refused.
 
     Args:
         view: the decoder (`mmskip.families.decoder.DecoderView`).
 
     Raises:
-        ValueError: positions of this model cannot be turned.
+        ValueError: the keys of this model cannot be moved to other positions.
     """
 
     def __init__(self, view: Any) -> None:
@@ -59,7 +59,7 @@ class Rotation:
             self.turns = tuple(self._try(index) for index in range(len(view.blocks)))
 
     def turn(self, index: int, keys_BHKE: Tensor, turn_BK: Tensor) -> Tensor:
-        """The keys of block `index` as they were `turn_BK` positions earlier."""
+        """Rotate keys of block `index` back by `turn_BK` positions."""
         if not self.turns[index]:
             return keys_BHKE
         return self._turned(index, keys_BHKE, turn_BK)
@@ -88,13 +88,13 @@ class Rotation:
         turned = self._turned(index, keys[1], torch.full((1, 1), by, device=keys[1].device))
         if bool((turned - keys[0]).abs().max() > close * scale):
             raise ValueError(
-                f"block {index} of {type(self._view.root).__name__} rotates its keys in a way that is not known here; "
-                "use positions='absolute'."
+                f"block {index} of {type(self._view.root).__name__} rotates its keys in an unknown way; use "
+                "positions='absolute'."
             )
         return True
 
     def _key(self, index: int, position: int) -> Tensor:
-        """The key [1, H, 1, E] that the attention of a block makes of one fixed token at a position."""
+        """Return the key [1, H, 1, E] that the attention of a block computes for one fixed token at a position."""
         attention = attention_of(self._view.blocks[index])
         weight = next(p for p in attention.parameters() if p.is_floating_point())
         x_11D = torch.linspace(-1, 1, self._view.width, device=weight.device).sin().to(weight.dtype)[None, None]

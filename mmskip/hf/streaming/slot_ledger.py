@@ -1,6 +1,6 @@
-"""Which tokens of running streams a layer stores: every stream has its own length, and a window may bound it.
+"""Which tokens of running streams a layer stores: streams differ in length, and a window may bound them.
 
-A ledger knows the places of the stored entries and plans what a call does to them; the tensors follow its plans
+A ledger knows the positions of the stored entries and plans what a call does to them; the tensors follow its plans
 (`mmskip.hf.streaming.cache`). Layers that store the same tokens share one ledger.
 
 Shape suffixes: B streams, S new entries, K stored entries, C capacity.
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 EMPTY = 1 << 40
-"""The position of an entry that is none: behind every query, so that no query sees it."""
+"""The position of an unused entry: after every query, so that no query sees it."""
 
 TEXT_PIECE = 32
-"""Longest piece of text that leaves a window as a whole, tokens."""
+"""Most tokens of text that drop out of a window together."""
 
 
-class Run(NamedTuple):
+class TokenRun(NamedTuple):
     """Consecutive tokens of one stream in a call: one frame (`vision`), or text. Positions [begin, end)."""
 
     begin: int
@@ -32,7 +32,7 @@ class Run(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Entries that leave the store together: `entries` of positions [begin, end)."""
+    """Entries that are dropped together: `entries` of the positions [begin, end)."""
 
     entries: int
     begin: int
@@ -41,7 +41,7 @@ class Piece(NamedTuple):
 
 
 class Move(NamedTuple):
-    """What is kept of a stream's entries when room is made: the first `pinned`, and those from `first` to `stop`."""
+    """The entries of a stream that are kept when room is made: the first `pinned`, and those from `first` to `stop`."""
 
     pinned: int
     first: int
@@ -49,16 +49,16 @@ class Move(NamedTuple):
 
 
 @dataclass
-class Plan:
-    """What one call does to the tensors of a layer, in this order.
+class StorePlan:
+    """Steps of one call on the tensors of a layer, in this order.
 
     Attributes:
         number: of the call.
-        turn_BK: LongTensor, by how many positions the stored keys are turned back; None: not at all.
-        moves: per stream, when the buffers are made anew.
-        capacity: C, entries of the buffers (one more column takes what is padding).
-        column: first column of the new entries, where all streams are alike.
-        columns_BS: LongTensor, the columns of the new entries where they are not.
+        turn_BK: LongTensor, by how many positions the stored keys are rotated back; None: not at all.
+        moves: per stream, what is copied into new buffers; None: the buffers stay.
+        capacity: C, entries of the buffers (one more column takes padding).
+        column: first column of the new entries, where it is the same for all streams.
+        columns_BS: LongTensor, the columns of the new entries where streams differ; else None.
         length: K, entries that attention sees after the call.
     """
 
@@ -71,13 +71,13 @@ class Plan:
     length: int
 
 
-def pieces_of(runs: Sequence[Run], kept: Callable[[int], int], sinks: int) -> list[Piece]:
-    """The pieces of one stream's call: each frame is one, text is cut at the sinks and into short pieces.
+def pieces_of(runs: Sequence[TokenRun], kept: Callable[[int], int], sinks: int) -> list[Piece]:
+    """Cut the call of one stream into pieces: each frame is one, text is cut at the sinks and into short pieces.
 
     Args:
         runs: of the call, in order.
-        kept: entries stored of the i-th frame of the call.
-        sinks: first positions that are kept for ever.
+        kept: number of entries stored of the i-th frame of the call.
+        sinks: first positions, which are never dropped.
     """
     pieces: list[Piece] = []
     frame = 0
@@ -93,13 +93,13 @@ def pieces_of(runs: Sequence[Run], kept: Callable[[int], int], sinks: int) -> li
     return pieces
 
 
-class Ledger:
+class SlotLedger:
     """The stored entries of B streams in one layer, or in several that store the same tokens.
 
     Args:
         rows: B.
         window: a token sees itself and the `window - 1` positions before it; None: all.
-        sinks: first positions of a stream that stay visible for ever.
+        sinks: first positions of a stream, which always stay visible.
         device: of the positions.
     """
 
@@ -110,12 +110,12 @@ class Ledger:
         self.pieces: list[deque[Piece]] = [deque() for _ in range(rows)]
         self.capacity = 0
         self.positions_BC = torch.full((rows, 1), EMPTY, device=device)
-        self.plan: Plan | None = None
+        self.plan: StorePlan | None = None
         self._number = 0
 
     @property
     def entries(self) -> int:
-        """Stored entries of all streams."""
+        """Number of stored entries of all streams."""
         return sum(self.counts)
 
     def announce(
@@ -124,14 +124,14 @@ class Ledger:
         pieces: Sequence[Sequence[Piece]],
         starts: Sequence[int],
         turns: Sequence[int] | None = None,
-    ) -> Plan:
+    ) -> StorePlan:
         """Plan a call.
 
         Args:
-            positions_BS: LongTensor, places of the new entries, each stream's own first, then padding.
-            pieces: of each stream; their counts say how many of S are its own.
+            positions_BS: LongTensor, positions of the new entries, those of each stream first, then padding.
+            pieces: of each stream; the sum of their entries says how many of S belong to it.
             starts: length of each stream before the call.
-            turns: per stream, by how many positions its stored keys are turned back; None: not at all.
+            turns: per stream, by how many positions its stored keys are rotated back; None: not at all.
         """
         new = [sum(piece.entries for piece in row) for row in pieces]
         turn_BK = None if turns is None else self._turn(turns)
@@ -148,15 +148,15 @@ class Ledger:
                     self.pinned[row] += piece.entries
                 self.pieces[row].append(piece)
         self._number += 1
-        self.plan = Plan(self._number, turn_BK, moves, self.capacity, column, columns_BS, max(self.counts))
+        self.plan = StorePlan(self._number, turn_BK, moves, self.capacity, column, columns_BS, max(self.counts))
         return self.plan
 
     def positions_BK(self) -> Tensor:
-        """Places of all entries that attention sees, `EMPTY` behind the last of a shorter stream."""
+        """Return the positions of all entries that attention sees, `EMPTY` after the last one of a shorter stream."""
         return self.positions_BC[:, : max(self.counts)]
 
     def crop(self, row: int, position: int) -> None:
-        """Forget a stream's entries from `position` on, which must be the end of a frame or lie in text."""
+        """Forget the entries of a stream from `position` on, which must be the end of a frame or inside text."""
         kept, pieces = self.counts[row], self.pieces[row]
         while pieces and pieces[-1].end > position:
             piece = pieces.pop()
@@ -178,8 +178,8 @@ class Ledger:
         return turns_B1 * ((positions_BK >= self.sinks) & (positions_BK != EMPTY))
 
     def _make_room(self, new: Sequence[int], starts: Sequence[int]) -> list[Move]:
-        """Drop what no later token sees, and choose a capacity with an eighth to spare: moving what stays is then
-        rare."""
+        """Drop entries that no later token sees, and choose a capacity with an eighth to spare, so that entries rarely
+        move."""
         old_BC = self.positions_BC
         moves = [self._drop(row, starts[row]) for row in range(self.rows)]
         need = max(count + added for count, added in zip(self.counts, new, strict=True))
@@ -215,7 +215,7 @@ class Ledger:
         return 0, torch.from_numpy(columns).to(self.positions_BC.device)
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs besides the positions, JSON-ready."""
+        """Return what `restore` needs besides the positions, JSON-ready."""
         return {
             "counts": self.counts,
             "pinned": self.pinned,
@@ -223,7 +223,7 @@ class Ledger:
         }
 
     def restore(self, state: dict[str, Any], positions_BK: Tensor) -> None:
-        """Take over a saved state; the buffers then hold just what is stored."""
+        """Restore a saved state; the buffers are then full."""
         self.counts, self.pinned = list(state["counts"]), list(state["pinned"])
         self.pieces = [deque(Piece(*piece) for piece in row) for row in state["pieces"]]
         self.capacity = positions_BK.shape[1]
@@ -231,13 +231,13 @@ class Ledger:
         self.positions_BC = torch.cat([positions_BK.to(empty.device), empty], dim=1)
 
 
-def bound(window: int, sinks: int, frame_tokens: int, call_tokens: int) -> int:
-    """The most entries that the buffers of one stream and layer ever take under a window.
+def bound_entries(window: int, sinks: int, frame_tokens: int, call_tokens: int) -> int:
+    """Bound the entries that the buffers of one stream and layer ever hold under a window.
 
     Args:
-        window, sinks: see `Ledger`.
-        frame_tokens: N.
-        call_tokens: most tokens of one call.
+        window, sinks: see `SlotLedger`.
+        frame_tokens: most tokens of a frame.
+        call_tokens: most tokens of a call.
     """
     piece = max(frame_tokens, TEXT_PIECE)
     need = (sinks + frame_tokens if sinks else 0) + window - 1 + piece + call_tokens

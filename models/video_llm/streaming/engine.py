@@ -22,8 +22,8 @@ from torch import Tensor
 import mmskip
 from mmskip import families
 from mmskip.hf.streaming.cache import POSITIONS, StreamCache
-from mmskip.hf.streaming.dense_cache import PlainCache
-from mmskip.hf.streaming.slot_ledger import TEXT_PIECE, bound
+from mmskip.hf.streaming.dense_cache import DenseCache
+from mmskip.hf.streaming.slot_ledger import TEXT_PIECE, bound_entries
 from mmskip.models.common.fp32_head import head_only_at
 from mmskip.models.video_llm.speaking import TokenIds, speaks
 from mmskip.tokens.groups import TEXT
@@ -176,7 +176,7 @@ class StreamEngine:
         self._routed = bool(mmskip.applied(model.llm))
         self.cache: Any = self._make_cache(len(heads))
 
-    def _make_cache(self, streams: int) -> StreamCache | PlainCache:
+    def _make_cache(self, streams: int) -> StreamCache | DenseCache:
         llm, settings = self.model.llm, self.settings
         try:
             view = families.find(llm)
@@ -198,7 +198,7 @@ class StreamEngine:
                 f"{type(llm).__name__} is no decoder of attention blocks only that mmskip knows; it can be watched as "
                 "one stream, with chunk=1, without a window and at absolute positions."
             )
-        return PlainCache(llm.config, settings.position_range, self._device)
+        return DenseCache(llm.config, settings.position_range, self._device)
 
     # --- input ----------------------------------------------------------------------------------------------------
 
@@ -245,7 +245,7 @@ class StreamEngine:
         for own, entry_bytes in zip(self.cache.view.windows, self._entry_bytes, strict=True):
             sinks = self.settings.sinks if own is None else 0
             window = min(self.settings.window, own or self.settings.window)
-            total += bound(window, sinks, self.frame_tokens, self.call_tokens) * entry_bytes
+            total += bound_entries(window, sinks, self.frame_tokens, self.call_tokens) * entry_bytes
         return total * len(self._streams)
 
     @cached_property
@@ -395,7 +395,7 @@ class StreamEngine:
                 **announced,
                 **({"layout": layout_BT} if self._routed else {}),
             )
-        if isinstance(self.cache, PlainCache):
+        if isinstance(self.cache, DenseCache):
             self.cache.end(out)
         return out.logits
 

@@ -90,7 +90,7 @@ def test_without_the_refusal_a_static_cache_would_be_wrong(monkeypatch):
 @pytest.mark.parametrize("form", ["all ids", "new ids", "new ids and the whole layout"])
 @pytest.mark.parametrize("name", ["llama", "mistral_window", "gemma3_text"])
 def test_a_second_turn_of_generate_equals_the_whole_conversation(name, form):
-    """As in transformers, the new ids alone are told by an attention mask of the whole conversation."""
+    """As in transformers, an attention mask of the whole conversation shows that the ids are new ones only."""
     model, cut = routed(name), 13
     mask = torch.ones_like(IDS)
     how = {"do_sample": False, "max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
@@ -147,7 +147,7 @@ def test_a_frame_whose_parts_are_divided_by_text_is_refused_in_two_calls(kind):
         run = functools.partial(model.generate, attention_mask=torch.ones_like(ids), max_new_tokens=2)
     else:
         run = model
-    with pytest.raises(ValueError, match=rf"frame 0 of row {bad} goes on from an earlier call"):
+    with pytest.raises(ValueError, match=rf"frame 0 of row {bad} continues from an earlier call"):
         run(ids[:, cut:], **rest)
     rest["layout"] = rest["layout"].masked_fill(rest["layout"] == 0, 7)
     assert model(ids[:, cut:], **rest).logits.isfinite().all()

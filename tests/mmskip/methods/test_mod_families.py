@@ -193,7 +193,7 @@ REFUSED = {
             "num_local_experts": 2,
             "num_experts_per_tok": 1,
         },
-        "a cache of its own",
+        "its own cache",
     ),
     "gemma4_text": (
         {

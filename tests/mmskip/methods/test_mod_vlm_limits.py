@@ -175,7 +175,7 @@ def test_prefill_in_chunks_is_exact_or_refused(name):
         cuts = range(size, len(groups), size)
         sizes[any(set(groups[:cut]) & set(groups[cut:]) - {-1} for cut in cuts)].append(size)
     for size in sizes[True][:3]:
-        with pytest.raises(ValueError, match=r"goes on from an earlier call|begins within an image"):
+        with pytest.raises(ValueError, match=r"continues from an earlier call|begins within an image"):
             model.generate(**call, **how, prefill_chunk_size=size)
     assert sizes[True] and sizes[False]
     for size in sizes[False][:3]:

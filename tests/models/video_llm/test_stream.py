@@ -7,7 +7,7 @@ from streams import HEAD, MOD, QUESTION, Transcript, engine, tiny_narrator, vide
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmskip
-from mmskip.hf.streaming.slot_ledger import bound
+from mmskip.hf.streaming.slot_ledger import bound_entries
 from mmskip.models.video_llm.speaking import speaks
 from mmskip.models.video_llm.streaming.engine import StreamEngine, StreamSettings
 
@@ -152,7 +152,7 @@ def test_the_announced_bytes_are_those_of_the_entries(name):
     running.push(video(6))
     running.run()
     assert running.cache.stored_bytes % sum(running.cache.entry_bytes) == 0 < running.cache.stored_bytes
-    assert limit == bound(20, 0, TOKENS, running.call_tokens) * sum(running.cache.entry_bytes)
+    assert limit == bound_entries(20, 0, TOKENS, running.call_tokens) * sum(running.cache.entry_bytes)
 
 
 def test_a_stream_beyond_the_range_is_refused_and_its_state_stays():

@@ -11,7 +11,7 @@ from tiny_decoders import VOCAB, randomize_routers, routers_of, tiny_decoder
 import mmskip
 from mmskip import families
 from mmskip.hf.streaming.cache import StreamCache
-from mmskip.hf.streaming.slot_ledger import bound
+from mmskip.hf.streaming.slot_ledger import bound_entries
 from mmskip.ops.hf_attention import register_attention
 
 FRAME = 5
@@ -188,7 +188,8 @@ def test_a_routed_layer_stores_what_it_processed_and_no_padding():
 def test_a_window_bounds_the_buffers_of_a_long_stream(routed, sinks):
     model, _ = build("llama", routed, num_hidden_layers=2, max_position_embeddings=64)
     feeder = Feeder(model, window=20, sinks=sinks, positions="rolling")
-    limit = bound(20, sinks, FRAME, 2 + FRAME) * 2 * 2 * 8 * 4 * 2 * 2  # keys and values, heads, width, fp32, streams
+    # keys and values, heads, width, fp32, streams
+    limit = bound_entries(20, sinks, FRAME, 2 + FRAME) * 2 * 2 * 8 * 4 * 2 * 2
     sizes = []
     for index in range(120):
         feeder.call(((1, True), (index % 3, index % 3 == 0)))
