@@ -38,7 +38,7 @@ from mmskip.calibration.fit_routers import fit_routers
 from mmskip.datasets.chat.module import ChatData
 from mmskip.datasets.synthetic.chat import SceneChatConfig
 from mmskip.methods.mixture_of_depths import anneal, find_policies
-from mmskip.models.common.language_model import LoRA
+from mmskip.models.common.pretrained import LoRA
 from mmskip.models.vlm.build import save_base
 from mmskip.models.vlm.module import VLM, answering_tokens, inputs_of
 from mmskip.tokens.router import LEARNED

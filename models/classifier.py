@@ -1,19 +1,22 @@
 """An image classifier of timm, trained with parts of its images missing so that missing parts do not mislead it."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import timm
 import torch
-from lightning.pytorch import LightningModule
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mmskip
 from mmskip import LayerMaskConfig
-from mmskip.models.common.optim import SCHEDULES, warmup_schedule
+from mmskip.config import MethodConfig
+from mmskip.models.common.base import BaseModule
+from mmskip.models.common.methods import apply_methods, check_methods, thaw
+from mmskip.models.common.optim import RANGES, check_ranges, check_schedule
 
 AUGMENTS = ("none", "patches", "layer_masking")
 
@@ -36,7 +39,7 @@ class Loaded:
     std: Sequence[float] = IMAGENET_DEFAULT_STD
 
 
-class Classifier(LightningModule):
+class Classifier(BaseModule):
     """A network of timm, a CNN or a ViT. Batches hold `image` [B, 3, H, W] in [0, 1] and `label` [B].
 
     Args:
@@ -49,16 +52,20 @@ class Classifier(LightningModule):
         augment_share: share of the images of a batch that lose patches, in [0, 1].
         hidden: range of the share of patches hidden, within [0, 1].
         patch: side of a patch, pixels, >= 1.
-        mask: of `layer_masking`; None: the paper's.
+        mask: deprecated; a `LayerMaskConfig` among the methods.
         mean, std: of images in [0, 1], per channel.
         lr: peak learning rate of AdamW, > 0.
         weight_decay: on matrices only, >= 0.
         schedule, warmup: see `mmskip.models.common.optim`.
         label_smoothing: in [0, 1).
+        methods: configs applied to the network in order. `augment="layer_masking"` masks by the `LayerMaskConfig` among
+            them, and adds the paper's where there is none.
 
     Raises:
         ValueError: a value out of range, a name that timm does not know, or layer masking for a network that is no CNN.
     """
+
+    fused = None
 
     def __init__(
         self,
@@ -78,37 +85,22 @@ class Classifier(LightningModule):
         schedule: str = "cosine",
         warmup: float = 0.05,
         label_smoothing: float = 0.0,
+        methods: list[MethodConfig] | None = None,
     ) -> None:
-        super().__init__()
-        _check(augment, augment_share, hidden, patch, lr, schedule, label_smoothing)
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        del given["mask"]
+        _check(given)
         if not timm.is_model(model):
             raise ValueError(f"timm has no model {model!r}.")
-        self._mask = LayerMaskConfig() if mask is None else mask
-        self._set_hparams(
-            {
-                "model": model,
-                "num_classes": num_classes,
-                "model_kwargs": dict(model_kwargs or {}),
-                "pretrained": pretrained,
-                "augment": augment,
-                "augment_share": augment_share,
-                "hidden": list(hidden),
-                "patch": patch,
-                "mask": self._mask.to_dict(),
-                "mean": list(mean),
-                "std": list(std),
-                "lr": lr,
-                "weight_decay": weight_decay,
-                "schedule": schedule,
-                "warmup": warmup,
-                "label_smoothing": label_smoothing,
-            }
-        )
+        given["model_kwargs"] = model_kwargs or {}
+        given["methods"] = _with_mask(thaw(methods), augment, mask)
+        super().__init__(given)
+        self._mask = next((m for m in self.methods if isinstance(m, LayerMaskConfig)), LayerMaskConfig())
+        check_methods(lambda: self._build(pretrained=False), self.methods)
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(list(mean)).reshape(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(list(std)).reshape(1, -1, 1, 1), persistent=False)
-        self._seed = torch.initial_seed() % 2**32
         self.net: Any = None
         self.size = 0
         if num_classes is not None:
@@ -122,21 +114,19 @@ class Classifier(LightningModule):
         """
         if self.net is not None:
             return
-        data: Any = getattr(self._trainer, "datamodule", None)
-        if data is not None:
+        if (data := self.data) is not None:
             self.hparams["num_classes"] = self.hparams["num_classes"] or len(data.class_names)
         if self.hparams["num_classes"] is None:
             raise ValueError("Classifier needs num_classes, or a data module with class_names.")
-        torch.manual_seed(self._seed)
-        net: nn.Module = timm.create_model(
-            self.hparams["model"],
-            pretrained=self.hparams["pretrained"],
-            num_classes=self.hparams["num_classes"],
-            **self.hparams["model_kwargs"],
-        )
-        if self.hparams["augment"] == "layer_masking":
-            mmskip.apply_(net, self._mask)
+        self.seed_weights()
+        net = self._build(self.hparams["pretrained"], num_classes=self.hparams["num_classes"])
+        apply_methods(net, self.methods)
         self.net = net
+
+    def _build(self, pretrained: bool, **settings: Any) -> nn.Module:
+        return timm.create_model(
+            self.hparams["model"], pretrained=pretrained, **settings, **self.hparams["model_kwargs"]
+        )
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits [B, classes] of images [B, 3, H, W] in [0, 1], of which `mask` [B, 1, H, W] keeps pixels by layer
@@ -162,8 +152,7 @@ class Classifier(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Cross-entropy with some images partly hidden."""
-        # a resumed run must hide what the whole run would have hidden, and each rank its own
-        torch.manual_seed(hash((self._seed, self.current_epoch, batch_idx, self.global_rank)) % 2**63)
+        self.seed_step(batch_idx)
         x, labels = batch["image"], batch["label"]
         self.size = x.shape[-1]
         mask = None
@@ -175,20 +164,6 @@ class Classifier(LightningModule):
         loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams["label_smoothing"])
         self.log("train/loss", loss, prog_bar=True)
         return loss
-
-    def configure_optimizers(self) -> Any:
-        """AdamW with warm-up; weight decay on matrices only."""
-        decayed = [p for p in self.net.parameters() if p.requires_grad and p.ndim >= 2]
-        plain = [p for p in self.net.parameters() if p.requires_grad and p.ndim < 2]
-        groups = [
-            {"params": decayed, "weight_decay": self.hparams["weight_decay"]},
-            {"params": plain, "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.hparams["lr"])
-        total = self.trainer.estimated_stepping_batches
-        factor = warmup_schedule(self.hparams["schedule"], self.hparams["warmup"], total)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
@@ -217,7 +192,7 @@ class Classifier(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Say how well it does, beside always naming the most frequent class."""
-        data: Any = getattr(self._trainer, "datamodule", None)
+        data = self.data
         if data is None or not self.trainer.is_global_zero:
             return
         labels = data.sets["val"].labels
@@ -239,7 +214,9 @@ class Classifier(LightningModule):
             state = torch.load(path, map_location="cpu", weights_only=True)
             settings = dict(state["hyper_parameters"])
             settings.pop("_instantiator", None)
-            settings["mask"] = LayerMaskConfig.from_dict(settings["mask"])
+            if "methods" not in settings:  # of before methods
+                mask = LayerMaskConfig.from_dict(settings.pop("mask"))
+                settings["methods"] = [mask] if settings["augment"] == "layer_masking" else []
         except (OSError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no checkpoint of a Classifier ({error!r}).") from error
         model = cls(**{**settings, "pretrained": False})
@@ -257,24 +234,22 @@ class Classifier(LightningModule):
         checkpoint["image_size"] = self.size
 
 
-def _check(
-    augment: str,
-    share: float,
-    hidden: tuple[float, float],
-    patch: int,
-    lr: float,
-    schedule: str,
-    label_smoothing: float,
-) -> None:
-    if augment not in AUGMENTS:
-        raise ValueError(f"augment is {augment!r}; expected one of {', '.join(AUGMENTS)}.")
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule is {schedule!r}; expected one of {', '.join(SCHEDULES)}.")
-    if not 0 <= share <= 1:
-        raise ValueError(f"augment_share is {share}; expected a number in [0, 1].")
+def _check(given: Mapping[str, Any]) -> None:
+    """Raise ValueError for settings out of range."""
+    ranges = {"augment_share": "[0, 1]", "patch": "[1, inf)", "label_smoothing": "[0, 1)"}
+    check_ranges(given, RANGES | ranges)
+    check_schedule(given["schedule"])
+    if given["augment"] not in AUGMENTS:
+        raise ValueError(f"augment is {given['augment']!r}; expected one of {', '.join(AUGMENTS)}.")
+    hidden = given["hidden"]
     if len(hidden) != 2 or not 0 <= hidden[0] <= hidden[1] <= 1:
         raise ValueError(f"hidden is {hidden}; expected (low, high) with 0 <= low <= high <= 1.")
-    if patch < 1 or not lr > 0 or not 0 <= label_smoothing < 1:
-        raise ValueError(
-            f"patch is {patch}, lr {lr} and label_smoothing {label_smoothing}; expected >= 1, > 0 and in [0, 1)."
-        )
+
+
+def _with_mask(methods: list[Any], augment: str, mask: Any) -> list[Any]:
+    """Add the layer masking that `augment` needs, unless `methods` has one; `mask` is its deprecated spelling."""
+    if mask is not None:
+        warnings.warn("Classifier: give the LayerMaskConfig in methods; mask goes.", FutureWarning, stacklevel=3)
+    if augment != "layer_masking" or any(isinstance(method, LayerMaskConfig) for method in methods):
+        return methods
+    return [*methods, LayerMaskConfig.from_dict(mask) if isinstance(mask, Mapping) else mask or LayerMaskConfig()]

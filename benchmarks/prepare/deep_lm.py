@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 import mmskip
 from common.measure import ROOT, environment
 from mmskip import LayerPlanConfig
-from mmskip.models.common.language_model import build_llm, llm_config
+from mmskip.models.common.pretrained import build_llm, llm_config
 from mmskip.train.evaluation.language_model.perplexity import perplexity, text_windows
 from mmskip.utils.files import write_json
 

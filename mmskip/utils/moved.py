@@ -73,7 +73,7 @@ MOVED = {
     "models.answering": "models.video_llm.answering",
     "models.captioner_build": "models.captioner.build",
     "models.connector": "models.video_llm.connector",
-    "models.language_model": "models.common.language_model",
+    "models.language_model": "models.common.pretrained",
     "models.logits": "models.common.fp32_head",
     "models.narrator": "models.video_llm.speaking",
     "models.pretrained": "utils.pretrained",

@@ -21,10 +21,25 @@ from transformers import (
 )
 
 from mmskip.families.encoder_decoder import EncoderDecoderView, match
-from mmskip.models.common.language_model import torch_dtype
-from mmskip.models.common.optim import SCHEDULES
+from mmskip.models.common.optim import RANGES, check_ranges, check_schedule, is_decayed
+from mmskip.models.common.pretrained import build, set_ids, torch_dtype
+from mmskip.models.common.pretrained import token_ids as plain_ids
 from mmskip.utils.pretrained import config_of, refuse_unknown
 
+LIMITS = RANGES | {
+    "tower_lr": "(0, inf)",
+    "grid": "[1, inf)",
+    "random_exits": "[0, 1]",
+    "random_token_exits": "[0, 1]",
+    "settle_weight": "[0, inf)",
+    "caption_weight": "(0, inf)",
+    "label_smoothing": "[0, 1)",
+    "residual_init": "[0, inf)",
+    "num_beams": "[1, inf)",
+    "max_new_tokens": "[1, inf)",
+    "no_repeat_ngram": "[0, inf)",
+    "val_captions": "[0, inf)",
+}
 LAYER_LOSSES = ("last", "sum", "uniform", "linear", "sqrt", "inverse")
 
 
@@ -61,29 +76,8 @@ def check_settings(hparams: Mapping[str, Any]) -> None:
     Raises:
         ValueError: one is out of range, or unknown.
     """
-    limits = {
-        "grid": (1, math.inf),
-        "random_exits": (0, 1),
-        "random_token_exits": (0, 1),
-        "settle_weight": (0, math.inf),
-        "caption_weight": (1e-12, math.inf),
-        "label_smoothing": (0, 0.999),
-        "residual_init": (0, math.inf),
-        "lr": (1e-12, math.inf),
-        "tower_lr": (1e-12, math.inf),
-        "weight_decay": (0, math.inf),
-        "warmup": (0, 0.999),
-        "num_beams": (1, math.inf),
-        "max_new_tokens": (1, math.inf),
-        "no_repeat_ngram": (0, math.inf),
-        "val_captions": (0, math.inf),
-    }
-    for name, (low, high) in limits.items():
-        value = hparams[name]
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"{name} is {value}; expected a number from {low} to {high}")
-    if hparams["schedule"] not in SCHEDULES:
-        raise ValueError(f"schedule is {hparams['schedule']!r}; expected one of {', '.join(SCHEDULES)}")
+    check_ranges(hparams, LIMITS)
+    check_schedule(hparams["schedule"])
     layer_weights(hparams["layer_loss"], 1)
     torch_dtype(hparams["dtype"])
     if isinstance(hparams["text"], str) and hparams["residual_init"] != 1:
@@ -125,12 +119,15 @@ def token_ids(tokenizer: Any, answers: Sequence[Sequence[int]]) -> dict[str, Any
     """What a model must know of its tokenizer, as plain numbers; `answers` are the ids of the three answers."""
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.pad_token_id
     return {
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
+        **plain_ids(tokenizer),
         "start_token_id": start,
         "answers": [list(map(int, ids)) for ids in answers],
     }
+
+
+def build_meta(config: PretrainedConfig, attention: str) -> PreTrainedModel:
+    """The encoder-decoder of a config, with its vocabulary; for torch's meta device."""
+    return _auto(config).from_config(copy.deepcopy(config), attn_implementation=attention)
 
 
 def build_text(
@@ -142,9 +139,8 @@ def build_text(
         ValueError: an unknown dtype, or a tokenizer with more ids than a named model has embeddings.
     """
     auto = _auto(config)
-    kwargs: dict[str, Any] = {"dtype": torch_dtype(dtype), "attn_implementation": attention}
     if isinstance(text, str):
-        model: Any = auto.from_pretrained(text, **kwargs)
+        model: Any = build(auto, text, config, dtype, attention)
         room = model.get_input_embeddings().num_embeddings
         if room < tokens["vocab_size"]:
             raise ValueError(
@@ -163,14 +159,11 @@ def build_text(
         "forced_eos_token_id": None,
     }
     inner.vocab_size = tokens["vocab_size"]
-    for owner in {id(inner): inner, id(config): config}.values():
-        for name, value in ids.items():
-            setattr(owner, name, value)
+    set_ids([inner, config], ids)
     if sees(config):
         config.image_token_id = tokens["pad_token_id"]  # pictures do not come by way of the prompt
-    model = auto.from_config(config, **kwargs)
-    for name, value in ids.items():
-        setattr(model.generation_config, name, value)
+    model = build(auto, text, config, dtype, attention)
+    set_ids([model.generation_config], ids)
     return model
 
 
@@ -181,7 +174,7 @@ def parameter_groups(
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
     for name, parameter in named:
         if parameter.requires_grad:
-            key = name.startswith("tower."), parameter.ndim >= 2 and parameter is not table
+            key = name.startswith("tower."), is_decayed(parameter, [table])
             groups.setdefault(key, []).append(parameter)
     rates = {False: hparams["lr"], True: hparams["tower_lr"] or hparams["lr"]}
     return [

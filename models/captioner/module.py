@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
+from mmskip.config import MethodConfig
 from mmskip.datasets.captioning.module import Texts
 from mmskip.datasets.common.labels import IGNORE
 from mmskip.datasets.video.tower import VisionTower, check_tower_name
@@ -20,6 +21,7 @@ from mmskip.families.encoder_decoder import EncoderDecoderView
 from mmskip.hf.exits.modalities import SplitEncoder
 from mmskip.methods.early_exit import image_tokens
 from mmskip.models.captioner.build import (
+    build_meta,
     build_text,
     captured,
     check_settings,
@@ -38,7 +40,8 @@ from mmskip.models.captioner.build import (
 )
 from mmskip.models.captioner.metrics import score_captions
 from mmskip.models.common.base import StepLossModule
-from mmskip.models.common.optim import warmup_schedule
+from mmskip.models.common.methods import check_methods
+from mmskip.models.common.pretrained import adapt, scale_residual
 
 TRAINED = ("caption", "entailment", "question")
 
@@ -55,6 +58,8 @@ class Captioner(StepLossModule):
     Args:
         text: name or folder of an encoder-decoder, or a dict with `model_type` and settings for one from scratch (its
             vocabulary is the tokenizer's).
+        methods: configs applied to the text model in order; none: dense. Exits are applied for evaluating instead, see
+            above.
         tower: see `mmskip.datasets.video.tower.VisionTower`; None: that of `text`, which must be a Florence-2.
         tower_kwargs: further arguments of the tower's library.
         tower_pretrained: load the published weights of the tower.
@@ -94,7 +99,7 @@ class Captioner(StepLossModule):
     """
 
     source = "text"
-    same_model = ("text", "tower", "tower_kwargs", "tower_size", "grid", "separate", "tokens")
+    same_model = ("text", "methods", "tower", "tower_kwargs", "tower_size", "grid", "separate", "tokens")
     open_until_built = ("tokens",)
 
     def __init__(
@@ -127,17 +132,12 @@ class Captioner(StepLossModule):
         no_repeat_ngram: int = 0,
         val_captions: int = 200,
         tokens: dict[str, Any] | None = None,
+        methods: list[MethodConfig] | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        super().__init__()
-        # dicts and lists only: anything else in the hyper-parameters breaks weights-only loading of the checkpoint
-        plain = {
-            "text": text if isinstance(text, str) else dict(text),
-            "tower_kwargs": dict(tower_kwargs or {}),
-            "betas": list(betas),
-        }
-        self._set_hparams(given | plain)
-        check_settings(self.hparams)
+        given["tower_kwargs"] = tower_kwargs or {}
+        check_settings(given)
+        super().__init__(given)
         self._config = text_config(text)
         if (tower is None) != sees(self._config):
             raise ValueError(
@@ -148,10 +148,10 @@ class Captioner(StepLossModule):
             check_tower_name(tower)
         self.tower: VisionTower | None = None
         self.connector: nn.Module | None = None
-        self.llm: Any = None
         self._view: EncoderDecoderView | None = None
         self.results: dict[str, float] = {}
         self.said: dict[str, tuple[str, tuple[str, ...]]] = {}
+        check_methods(lambda: build_meta(self._config, attention), self.methods)
         if tokens is not None:
             self.configure_model()
 
@@ -164,22 +164,18 @@ class Captioner(StepLossModule):
         """
         if self.llm is not None:
             return
-        data: Any = getattr(self._trainer, "datamodule", None)
+        data = self.data
         if self.hparams["tokens"] is None and data is not None:
             self.hparams["tokens"] = token_ids(data.tokenizer, data.collate().answers)
         if self.hparams["tokens"] is None:
             raise ValueError("Captioner needs tokens: pass them, or run it by a Trainer with a data module")
         settings = self.hparams
-        # what a data module did before must not change the initial weights, so the seed is set anew
-        torch.manual_seed(self._seed)
+        self.seed_weights()
         llm: Any = build_text(
             settings["text"], self._config, settings["tokens"], settings["dtype"], settings["attention"]
         )
         view_of(llm)  # a model whose layers are not found is refused before anything is trained
-        with torch.no_grad():
-            for name, weight in llm.named_parameters():
-                if settings["residual_init"] != 1 and name.endswith(("out_proj.weight", "fc2.weight", "wo.weight")):
-                    weight.mul_(settings["residual_init"])
+        scale_residual(llm, settings["residual_init"], ("out_proj.weight", "fc2.weight", "wo.weight"))
         if settings["tower"] is not None:
             self.tower = VisionTower(
                 settings["tower"],
@@ -196,6 +192,7 @@ class Captioner(StepLossModule):
             loudness = words.weight.std().item() * float(getattr(words, "embed_scale", 1.0))
             nn.init.normal_(self.connector.weight, std=loudness / self.tower.dim**0.5)
             nn.init.zeros_(self.connector.bias)
+        adapt(llm, None, self.methods)
         self.llm = llm
         self.train()
         total = sum(p.numel() for p in self.parameters())
@@ -351,14 +348,9 @@ class Captioner(StepLossModule):
                 found[f"{task}_loss"] = value / labels
         return count, found
 
-    def configure_optimizers(self) -> Any:
-        """AdamW with warm-up and decay per step; weight decay on matrices only, and the tower at its own rate."""
-        groups = parameter_groups(self.named_parameters(), self.llm.get_input_embeddings().weight, self.hparams)
-        optimizer = torch.optim.AdamW(groups, betas=tuple(self.hparams["betas"]), fused=True)
-        total = self.trainer.estimated_stepping_batches
-        schedule = warmup_schedule(self.hparams["schedule"], self.hparams["warmup"], total)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The trained weights for AdamW: weight decay on matrices only, and the tower at its own rate."""
+        return parameter_groups(self.named_parameters(), self.embedding_table, self.hparams)
 
     # --- answers ------------------------------------------------------------------------------------------------
 

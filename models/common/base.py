@@ -1,16 +1,22 @@
-"""What the LightningModules of this project share: a loss normalised over whole optimizer steps, and checkpoints
-without the frozen weights that a named model has anyway."""
+"""Bases of this project's LightningModules.
+
+`BaseModule` gives methods from the YAML, settings as plain data, seeds and the optimizer. `StepLossModule` adds, for
+token models, a loss normalised over optimizer steps and checkpoints without the frozen weights of a named model.
+"""
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-METHOD = "mmskip_"
-"""In the name of every weight that a method added."""
+from mmskip.models.common.methods import freeze, thaw
+from mmskip.models.common.optim import adamw, decay_groups
+from mmskip.models.common.pretrained import METHOD
+
 SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 
@@ -18,18 +24,75 @@ def check_strategy(strategy: Any) -> None:
     """Raise unless every rank holds the whole model, as steps, evaluation and the report at the end of a run expect.
 
     Raises:
-        ValueError: a strategy that shards weights, or leaves the reduction of gradients to the model.
+        ValueError: a strategy that shards weights, or that makes the model reduce its gradients itself.
     """
     names = [cls.__name__ for cls in type(strategy).__mro__]
     if any(name in names for name in SHARDING):
         raise ValueError(
             f"trainer.strategy is {names[0]}; this module needs the whole model on every rank: use 'ddp' (with LoRA "
-            "and gradient_checkpointing if memory is short), or shard mmskip's model in a loop of your own with "
+            "and gradient_checkpointing if memory is short), or shard mmskip's model in a custom loop with "
             "torch.distributed.fsdp.fully_shard (docs/models.md)"
         )
 
 
-class StepLossModule(LightningModule):
+class BaseModule(LightningModule):
+    """A LightningModule with methods, whose settings a checkpoint can hold.
+
+    Args:
+        given: all settings by name; `methods` are configs or the dicts of `mmskip.models.common.methods.freeze`. They
+            become `hparams`, as numbers, texts, lists and dicts only: a dataclass among them would break weights-only
+            loading of the checkpoint.
+
+    Attributes:
+        methods: configs of the methods, in the order in which they are applied.
+        fused: which AdamW of torch runs, see `torch.optim.AdamW`.
+
+    Raises:
+        ValueError: an unknown method, or an unknown or bad setting of one.
+    """
+
+    fused: bool | None = True
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._seed = torch.initial_seed() % 2**32
+        self.methods = thaw(given["methods"])
+        self._set_hparams({name: _plain(value) for name, value in given.items()} | {"methods": freeze(self.methods)})
+
+    @property
+    def data(self) -> Any:
+        """The trainer's data module; None without a trainer."""
+        return getattr(self._trainer, "datamodule", None)
+
+    def seed_weights(self) -> None:
+        """Set the seed of the initial weights anew, so that what a data module did before does not change them."""
+        torch.manual_seed(self._seed)
+
+    def seed_step(self, batch_idx: int) -> None:
+        """Set the seed of a training step: a resumed run draws what the uninterrupted run would have drawn, and each
+        rank draws for itself."""
+        torch.manual_seed(hash((self._seed, self.current_epoch, batch_idx, self.global_rank)) % 2**63)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The trained weights for AdamW: weight decay on matrices only."""
+        return decay_groups(self.parameters(), self.hparams["weight_decay"])
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with warm-up and decay of the learning rate per optimizer step."""
+        settings = {name: self.hparams[name] for name in ("lr", "schedule", "warmup", "betas") if name in self.hparams}
+        total = self.trainer.estimated_stepping_batches
+        return adamw(self.parameter_groups(), total_steps=total, fused=self.fused, **settings)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+class StepLossModule(BaseModule):
     """A LightningModule whose loss of an optimizer step is the summed loss of all its labels over their number, over
     micro-batches and ranks.
 
@@ -42,14 +105,13 @@ class StepLossModule(LightningModule):
         open_until_built: those of them that may be None until a data module is asked.
     """
 
-    llm: Any
     source = "llm"
     same_model: Sequence[str] = ("llm", "lora", "methods")
     open_until_built: Sequence[str] = ()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._seed = torch.initial_seed() % 2**32
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        super().__init__(given)
+        self.llm: Any = None
         self._sums: Tensor | None = None
 
     def setup(self, stage: str) -> None:
@@ -75,11 +137,19 @@ class StepLossModule(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The summed loss of a micro-batch. Lightning divides by the number of micro-batches and DDP by that of ranks,
         which is undone here; the division by the labels of the whole step follows in `on_before_optimizer_step`."""
-        # a resumed run must draw the dropout that the whole run would have drawn, and each rank its own
-        torch.manual_seed(hash((self._seed, self.current_epoch, batch_idx, self.global_rank)) % 2**63)
+        self.seed_step(batch_idx)
         sums = self.loss_sums(batch)
         self._sums = sums.detach() if self._sums is None else self._sums + sums.detach()
         return sums[0] * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The trained weights for AdamW: weight decay on matrices other than the embeddings."""
+        return decay_groups(self.parameters(), self.hparams["weight_decay"], [self.embedding_table])
+
+    @property
+    def embedding_table(self) -> Tensor:
+        """The token embeddings [V, D]."""
+        return self.llm.get_input_embeddings().weight
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the number of labels of the whole step, and log its losses."""
@@ -125,6 +195,8 @@ class StepLossModule(LightningModule):
         for key in self.same_model:
             own = self.hparams[key]
             theirs = saved[key] if key in saved else defaults[key].default or own
+            if key == "methods":
+                theirs = freeze(thaw(theirs))  # spellings of an older version become today's
             # a named model may lie in another folder now, and what is open is taken from a data module later
             named = key == self.source and isinstance(theirs, str) and isinstance(own, str)
             open_ = key in self.open_until_built and (theirs is None or own is None)

@@ -7,16 +7,25 @@ import math
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mmskip.models.common.optim import SCHEDULES, warmup_schedule
+from mmskip.config import MethodConfig
+from mmskip.models.common.base import BaseModule
+from mmskip.models.common.methods import apply_methods
+from mmskip.models.common.optim import RANGES, check_ranges, check_schedule
 from mmskip.models.diffusion.samplers import Denoiser, Drawer
 from mmskip.utils.extras import require
 
+_RANGES = RANGES | {
+    "sigma_data": "(0, inf)",
+    "sigma_min": "(0, inf)",
+    "ema": "[0, 1)",
+    "label_dropout": "[0, 1)",
+}
 
-class Diffusion(LightningModule):
+
+class Diffusion(BaseModule):
     """Learns to denoise images at every noise level; samples with its averaged weights.
 
     The network F is preconditioned: D(x, sigma) = c_skip x + c_out F(c_in x, ln(sigma) / 4), with the loss
@@ -34,6 +43,7 @@ class Diffusion(LightningModule):
         lr: peak learning rate of AdamW, > 0.
         weight_decay: >= 0.
         schedule, warmup: of the learning rate, see `mmskip.models.common.optim`.
+        methods: configs applied to the network in order, for training and sampling.
 
     Raises:
         ValueError: a setting out of range, or a network that diffusers does not build.
@@ -53,24 +63,18 @@ class Diffusion(LightningModule):
         weight_decay: float = 0.0,
         schedule: str = "cosine",
         warmup: float = 0.05,
+        methods: list[MethodConfig] | None = None,
     ) -> None:
-        super().__init__()
-        if sigma_data <= 0 or not 0 < sigma_min < sigma_max:
-            raise ValueError(
-                f"sigma_data is {sigma_data}, (sigma_min, sigma_max) is {(sigma_min, sigma_max)}; expected numbers > 0 "
-                "with sigma_min < sigma_max."
-            )
-        for name, value in (("ema", ema), ("label_dropout", label_dropout), ("warmup", warmup)):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} is {value!r}; expected a number in [0, 1).")
-        if lr <= 0 or schedule not in SCHEDULES:
-            raise ValueError(
-                f"lr is {lr}, schedule is {schedule!r}; expected lr > 0 and one of {', '.join(SCHEDULES)}."
-            )
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        check_ranges(given, _RANGES)
+        check_schedule(schedule)
+        if sigma_min >= sigma_max:
+            raise ValueError(f"sigma_min is {sigma_min} and sigma_max {sigma_max}; expected sigma_min < sigma_max.")
         if label_dropout and not unet.get("num_class_embeds"):
             raise ValueError("label_dropout needs a network with classes: give unet.num_class_embeds.")
-        self.save_hyperparameters()
+        super().__init__(given)
         self.unet = build_unet(unet)
+        apply_methods(self.unet, self.methods)
         self.averaged = AveragedModel(self.unet, multi_avg_fn=get_ema_multi_avg_fn(ema))
         self.averaged.requires_grad_(False)
 
@@ -195,15 +199,9 @@ class Diffusion(LightningModule):
 
         return denoise
 
-    def configure_optimizers(self) -> Any:
-        """AdamW with warm-up and decay of the learning rate per step."""
-        optimizer = torch.optim.AdamW(
-            self.unet.parameters(), lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"], fused=True
-        )
-        total = self.trainer.estimated_stepping_batches
-        factor = warmup_schedule(self.hparams["schedule"], self.hparams["warmup"], total)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """All weights of the network, with weight decay."""
+        return [{"params": list(self.unet.parameters()), "weight_decay": self.hparams["weight_decay"]}]
 
 
 def build_unet(settings: dict[str, Any]) -> nn.Module:

@@ -4,30 +4,22 @@ Shapes: B samples, T tokens, F frames of the whole batch, N tokens per frame, C 
 positions, V vocabulary.
 """
 
-import math
+import copy
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import mmskip
 from mmskip.config import MethodConfig
 from mmskip.models.common.base import StepLossModule
 from mmskip.models.common.fp32_head import head_only_at
-from mmskip.models.common.language_model import (
-    LoRA,
-    add_lora,
-    build_llm,
-    check_methods,
-    check_residual_init,
-    llm_config,
-    methods_from_dicts,
-    methods_to_dicts,
-)
-from mmskip.models.common.optim import SCHEDULES, warmup_schedule
+from mmskip.models.common.methods import check_methods
+from mmskip.models.common.optim import RANGES, check_ranges, check_schedule
 from mmskip.models.common.positions import Positions
+from mmskip.models.common.pretrained import LoRA, adapt, build_llm, check_residual_init, llm_config
 from mmskip.models.video_llm.connector import Connector, place_features
 from mmskip.models.video_llm.loss import loss_sums
 from mmskip.models.video_llm.metrics import NarrationMetrics
@@ -95,24 +87,17 @@ class VideoLLM(StepLossModule):
         tokens: dict[str, Any] | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        super().__init__()
-        _check_settings(given)
-        if isinstance(lora, Mapping):
-            lora = LoRA(**lora)
-        # dicts and lists only: a dataclass in the hyper-parameters breaks weights-only loading of the checkpoint
-        plain = {
-            "llm": llm if isinstance(llm, str) else dict(llm),
-            "methods": methods_to_dicts(methods),
-            "lora": None if lora is None else asdict(lora),
-            "betas": list(betas),
-        }
-        self._set_hparams(given | plain)
-        self._config = llm_config(llm)
-        self._methods = methods_from_dicts(self.hparams["methods"])
-        check_residual_init(llm, self._config, residual_init)
-        check_methods(self._config, attention, self._methods)
-        self._lora = lora
-        self.llm: Any = None
+        given["lora"] = lora = LoRA(**lora) if isinstance(lora, Mapping) else lora
+        check_ranges(given, RANGES | {"stream_weight": "[0, inf)"})
+        check_schedule(schedule)
+        super().__init__(given)
+        self._config, self._lora = llm_config(llm), lora
+
+        def build() -> Any:
+            return AutoModelForCausalLM.from_config(copy.deepcopy(self._config), attn_implementation=attention)
+
+        check_residual_init(residual_init, llm, build)
+        check_methods(build, self.methods)
         self.metrics = NarrationMetrics()
         self.results: dict[str, float] = {}
         if feature_dim is not None and tokens is not None:
@@ -128,7 +113,7 @@ class VideoLLM(StepLossModule):
         """
         if self.llm is not None:
             return
-        data: Any = getattr(self._trainer, "datamodule", None)
+        data = self.data
         if data is not None:
             self.hparams["feature_dim"] = self.hparams["feature_dim"] or data.feature_dim
             self.hparams["fps"] = self.hparams["fps"] or data.fps
@@ -139,8 +124,7 @@ class VideoLLM(StepLossModule):
                 "feature_dim, fps and tokenizer"
             )
         self._ids = TokenIds.from_dict(self.hparams["tokens"])
-        # what a data module did before must not change the initial weights, so the seed is set anew
-        torch.manual_seed(self._seed)
+        self.seed_weights()
         llm = build_llm(
             self.hparams["llm"],
             self._config,
@@ -152,13 +136,7 @@ class VideoLLM(StepLossModule):
         self.connector = Connector(self.hparams["feature_dim"], llm.config.get_text_config().hidden_size)
         if hasattr(data, "feature_statistics"):
             self.connector.standardise_by(*data.feature_statistics())
-        if self._lora is not None:
-            add_lora(llm, self._lora)
-        for method in self._methods:
-            mmskip.apply_(llm, method)
-        for name, parameter in llm.named_parameters():
-            if "mmskip_" in name and parameter.requires_grad:
-                parameter.data = parameter.data.float()  # as LoRA's: small updates vanish in bf16
+        adapt(llm, self._lora, self.methods)
         if self.hparams["gradient_checkpointing"]:
             llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.llm = llm.train()
@@ -221,28 +199,6 @@ class VideoLLM(StepLossModule):
         }
         return labels, losses
 
-    def configure_optimizers(self) -> Any:
-        """AdamW with warm-up and decay of the learning rate per step; weight decay on matrices only."""
-        tables = {id(self.llm.get_input_embeddings().weight)}
-        decayed: list[Tensor] = []
-        plain: list[Tensor] = []
-        for parameter in self.parameters():
-            if parameter.requires_grad:
-                (decayed if parameter.ndim >= 2 and id(parameter) not in tables else plain).append(parameter)
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": self.hparams["weight_decay"]},
-                {"params": plain, "weight_decay": 0.0},
-            ],
-            lr=self.hparams["lr"],
-            betas=tuple(self.hparams["betas"]),
-            fused=True,
-        )
-        total = self.trainer.estimated_stepping_batches
-        schedule = warmup_schedule(self.hparams["schedule"], self.hparams["warmup"], total)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
     # --- evaluation ---------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
@@ -304,12 +260,3 @@ class VideoLLM(StepLossModule):
         said = engine.run()
         self.train(was_training)
         return [Utterance(item.frame, item.tokens) for item in said]
-
-
-def _check_settings(given: Mapping[str, Any]) -> None:
-    """Refuse numbers out of range and an unknown schedule."""
-    for name, low, high in (("stream_weight", 0, math.inf), ("lr", 1e-12, math.inf), ("warmup", 0, 0.999)):
-        if not low <= given[name] <= high:
-            raise ValueError(f"{name} is {given[name]}; expected a number from {low} to {high}")
-    if given["schedule"] not in SCHEDULES:
-        raise ValueError(f"schedule is {given['schedule']!r}; expected one of {', '.join(SCHEDULES)}")

@@ -7,18 +7,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import peft
-import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 import mmskip
-from mmskip.models.common.language_model import LoRA, torch_dtype
+from mmskip.models.common.methods import check_methods
+from mmskip.models.common.pretrained import ADAPTER, METHOD, NO_IDS, LoRA, adapt, build, set_ids
+from mmskip.models.common.pretrained import token_ids as plain_ids
 from mmskip.utils.files import whole
 from mmskip.utils.pretrained import config_of, refuse_unknown
 
 TRAINABLE = ("all", "router", "lora", "router+lora")
-ROUTER, ADAPTER = "mmskip_", "lora_"
 TOKENS = ("vocab_size", "image_token_id", "video_token_id", "pad_token_id", "eos_token_id")
 
 
@@ -48,7 +47,7 @@ def vlm_config(vlm: str | Mapping[str, Any]) -> PretrainedConfig:
 def token_ids(processor: Any) -> dict[str, Any]:
     """What a VLM from scratch has to know of its processor, as plain numbers (see `TOKENS`)."""
     tokenizer = processor.tokenizer
-    found: dict[str, Any] = {"vocab_size": len(tokenizer)}
+    found = plain_ids(tokenizer)
     for name in TOKENS[1:]:
         owner = processor if hasattr(processor, name) else tokenizer
         found[name] = getattr(owner, name, None)
@@ -63,20 +62,16 @@ def build_vlm(
     Raises:
         ValueError: an unknown dtype.
     """
-    kwargs: dict[str, Any] = {"dtype": torch_dtype(dtype), "attn_implementation": attention}
     if isinstance(vlm, str):
-        model: Any = AutoModelForImageTextToText.from_pretrained(vlm, **kwargs)
-        return model
+        return build(AutoModelForImageTextToText, vlm, config, dtype, attention)
     config = copy.deepcopy(config)
     text: Any = config.get_text_config()
     text.vocab_size = tokens["vocab_size"]
-    # ids of a config's own defaults would point outside a small vocabulary
-    text.pad_token_id = text.bos_token_id = text.eos_token_id = None
-    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+    set_ids([text, config], NO_IDS)
     for name in ("image_token_id", "video_token_id"):
         if hasattr(config, name):
             setattr(config, name, tokens[name])
-    model = AutoModelForImageTextToText.from_config(config, **kwargs)
+    model = build(AutoModelForImageTextToText, vlm, config, dtype, attention)
     model.generation_config.pad_token_id = tokens["pad_token_id"]
     model.generation_config.eos_token_id = tokens["eos_token_id"]
     return model
@@ -96,13 +91,12 @@ def check_fit(config: PretrainedConfig, attention: str, methods: Sequence[Any], 
         )
     if not methods and "router" in trainable:
         raise ValueError(f"trainable is {trainable!r}, but methods is empty; give e.g. a mmskip.MoDConfig")
-    if not methods:
+    model = check_methods(
+        lambda: AutoModelForImageTextToText.from_config(copy.deepcopy(config), attn_implementation=attention), methods
+    )
+    if model is None:
         return
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(copy.deepcopy(config), attn_implementation=attention)
-    for method in methods:
-        mmskip.apply_(model, method)
-    routers = [p for name, p in model.named_parameters() if ROUTER in name and p.requires_grad]
+    routers = [p for name, p in model.named_parameters() if METHOD in name and p.requires_grad]
     if "router" in trainable and not routers:
         raise ValueError(f"trainable is {trainable!r}, but none of {list(methods)} has a router that learns")
     if trainable == "lora" and routers:
@@ -122,20 +116,7 @@ def tune(model: PreTrainedModel, methods: Sequence[Any], trainable: str, lora: L
     and routers are kept in fp32: small updates vanish in bf16."""
     if trainable != "all":
         model.requires_grad_(False)
-    if lora is not None:
-        model.add_adapter(
-            peft.LoraConfig(
-                r=lora.r,
-                lora_alpha=lora.alpha,  # type: ignore[arg-type]
-                lora_dropout=lora.dropout,
-                target_modules=lora.target_modules,
-            )
-        )
-    for method in methods:
-        mmskip.apply_(model, method)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and (ROUTER in name or ADAPTER in name):
-            parameter.data = parameter.data.float()
+    adapt(model, lora, methods)
 
 
 def trained_counts(model: nn.Module) -> dict[str, int]:
@@ -144,7 +125,7 @@ def trained_counts(model: nn.Module) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         counts["all"] += parameter.numel()
         if parameter.requires_grad:
-            kind = "routers" if ROUTER in name else "LoRA" if ADAPTER in name else "base"
+            kind = "routers" if METHOD in name else "LoRA" if ADAPTER in name else "base"
             counts[kind] += parameter.numel()
     return counts
 
@@ -174,7 +155,7 @@ def save_tuned(model: PreTrainedModel, folder: str | Path, processor: Any = None
 def save_base(model: PreTrainedModel, folder: str | Path, processor: Any = None) -> None:
     """Write a VLM as transformers does, without what methods added, and its processor. Files of an older model in the
     folder are replaced one by one."""
-    state = {name: value for name, value in model.state_dict().items() if ROUTER not in name}
+    state = {name: value for name, value in model.state_dict().items() if METHOD not in name}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".writing-", dir=folder) as partial:

@@ -3,9 +3,7 @@
 Shapes: B rows, T tokens, P labelled positions, V vocabulary, A answers.
 """
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,18 +14,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmskip import MoDConfig
 from mmskip.calibration.fit_routers import fit_routers
+from mmskip.config import MethodConfig
 from mmskip.datasets.chat.batches import NOT_INPUTS
 from mmskip.datasets.common.labels import IGNORE
 from mmskip.methods.mixture_of_depths import anneal, read_keep
 from mmskip.models.common.base import StepLossModule
 from mmskip.models.common.fp32_head import head_only_at
-from mmskip.models.common.language_model import LoRA, methods_from_dicts, methods_to_dicts, torch_dtype
-from mmskip.models.common.optim import SCHEDULES, warmup_schedule
+from mmskip.models.common.optim import RANGES, check_ranges, check_schedule, is_decayed
 from mmskip.models.common.positions import Positions
+from mmskip.models.common.pretrained import METHOD, LoRA, torch_dtype
 from mmskip.models.vlm.build import (
-    ROUTER,
     build_vlm,
     check_fit,
     has_grid_positions,
@@ -42,25 +39,18 @@ from mmskip.models.vlm.build import (
 ADAPTER_FOLDER = "adapter"
 
 
-_LIMITS = {
-    "anneal_steps": (0, math.inf),
-    "router_fit": (0, math.inf),
-    "lr": (1e-12, math.inf),
-    "router_lr": (1e-12, math.inf),
-    "weight_decay": (0, math.inf),
-    "warmup": (0, 0.999),
-    "max_new_tokens": (1, math.inf),
+_LIMITS = RANGES | {
+    "router_lr": "(0, inf)",
+    "anneal_steps": "[0, inf)",
+    "router_fit": "[0, inf)",
+    "max_new_tokens": "[1, inf)",
 }
 
 
 def _check_settings(settings: Mapping[str, Any]) -> None:
     """Raise ValueError for settings out of range, or that contradict one another."""
-    for name, (low, high) in _LIMITS.items():
-        value = settings[name]
-        if not (name == "router_lr" and value is None) and not low <= value <= high:
-            raise ValueError(f"{name} is {value}; expected a number from {low} to {high}")
-    if settings["schedule"] not in SCHEDULES:
-        raise ValueError(f"schedule is {settings['schedule']!r}; expected one of {', '.join(SCHEDULES)}")
+    check_ranges(settings, _LIMITS)
+    check_schedule(settings["schedule"])
     if settings["export"] is not None and settings["trainable"] != "all":
         raise ValueError(
             f"export={settings['export']!r} writes a whole model, but trainable is {settings['trainable']!r}; use 'all'"
@@ -113,7 +103,7 @@ class VLM(StepLossModule):
     def __init__(
         self,
         vlm: str | dict[str, Any],
-        methods: list[MoDConfig] | None = None,
+        methods: list[MethodConfig] | None = None,
         lora: LoRA | None = None,
         trainable: str = "all",
         dtype: str = "float32",
@@ -131,37 +121,12 @@ class VLM(StepLossModule):
         export: str | None = None,
         tokens: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
-        if isinstance(lora, Mapping):
-            lora = LoRA(**lora)
-        # dicts and lists only: a dataclass in the hyper-parameters breaks weights-only loading of the checkpoint
-        settings: dict[str, Any] = {
-            "vlm": vlm if isinstance(vlm, str) else dict(vlm),
-            "methods": methods_to_dicts(methods),
-            "lora": None if lora is None else asdict(lora),
-            "trainable": trainable,
-            "dtype": dtype,
-            "attention": attention,
-            "gradient_checkpointing": gradient_checkpointing,
-            "anneal_steps": anneal_steps,
-            "router_fit": router_fit,
-            "lr": lr,
-            "router_lr": router_lr,
-            "weight_decay": weight_decay,
-            "betas": list(betas),
-            "schedule": schedule,
-            "warmup": warmup,
-            "max_new_tokens": max_new_tokens,
-            "export": export,
-            "tokens": tokens,
-        }
-        _check_settings(settings)
-        self._set_hparams(settings)
-        self._config = vlm_config(vlm)
-        self._methods = methods_from_dicts(self.hparams["methods"])
-        self._lora = lora
-        check_fit(self._config, attention, self._methods, trainable, lora)
-        self.llm: Any = None
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        given["lora"] = lora = LoRA(**lora) if isinstance(lora, Mapping) else lora
+        _check_settings(given)
+        super().__init__(given)
+        self._config, self._lora = vlm_config(vlm), lora
+        check_fit(self._config, attention, self.methods, trainable, lora)
         self.results: dict[str, float] = {}
         if tokens is not None:
             self.configure_model()
@@ -176,13 +141,12 @@ class VLM(StepLossModule):
         """
         if self.llm is not None:
             return
-        data: Any = getattr(self._trainer, "datamodule", None)
+        data = self.data
         if self.hparams["tokens"] is None and data is not None:
             self.hparams["tokens"] = token_ids(data.processor)
         if self.hparams["tokens"] is None and not isinstance(self.hparams["vlm"], str):
             raise ValueError("a VLM from scratch needs tokens: pass them, or run it by a Trainer with a data module")
-        # what a data module did before must not change the initial weights, so the seed is set anew
-        torch.manual_seed(self._seed)
+        self.seed_weights()
         model = build_vlm(
             self.hparams["vlm"],
             self._config,
@@ -195,7 +159,7 @@ class VLM(StepLossModule):
                 f"pack=true does not serve {self._config.model_type}: its positions are those of a grid (M-RoPE), "
                 "while packed rows carry plain ones; use pack=false"
             )
-        tune(model, self._methods, self.hparams["trainable"], self._lora)
+        tune(model, self.methods, self.hparams["trainable"], self._lora)
         if self.hparams["gradient_checkpointing"]:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.llm = model.train()
@@ -283,28 +247,20 @@ class VLM(StepLossModule):
 
     # --- optimizer ----------------------------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> Any:
-        """AdamW in three groups (matrices, other weights, routers) with warm-up and decay per step."""
-        tables = {id(self.llm.get_input_embeddings().weight)}
-        groups: dict[str, list[Tensor]] = {"decayed": [], "plain": [], "routers": []}
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The trained weights for AdamW: matrices, other weights, and those of the methods."""
+        weights: dict[str, list[Tensor]] = {"decayed": [], "plain": [], "routers": []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                matrix = parameter.ndim >= 2 and id(parameter) not in tables
-                groups["routers" if ROUTER in name else "decayed" if matrix else "plain"].append(parameter)
+                matrix = is_decayed(parameter, [self.embedding_table])
+                weights["routers" if METHOD in name else "decayed" if matrix else "plain"].append(parameter)
+        lr, decay = self.hparams["lr"], self.hparams["weight_decay"]
         settings = {
-            "decayed": {"lr": self.hparams["lr"], "weight_decay": self.hparams["weight_decay"]},
-            "plain": {"lr": self.hparams["lr"], "weight_decay": 0.0},
-            "routers": {"lr": self.hparams["router_lr"] or self.hparams["lr"], "weight_decay": 0.0},
+            "decayed": {"lr": lr, "weight_decay": decay},
+            "plain": {"lr": lr, "weight_decay": 0.0},
+            "routers": {"lr": self.hparams["router_lr"] or lr, "weight_decay": 0.0},
         }
-        optimizer = torch.optim.AdamW(
-            [{"params": weights, "name": name, **settings[name]} for name, weights in groups.items() if weights],
-            betas=tuple(self.hparams["betas"]),
-            fused=True,
-        )
-        total = self.trainer.estimated_stepping_batches
-        schedule = warmup_schedule(self.hparams["schedule"], self.hparams["warmup"], total)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return [{"params": group, "name": name, **settings[name]} for name, group in weights.items() if group]
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 

@@ -114,7 +114,7 @@ def test_a_skip_scale_changes_samples_and_leaves_training_alone():
     [
         ({"ema": 1.0}, "ema is 1.0"),
         ({"sigma_min": 90.0}, "sigma_min < sigma_max"),
-        ({"lr": 0.0}, "expected lr > 0"),
+        ({"lr": 0.0}, r"lr is 0.0; expected a number in \(0, inf\)"),
         ({"label_dropout": 0.1}, "needs a network with classes"),
     ],
 )

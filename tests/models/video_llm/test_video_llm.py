@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 import mmskip
 from mmskip.datasets.narration.turns import collate_narration
-from mmskip.models.common.language_model import LoRA
+from mmskip.models.common.pretrained import LoRA
 from mmskip.models.video_llm.module import VideoLLM
 from mmskip.models.video_llm.scoring import score_turns
 from mmskip.models.video_llm.speaking import split_rows

@@ -17,7 +17,7 @@ import mmskip
 from mmskip.datasets.chat.module import ChatData
 from mmskip.datasets.synthetic.chat import scene_processor
 from mmskip.methods.mixture_of_depths import anneal, read_keep
-from mmskip.models.common.language_model import LoRA
+from mmskip.models.common.pretrained import LoRA
 from mmskip.models.vlm.build import load_tuned, save_base, save_tuned, token_ids
 from mmskip.models.vlm.module import VLM
 from mmskip.train.checkpoints import Resume, WholeFileIO

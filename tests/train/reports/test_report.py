@@ -5,7 +5,6 @@ import math
 import pytest
 
 from mmskip.datasets.narration.turns import TurnSpan
-from mmskip.models.common.optim import warmup_schedule
 from mmskip.train.reports import text as report
 from mmskip.train.reports.narration import NarrationReport
 from mmskip.utils.files import write_json
@@ -87,20 +86,3 @@ def test_labels_say_what_differs():
 def test_report_refuses_impossible_numbers():
     with pytest.raises(ValueError, match="samples >= 1"):
         NarrationReport(samples=0)
-
-
-@pytest.mark.parametrize(
-    ("name", "middle", "end"), [("cosine", 0.5, 0.0), ("linear", 0.5, 0.0), ("constant", 1.0, 1.0)]
-)
-def test_learning_rate_rises_and_falls(name, middle, end):
-    factor = warmup_schedule(name, warmup=0.2, total_steps=100)
-    assert factor(0) == pytest.approx(1 / 20)
-    assert factor(19) == 1.0
-    assert factor(60) == pytest.approx(middle)
-    assert factor(100) == pytest.approx(end)
-
-
-def test_a_run_without_end_needs_a_constant_rate():
-    assert warmup_schedule("constant", 0, math.inf)(10**6) == 1.0
-    with pytest.raises(ValueError, match="max_epochs"):
-        warmup_schedule("cosine", 0.05, math.inf)

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmskip.datasets.narration.formats.coin import TASKS, CoinData, correct_answers
 from mmskip.datasets.narration.windows import NarrationDataset
-from mmskip.models.common.language_model import methods_to_dicts
+from mmskip.models.common.methods import freeze
 from mmskip.models.video_llm.answering import answer
 from mmskip.train.evaluation.distributed import ranks
 from mmskip.train.evaluation.video_llm.compute_sweep import Budgets
@@ -55,7 +55,7 @@ def _evaluate(task: Task, dataset: NarrationDataset) -> tuple[dict[str, dict[str
     assert isinstance(task.data, CoinData)
     data, tokens, limit = task.data, task.data.tokens, task.options.max_new_tokens
     classes = data.categories()
-    methods = methods_to_dicts(Budgets(task.model.llm).trained)
+    methods = freeze(Budgets(task.model.llm).trained)
     settings = {"methods": methods, "blank": task.options.blank, "max_new_tokens": limit, "classes": classes}
     ledger = task.ledger(task.out / ("blank" if task.options.blank else "trained"), dataset, **settings)
 

@@ -11,7 +11,7 @@ from mmskip import viz
 from mmskip.datasets.narration.index import FORMATS
 from mmskip.datasets.narration.turns import collate_narration
 from mmskip.datasets.narration.windows import NarrationDataset
-from mmskip.models.common.language_model import methods_to_dicts
+from mmskip.models.common.methods import freeze
 from mmskip.models.video_llm.metrics import TurnScore, averages
 from mmskip.models.video_llm.scoring import score_turns
 from mmskip.train.evaluation.distributed import ranks
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
 def _evaluate(task: Task, dataset: NarrationDataset, variant: Variant) -> tuple[dict[str, Any], dict[str, str]]:
     """The totals of one variant, whose samples go to a folder of its own; and the samples that could not be read."""
     folder = task.out / variant.name
-    methods = methods_to_dicts(variant.methods)
+    methods = freeze(variant.methods)
     blanked = NarrationDataset(dataset.entries, dataset.store, dataset.tokens, variant.blank)
     ledger = task.ledger(folder, blanked, methods=methods, blank=variant.blank)
 
