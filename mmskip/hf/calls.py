@@ -9,6 +9,8 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from mmskip.swap import base_class
+
 CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
 
 
@@ -98,8 +100,11 @@ def only_new_tokens(call: Mapping[str, Any], start: int) -> bool:
 
 
 def generate_arguments(generate: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a `generate` by name, its ids always as `input_ids`."""
-    call = {**dict(zip(inspect.signature(generate).parameters, args, strict=False)), **kwargs}
+    """Return the arguments of a bound `generate` by name, its ids always as `input_ids`."""
+    # the mixins of other methods hide the model's own signature
+    original: Any = base_class(generate.__self__)
+    names = tuple(inspect.signature(original.generate).parameters)[1:]
+    call = {**dict(zip(names, args, strict=False)), **kwargs}
     inputs = call.pop("inputs", None)
     if inputs is not None:
         call["input_ids"] = inputs

@@ -11,7 +11,7 @@ from torch import nn
 from mmskip.exits.heads import TiedHead
 from mmskip.hf.calls import CACHE_ARGUMENTS, argument_names
 from mmskip.hf.exits.block import BlockState, DecoderExit, ExitRule, Run
-from mmskip.swap import Change, is_swapped
+from mmskip.swap import Change
 
 _FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "layer_norm", "layernorm")
 _SCALED = ("logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier")
@@ -77,8 +77,6 @@ def exit_changes(view: Any, rule: ExitRule) -> list[Change]:
             f"{name} has layers with {' and '.join(other)} attention; early exit serves full attention, whose cache "
             "keeps every token."
         )
-    if any(is_swapped(block) for block in view.blocks):
-        raise ValueError(f"the layers of {name} run another method already; remove_ it first.")
     run = Run(len(view.blocks))
     changes = []
     for index, block in enumerate(view.blocks):

@@ -303,8 +303,6 @@ def plan_changes(view: Any, plan: DepthPlan) -> list[Change]:
         ValueError: the model cannot run this plan exactly.
     """
     count = len(view.blocks)
-    if isinstance(view.root, PlannedRoot):
-        raise ValueError("this model runs a layer plan already; remove_ it, and put both into one LayerPlanConfig.")
     check_plan(view, plan)
     entries = entries_of(plan, view.kinds)
     windows = dict(zip(entries, (view.windows[visit.block] for visit in plan.visits), strict=True))
