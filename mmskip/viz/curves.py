@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from mmskip.viz.figure import HIGHLIGHT, INK, LINE, RAN, SERIES, _quiet
+from mmskip.viz.figure import HIGHLIGHT, INK, LINE, RAN, SERIES, style_axes
 
 
 def quality_against_compute(
@@ -45,7 +45,7 @@ def quality_against_compute(
         axes.set_xlabel(label)
         axes.grid(color="#e8ecef", linewidth=0.7)
         axes.margins(y=0.18)
-        _quiet(axes)
+        style_axes(axes)
     panels[0].set_ylabel(f"{metric} ({'lower' if lower_is_better else 'higher'} is better)")
     if note:
         figure.suptitle(note, fontsize=9, color=INK)
@@ -77,7 +77,7 @@ def exit_depths(histograms: Mapping[str, Mapping[str, Sequence[int]]], note: str
         axes.set_title(part, loc="left", fontsize=10, color=INK)
         axes.set_xlabel("last layer that ran")
         axes.legend(fontsize=7, frameon=False)
-        _quiet(axes)
+        style_axes(axes)
     panels[0].set_ylabel("share of states")
     if note:
         figure.suptitle(note, fontsize=9, color=INK)

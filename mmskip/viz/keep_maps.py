@@ -5,7 +5,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from mmskip.tracing import ForwardRecord
-from mmskip.viz.figure import DENSE, INK, LINE, RAN, SKIPPED, _quiet
+from mmskip.viz.figure import DENSE, INK, LINE, RAN, SKIPPED, style_axes
 
 
 def kept_tokens(forward: ForwardRecord, row: int = 0) -> np.ndarray:
@@ -64,7 +64,7 @@ def keep_map(forward: ForwardRecord, row: int = 0, max_frames: int = 24) -> Figu
     for edge in range(1, blocks):
         axes.axhline(edge - 0.5, color="white", linewidth=1.2)
     axes.set_xlabel(f"frame, {tokens} vision tokens each")
-    _quiet(axes)
+    style_axes(axes)
     axes.tick_params(length=0)
     routed = ~np.isnan(kept).all(axis=(1, 2))
     share = float(np.nanmean(kept[routed])) if routed.any() else 1.0

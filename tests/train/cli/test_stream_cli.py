@@ -64,7 +64,7 @@ def test_a_run_narrates_a_video_and_reports_it(run, tmp_path, capsys):
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/jpeg") == summary["frames"]
     assert "http" not in page.replace("http-equiv", "")  # nothing is fetched
-    data = json.loads(re.search(r"const D=(.*);\n", page)[1])
+    data = json.loads(re.search(r"const D = (.*);\n", page)[1])
     assert data["blocks"] == ["block.1"]
     assert {bits.count("1") for frame in data["frames"] for bits in frame["k"]} == {2}
     assert len(data["said"]) == len(lines)
@@ -234,7 +234,7 @@ def test_a_page_escapes_what_was_said_and_fits_any_model():
     page = stream_page("<x>", {0: picture}, [0.0], {}, 7, spoken, [("a", "<b>")])
     assert page.count("</script>") == page.count("<script") == 1
     assert "<!--" not in page
-    assert json.loads(re.search(r"const D=(.*);\n", page)[1])["said"][0]["x"] == spoken[0]["text"]
+    assert json.loads(re.search(r"const D = (.*);\n", page)[1])["said"][0]["x"] == spoken[0]["text"]
     assert "&lt;x&gt;" in page
     assert "%RAN%" in page
     assert [grid_of(tokens) for tokens in (10, 9, 5, 1, 7)] == [3, 3, 2, 1, 0]

@@ -125,7 +125,7 @@ def test_the_command_writes_figures_and_pictures(tmp_path, capsys):
         (["--model", "resnet1", "--weights", "x"], "timm has no model 'resnet1'"),
         (["--model", "nothing.py:net"], "names no function"),
         (["--model", "resnet18", "--fractions", "2"], "fractions are"),
-        (["--model", "resnet18", "--lime-samples", "1"], "lime-samples 1; expected"),
+        (["--model", "resnet18", "--lime-samples", "1"], "lime_samples 1; expected"),
     ],
 )
 def test_bad_arguments_are_one_clear_line(options, message, capsys):

@@ -11,19 +11,7 @@ from torch import Tensor, nn
 import mmskip
 from mmskip.ops.masked import MaskedTensor
 from mmskip.train.metrics.missingness import FILLS, Missingness, patch_masks, patch_orders, predict
-from mmskip.utils.files import whole
-
-
-def _figure(rows: int, columns: int, width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def _save(figure: Any, path: Path) -> None:
-    with whole(path) as partial:
-        figure.savefig(partial, format="png")
+from mmskip.viz.figure import save_png, subplots
 
 
 def curves_picture(report: Missingness, path: Path) -> None:
@@ -34,7 +22,7 @@ def curves_picture(report: Missingness, path: Path) -> None:
         "classes": "classes predicted",
         "agreement": "agreement with the whole image",
     }
-    figure, axes = _figure(len(report.orders), 4, 15, 3.4 * len(report.orders))
+    figure, axes = subplots(len(report.orders), 4, 15, 3.4 * len(report.orders))
     colours = _colours(report.maskings)
     for row, (order, curves) in zip(axes, report.curves.items(), strict=True):
         for axis, (key, title) in zip(row, quantities.items(), strict=True):
@@ -48,7 +36,7 @@ def curves_picture(report: Missingness, path: Path) -> None:
             axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)
-    _save(figure, path)
+    save_png(figure, path, dpi=None)
 
 
 def _colours(maskings: Sequence[str]) -> dict[str, Any]:
@@ -74,7 +62,7 @@ def grid_picture(
     columns = ["whole", *maskings]
     training = model.training
     model.eval()
-    figure, axes = _figure(len(x), len(columns), 1.9 * len(columns), 2.25 * len(x))
+    figure, axes = subplots(len(x), len(columns), 1.9 * len(columns), 2.25 * len(x))
     for column, masking in enumerate(columns):
         keep = torch.ones_like(m) if masking == "whole" else m
         answers = predict(model, x, keep, "black" if masking == "whole" else masking)
@@ -87,7 +75,7 @@ def grid_picture(
             axis.set_yticks([])
         axes[-1, column].set_xlabel(masking, fontsize=10)
     model.train(training)
-    _save(figure, path)
+    save_png(figure, path, dpi=None)
 
 
 @dataclass(frozen=True)
@@ -145,7 +133,7 @@ def stages_picture(model: nn.Module, x: Tensor, patch: int, path: Path, count: i
     model.eval()
     stages = stage_masks(model, x, m)
     model.train(training)
-    figure, axes = _figure(len(x), len(stages), 2.2 * len(stages), 2.5 * len(x))
+    figure, axes = subplots(len(x), len(stages), 2.2 * len(stages), 2.5 * len(x))
     shown = _hatched(x, m)
     for column, stage in enumerate(stages):
         for row, axis in enumerate(axes[:, column]):
@@ -158,7 +146,7 @@ def stages_picture(model: nn.Module, x: Tensor, patch: int, path: Path, count: i
             axis.set_yticks([])
         name = stage.name.removeprefix("model.")
         axes[-1, column].set_xlabel(f"{name[-24:]}\n{stage.size[0]} x {stage.size[1]}", fontsize=8)
-    _save(figure, path)
+    save_png(figure, path, dpi=None)
 
 
 def _short(names: Sequence[str], index: int) -> str:

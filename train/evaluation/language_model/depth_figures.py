@@ -4,25 +4,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmskip.utils.files import whole
+from mmskip.viz.figure import save_png, subplots
 
 _NAMES = {"attn": "attention", "mlp": "MLP", "block": "both"}
 
 
 def _figure(columns: int, width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for axis in axes:
+    figure, axes = subplots(1, columns, width, height)
+    for axis in axes[0]:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure, axes
-
-
-def _save(figure: Any, path: Path) -> None:
-    with whole(path) as partial:
-        figure.savefig(partial, format="png")
+    return figure, axes[0]
 
 
 def _heat(figure: Any, axis: Any, rows: Sequence[Sequence[float]], title: str, label: str, **how: Any) -> None:
@@ -48,7 +41,7 @@ def contributions(found: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[1].axhline(0, color="grey", lw=0.8)
     axes[0].legend()
-    _save(figure, path)
+    save_png(figure, path, dpi=None)
 
 
 def effects(found: dict[str, Any], path: Path) -> None:
@@ -65,7 +58,7 @@ def effects(found: dict[str, Any], path: Path) -> None:
     axes[2].set(xlabel="skipped block", title="change of the output, ||p - p'||")
     axes[2].grid(alpha=0.3)
     axes[2].legend(fontsize=8)
-    _save(figure, path)
+    save_png(figure, path, dpi=None)
 
 
 def lens(found: dict[str, Any], path: Path) -> None:
@@ -77,7 +70,7 @@ def lens(found: dict[str, Any], path: Path) -> None:
     axes[1].set(xlabel="after block", ylim=(0, 1.02), title="share of the final 5 likeliest tokens found")
     for axis in axes:
         axis.grid(alpha=0.3)
-    _save(figure, path)
+    save_png(figure, path, dpi=None)
 
 
 def erasure(found: dict[str, Any], path: Path) -> None:
@@ -86,7 +79,7 @@ def erasure(found: dict[str, Any], path: Path) -> None:
     title = "change of the last prediction when a token's state before a block is replaced by the mean"
     _heat(figure, axis, found["erasure"], title, "||p - p'||", vmin=0)
     _tokens(axis, found["prompt"][:-1])
-    _save(figure, path)
+    save_png(figure, path, dpi=None)
 
 
 def gradients(found: dict[str, Any], path: Path) -> None:
@@ -96,7 +89,7 @@ def gradients(found: dict[str, Any], path: Path) -> None:
     title = "integrated gradients of the likeliest next token's log-probability"
     _heat(figure, axis, found["gradients"], title, "nats", vmin=-most, vmax=most, cmap="RdBu_r")
     _tokens(axis, found["prompt"])
-    _save(figure, path)
+    save_png(figure, path, dpi=None)
 
 
 def maps(found: dict[str, Any], path: Path) -> None:
@@ -106,4 +99,4 @@ def maps(found: dict[str, Any], path: Path) -> None:
     _heat(figure, axis, rows, "error of linear maps on held-out tokens", "share of the variance", vmin=0, vmax=1)
     axis.plot([min(range(len(r)), key=r.__getitem__) for r in rows], range(len(rows)), "w.")
     axis.set(xlabel=f"blocks run of {Path(found['other']).name}", ylabel=f"blocks run of {Path(found['model']).name}")
-    _save(figure, path)
+    save_png(figure, path, dpi=None)
