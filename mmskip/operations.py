@@ -1,6 +1,7 @@
 """Counting the operations that run, by the rules of `torch.utils.flop_counter`: matrix products, convolutions and
 attention, two FLOPs per multiply-add. Norms, activations, softmax, pooling and Fourier transforms count nothing."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_c
 _aten = torch.ops.aten
 _BETWEEN_ACTIVATIONS = (_aten.bmm, _aten.baddbmm)
 _FIRST_FACTOR = {_aten.addmm: 1, _aten.mm: 0, _aten.convolution: 0, _aten._convolution: 0}
+"""Where the activations stand among the arguments of a product with weights."""
 
 
 @dataclass
@@ -50,7 +52,7 @@ class OperationCounter(TorchDispatchMode):
         """Run the operation, or the ones it is made of, and count it."""
         kwargs = kwargs or {}
         packet = func._overloadpacket
-        count = _attention_flops if packet is _CPU_ATTENTION else flop_registry.get(packet)
+        count = _MORE.get(packet) or flop_registry.get(packet)
         if count is None and func is not torch.ops.prim.device.default:
             with self:
                 parts = func.decompose(*args, **kwargs)
@@ -74,14 +76,25 @@ def _add(tally: Tally, packet: Any, flops: float, args: Any, result: Any) -> Non
 
 
 def torch_flops() -> FlopCounterMode:
-    """Return torch's own counter of FLOPs, a context. It also counts attention on a CPU, which some versions omit."""
-    return FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _attention_flops})
-
-
-_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    """Return torch's own counter of FLOPs, a context, which also counts attention on a CPU and the experts of a mixture
+    (some versions omit them)."""
+    return FlopCounterMode(display=False, custom_mapping=_MORE)
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    # torch's counter hands over shapes where a mapping asks for them, and tensors else
-    shapes = [getattr(part, "shape", part) for part in (query, key, value)]
-    return sdpa_flop_count(*shapes)
+    return sdpa_flop_count(_shape(query), _shape(key), _shape(value))
+
+
+def _grouped_flops(x: Any, weights: Any, *args: Any, **kwargs: Any) -> int:
+    rows, columns = _shape(x), _shape(weights)
+    # groups of rows, each with its own weights; or one stack of rows for groups of columns
+    return 2 * math.prod(rows) * columns[-1] // (rows[0] if len(rows) > len(columns) else 1)
+
+
+def _shape(x: Any) -> Any:
+    return getattr(x, "shape", x)
+
+
+_MORE: dict[Any, Any] = {_aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+if hasattr(_aten, "_grouped_mm"):
+    _MORE[_aten._grouped_mm] = _grouped_flops

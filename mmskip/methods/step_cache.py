@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmskip.composition import Applied
 from mmskip.config import MethodConfig, check_count
+from mmskip.recording import Work, recorder
 from mmskip.registry import register
 from mmskip.reporting import MethodReport, register_report
 from mmskip.swap import Change, around, bind, state_of
@@ -126,6 +127,8 @@ class CachedStage(nn.Module):
             if state.trajectory.step == 0 and lane == 0:
                 state.outputs.clear()
             state.outputs[lane] = super().forward(*args, **kwargs)
+        elif (recording := recorder()) is not None:
+            recording.block(self, Work(reused=True))
         return state.outputs[lane]
 
 
