@@ -42,8 +42,8 @@ from common.depth import (
 from common.measure import RESULTS, emit, interleaved_ratio, summary
 from common.pictures import bits_picture, picture
 from mmskip import ImportanceTable, LayerPlanConfig
-from mmskip.methods.layer_plan import report
-from mmskip.methods.self_speculation import speculation
+from mmskip.methods.layer_plan import preview
+from mmskip.methods.self_speculation import speculation_of
 from mmskip.train.evaluation.language_model.perplexity import perplexity
 from mmskip.utils.files import write_json
 
@@ -141,7 +141,7 @@ def speed(kept: Kept, model: Any, base: Any, found: dict[str, Any], table: Impor
         )
         if isinstance(config, LayerPlanConfig) and config.rule == "unified":
             mmskip.remove_(model)
-            return {**summary(ratio, ideal), "report": str(report(model, config))}
+            return {**summary(ratio, ideal), "report": str(preview(model, config))}
         return summary(ratio, ideal)
 
     for name, config_of in {**plans(table, {}), **token_policies(model, windows)}.items():
@@ -161,7 +161,7 @@ def speculate(kept: Kept, model: Any, base: Any, found: dict[str, Any], table: A
     def counted(config: Any) -> float:
         for ids in prompts["calibrate"][:2]:
             decode(model, ids, new)()
-        return round(speculation(model).ideal_speedup, 4)
+        return round(speculation_of(model).ideal_speedup, 4)
 
     settings = speculations(table)
     for name, config in settings.items():
@@ -211,7 +211,7 @@ def _paired(
     }
     if extra:
         return told
-    state = speculation(model)
+    state = speculation_of(model)
     return {**told, "ideal": round(state.ideal_speedup, 4), "report": str(state).splitlines()}
 
 
@@ -262,7 +262,7 @@ def half_dropped(arguments: argparse.Namespace, kept: Kept) -> dict[str, Any]:
     ids = torch.randint(3, 2048, (1, 2))  # almost no prompt: decoding is what is timed
 
     def told(plan: LayerPlanConfig) -> dict[str, Any]:
-        promise = report(model, plan)
+        promise = preview(model, plan)
         mmskip.apply_(model, plan)
         fast = decode(model, ids, arguments.new_tokens)
         with torch.no_grad(), mmskip.trace(model) as trace:

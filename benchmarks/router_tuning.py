@@ -34,7 +34,7 @@ from transformers import AutoConfig
 
 import mmskip
 from common.measure import ROOT, emit
-from mmskip.calibration.fit_routers import fit_routers
+from mmskip.calibration import fit_routers
 from mmskip.datasets.chat.module import ChatData
 from mmskip.datasets.synthetic.chat import SceneChatConfig
 from mmskip.methods.mixture_of_depths import anneal, find_policies

@@ -5,13 +5,14 @@ Verbs change a model in place (`apply_`, `remove_`, `load_`); functions do not (
 `MoDConfig`.
 """
 
-from mmskip.calibration.importance import ImportanceTable, importance
-from mmskip.calibration.line_search import search
-from mmskip.calibration.risk_control import Calibration, calibrate
+from mmskip.calibration import Calibration, calibrate, importance, search
 from mmskip.config import MethodConfig
 from mmskip.costs import Cost, cost
+from mmskip.importance_table import ImportanceTable
 from mmskip.methods.early_exit import EarlyExitConfig
+from mmskip.methods.ffn_skip import FFNSkipConfig
 from mmskip.methods.freeu import FreeUConfig
+from mmskip.methods.lac import LACConfig
 from mmskip.methods.layer_bits import LayerBitsConfig
 from mmskip.methods.layer_mask import LayerMaskConfig, masked
 from mmskip.methods.layer_plan import LayerPlanConfig
@@ -33,8 +34,10 @@ __all__ = [
     "Calibration",
     "Cost",
     "EarlyExitConfig",
+    "FFNSkipConfig",
     "FreeUConfig",
     "ImportanceTable",
+    "LACConfig",
     "LayerBitsConfig",
     "LayerMaskConfig",
     "LayerPlanConfig",

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 import mmskip
-from mmskip import LayerBitsConfig, LayerPlanConfig, SelfSpeculationConfig, SkipPolicyConfig
-from mmskip.calibration.greedy_drops import Drop, greedy_drops, plan_of
+from mmskip import LACConfig, LayerBitsConfig, LayerPlanConfig, SelfSpeculationConfig
+from mmskip.calibration import Drop, drop_order, ffn_threshold, plan_of
 from mmskip.methods.layer_plan import KINDS
 from mmskip.train.evaluation.language_model.perplexity import text_windows
 from prepare.deep_lm import DATA, TEXTS, folder_of, parts
@@ -101,15 +101,15 @@ def greedy_of(model: Any, calibrate: dict[str, list[torch.Tensor]], kind: str) -
     windows = [window for part in calibrate.values() for window in part if len(window) == len(part[0])]
     batches = torch.stack(windows[:: len(calibrate)]).split(8)
     most = max(sizes(len(model.get_decoder().layers)))
-    return [list(astuple(drop)) for drop in greedy_drops(model, batches, most, kind)]
+    return [list(astuple(drop)) for drop in drop_order(model, batches, most, kind)]
 
 
 def token_policies(model: Any, windows: list[torch.Tensor]) -> Configs:
     """What is decided token by token."""
     batches = [window[None] for window in windows]
-    found: Configs = {"lac per token": lambda: SkipPolicyConfig("lac")}
+    found: Configs = {"lac per token": LACConfig}
     for share in (0.15, 0.3):
-        found[f"ffn_skip {share}"] = lambda share=share: SkipPolicyConfig.calibrated(model, batches, share)
+        found[f"ffn_skip {share}"] = lambda share=share: ffn_threshold(model, batches, share)
     return found
 
 

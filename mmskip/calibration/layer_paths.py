@@ -1,8 +1,8 @@
-"""Monte Carlo tree search over paths of layers (CoLa, arXiv 2507.07996).
+"""Search paths of layers by Monte Carlo tree search (CoLa, arXiv 2507.07996).
 
-A state is a path: indices of blocks in the order they run. An action leaves out 1 to 4 neighbouring visits, or repeats
-1 to 4 of them 1 to 4 more times. A child is chosen by Q / v + c sqrt(ln V / v) - lambda |P| / N, or, with a small
-chance, drawn from what was not tried.
+A state is a path: indices of blocks in the order they run. An action drops 1 to 4 neighbouring visits, or repeats 1 to
+4 of them 1 to 4 more times. A child is chosen by Q / v + c sqrt(ln V / v) - lambda |P| / N, or, with a small chance,
+drawn from the untried actions.
 """
 
 import math
@@ -11,23 +11,26 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mmskip.config import check_choice
+
 MOST = 4
-"""Visits that one action leaves out or repeats, and repeats, at most."""
+"""Most visits that one action drops or repeats, and most repeats."""
 ACTIONS = ("skip", "loop", "both")
-Path = tuple[int, ...]
+LayerPath = tuple[int, ...]
+"""Block indices in the order they run."""
 
 
 @dataclass(frozen=True)
 class PathSettings:
-    """Of the search for one sample.
+    """Settings of the search for one sample.
 
     Attributes:
         actions: `"skip"`, `"loop"` or `"both"`.
-        simulations: paths looked at, >= 1.
-        length_weight: lambda, the price of the whole model's length, >= 0.
+        simulations: paths evaluated, >= 1.
+        length_weight: lambda, the price of the full model's length, >= 0.
         curiosity: c, >= 0.
-        explore: chance of an untried action where tried ones are there, in [0, 1].
-        longest: visits of a path at most, as a multiple of the blocks, >= 1.
+        explore: chance of an untried action where others were tried, in [0, 1].
+        longest: most visits of a path, as a multiple of the blocks, >= 1.
     """
 
     actions: str = "both"
@@ -38,8 +41,7 @@ class PathSettings:
     longest: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.actions not in ACTIONS:
-            raise ValueError(f"actions is {self.actions!r}; expected one of {', '.join(ACTIONS)}.")
+        check_choice("actions", self.actions, ACTIONS)
         bounds = {"simulations": (1, math.inf), "length_weight": (0, math.inf), "curiosity": (0, math.inf)}
         for name, (low, high) in {**bounds, "explore": (0, 1), "longest": (1, math.inf)}.items():
             if not low <= getattr(self, name) <= high:
@@ -50,31 +52,31 @@ class PathSettings:
 class Scored:
     """A path and its reward; `length` counts visits."""
 
-    path: Path
+    path: LayerPath
     reward: float
 
     @property
     def length(self) -> int:
-        """Visits of the path."""
+        """Number of visits."""
         return len(self.path)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
+        """Return a JSON-ready dictionary."""
         return {"path": list(self.path), "length": self.length, "reward": self.reward}
 
 
 @dataclass
 class _Node:
-    path: Path
-    untried: list[Path]
+    path: LayerPath
+    untried: list[LayerPath]
     visits: int = 0
     total: float = 0.0
     children: list["_Node"] = field(default_factory=list)
 
 
-def neighbours(path: Path, layers: int, actions: str = "both", longest: float = 2.0) -> list[Path]:
-    """The paths that one action makes of a path, each once, in a fixed order."""
-    found: dict[Path, None] = {}
+def neighbours(path: LayerPath, layers: int, actions: str = "both", longest: float = 2.0) -> list[LayerPath]:
+    """List the paths that one action makes of a path, each once, in a fixed order."""
+    found: dict[LayerPath, None] = {}
     for start in range(len(path)):
         for size in range(1, min(MOST, len(path) - start) + 1):
             end = start + size
@@ -89,7 +91,7 @@ def neighbours(path: Path, layers: int, actions: str = "both", longest: float = 
 
 
 def pareto(tried: Iterable[Scored]) -> list[Scored]:
-    """Paths that no other beats: no shorter one is as good, no better one is as short. Shortest first."""
+    """Return the paths that no other beats (no shorter one is as good, no better one as short), shortest first."""
     best: list[Scored] = []
     for scored in sorted(tried, key=lambda item: (item.length, -item.reward)):
         if not best or scored.reward > best[-1].reward:
@@ -98,23 +100,23 @@ def pareto(tried: Iterable[Scored]) -> list[Scored]:
 
 
 def search_paths(
-    reward: Callable[[Path], float | None], layers: int, settings: PathSettings, seed: int = 0
+    reward: Callable[[LayerPath], float | None], layers: int, settings: PathSettings, seed: int = 0
 ) -> list[Scored]:
-    """The Pareto set of the paths that a search from the whole model looks at, shortest first.
+    """Search from the full model; return the Pareto set of the paths evaluated, shortest first.
 
     Args:
-        reward: of a path, in [0, 1]; None where the model cannot run it. Asked once for each path.
+        reward: path -> reward in [0, 1]; None where the model cannot run it. Called once per path.
         seed: of the random actions.
     """
-    known: dict[Path, float | None] = {}
+    known: dict[LayerPath, float | None] = {}
     source = random.Random(seed)
 
-    def value(path: Path) -> float:
+    def value(path: LayerPath) -> float:
         if path not in known:
             known[path] = reward(path)
         return known[path] or 0.0
 
-    def node(path: Path) -> _Node:
+    def node(path: LayerPath) -> _Node:
         return _Node(path, neighbours(path, layers, settings.actions, settings.longest))
 
     root = node(tuple(range(layers)))
@@ -129,9 +131,9 @@ def search_paths(
 
 
 def _descend(
-    root: _Node, layers: int, settings: PathSettings, source: random.Random, node: Callable[[Path], _Node]
+    root: _Node, layers: int, settings: PathSettings, source: random.Random, node: Callable[[LayerPath], _Node]
 ) -> list[_Node]:
-    """The nodes from the root to one that is new, or has no action left."""
+    """Walk from the root to a node that is new, or has no action left; return the nodes."""
     chain = [root]
     while True:
         here = chain[-1]
@@ -149,5 +151,5 @@ def _bound(child: _Node, visits: int, layers: int, settings: PathSettings) -> fl
 
 
 def shortest_as_good(found: Sequence[Scored], least: float) -> Scored | None:
-    """The shortest path with at least this reward, or None."""
+    """Return the shortest path with at least this reward, or None."""
     return next((scored for scored in found if scored.reward >= least), None)

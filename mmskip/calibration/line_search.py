@@ -1,4 +1,4 @@
-"""The search along one dial, from coarse to fine."""
+"""Search along one setting, from coarse to fine."""
 
 import json
 import math
@@ -9,15 +9,15 @@ from typing import Any
 
 from mmskip.utils.files import write_json
 
-_DIGITS = 4  # values nearer than this are one value
+_DIGITS = 4  # values that agree to this many digits are one value
 
 
 @dataclass(frozen=True)
 class Found:
-    """The result of a search.
+    """Result of a search.
 
     Attributes:
-        best: value of the lowest score.
+        best: value with the lowest score.
         score: its score.
         scores: of all values tried, by value.
     """
@@ -37,19 +37,19 @@ def search(
     file: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Found:
-    """Find the value of one dial that has the lowest score.
+    """Find the value with the lowest score.
 
     The first round tries `points` even values from `low` to `high`; every further round tries the middles between the
     best value and its neighbours. A score with one valley is found to (high - low) / (points - 1) / 2^(rounds - 1).
 
     Args:
-        evaluate: score of a value, the lower the better; the same for the same value.
+        evaluate: value -> score, lower is better; deterministic.
         low, high: range of the values, low < high.
         points: values of the first round, >= 3.
         rounds: >= 1.
         also: further values to try first, such as the one that changes nothing; they may win.
-        file: JSON file in which every score is kept as soon as it is known; a search goes on where its file stops.
-        settings: what the scores depend on, JSON-ready; kept in `file`, which must not be of other settings.
+        file: JSON file that every score is written to as soon as it is known; a search continues where its file ends.
+        settings: what the scores depend on, JSON-ready; kept in `file`, and compared with those of a file found.
 
     Raises:
         ValueError: arguments out of range, a score that is not finite, or a file of another search.
@@ -59,8 +59,8 @@ def search(
             f"(low, high) is {(low, high)}, points {points}, rounds {rounds}; expected low < high, points >= 3, "
             "rounds >= 1."
         )
-    told = json.loads(json.dumps(settings or {}))
-    scores = _read(Path(file), told) if file is not None else {}
+    given = json.loads(json.dumps(settings or {}))
+    scores = _read(Path(file), given) if file is not None else {}
 
     def score(value: float) -> None:
         value = round(value, _DIGITS)
@@ -72,7 +72,7 @@ def search(
         scores[value] = found
         if file is not None:
             rows = [{"value": v, "score": s} for v, s in scores.items()]
-            write_json({"settings": told, "evaluated": rows}, file)
+            write_json({"settings": given, "evaluated": rows}, file)
 
     for value in [*also, *(low + i * (high - low) / (points - 1) for i in range(points))]:
         score(value)

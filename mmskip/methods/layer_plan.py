@@ -1,74 +1,89 @@
-"""Layer plans: blocks of a pretrained decoder left out, repeated, reordered, or run without attention or MLP.
+"""Layer plans: drop, repeat or reorder blocks of a pretrained decoder, or run them without attention or MLP.
 
-Unified Layer Skipping (arXiv 2404.06954) keeps evenly spaced blocks while decoding; LLM-Drop (arXiv 2406.15786) leaves
-out the blocks, attentions or MLPs that change their input least; CoLa (arXiv 2507.07996) runs any path of blocks.
+Unified Layer Skipping (arXiv 2404.06954) keeps evenly spaced blocks while decoding; LLM-Drop (arXiv 2406.15786) drops
+the blocks, attentions or MLPs that change their input least; CoLa (arXiv 2507.07996) runs any path of blocks.
 """
 
 import logging
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from torch import nn
 
 from mmskip import families
-from mmskip.calibration.importance import ImportanceTable, fingerprint
+from mmskip.cache_policy import ALIASES
 from mmskip.composition import Applied
-from mmskip.config import MethodConfig, check_choice, check_count
+from mmskip.config import MethodConfig, check_choice, check_count, check_indices, check_number, renamed
+from mmskip.importance_table import ImportanceTable, fingerprint
 from mmskip.plan import PHASES, DepthPlan, Visit
 from mmskip.protocols import CountedView
-from mmskip.registry import register
+from mmskip.registry import applied, register
 from mmskip.reporting import MethodReport, register_report
 from mmskip.swap import Change
+from mmskip.utils.deprecated import renamed_arguments, warn_deprecated
 
-KV = ("compact", "fill")
+CACHE_POLICIES = ("skip", "recompute")
 RULES = (None, "unified", "random")
 MODES = ("released", "balanced")
 KINDS = ("block", "attn", "mlp", "joint")
 CONTEXT = 256
-"""Tokens attended to where the counted speed-up of decoding is told without a length."""
+"""Tokens attended to where the counted speed-up of decoding is given without a length."""
+_OF_RULE = {"mode": ("unified", "released"), "count": ("random", 0), "seed": ("random", 0)}
+"""Fields that only one rule reads: (rule, default)."""
+_OLD_POLICIES = {old: new for old, new in ALIASES.items() if new in CACHE_POLICIES}
 _log = logging.getLogger(__name__)
 
 
+@renamed({"kv": "cache_policy", "made_for": "model_fingerprint"}, values={"cache_policy": _OLD_POLICIES})
 @dataclass(frozen=True)
 class LayerPlanConfig(MethodConfig):
     """A static plan of which blocks run, and in which order.
 
-    The default is the identity. `LayerPlanConfig.unified`, `.random`, `.llm_drop`, `.greedy` and `.cola` make the
-    plans of the literature.
+    The default is the identity. `LayerPlanConfig.unified`, `.random`, `.llm_drop`, `.cola`, `.lac` and
+    `mmskip.calibration.greedy_drops` make the plans of the literature.
 
     Args:
         drop: indices of blocks that are left out.
         drop_attn, drop_mlp: indices of blocks that run without their attention, or without their MLP.
-        order: block indices in the order of their visits, which may repeat: `(0, 1, 2, 1, 2, 3)`. Blocks that do not
-            stand there are left out. None: every block once.
-        kv: `"compact"`: what is left out stores no keys and values; `"fill"`: it computes and stores those of every
-            token, so that all cache entries have one length and the phases may differ from turn to turn.
+        order: block indices in the order of their visits, which may repeat: `(0, 1, 2, 1, 2, 3)`; other blocks are left
+            out. None: every block once.
+        cache_policy: what is left out stores in the KV cache (see `mmskip.cache_policy`): `"skip"`: nothing;
+            `"recompute"`: keys and values of every token, so that all cache entries have one length and the phases may
+            differ from turn to turn.
         phase: where the plan holds: `"both"`, `"prefill"` (the prompt) or `"decode"` (tokens after it); in the other
-            phase the model runs as it was. Inside `generate` the prompt is what it was given; elsewhere a call of one
-            token onto a filled cache decodes (see `mmskip.hf.plans.block.decode_from`). With `"decode"` and
-            `"compact"` a cache serves one prompt: a second prompt on it is refused.
+            phase the model runs unchanged. Inside `generate` the prompt is what it was given; elsewhere a call of one
+            token onto a filled cache decodes (see `mmskip.hf.plans.block.decode_from`). With `"decode"` and `"skip"` a
+            cache serves one prompt: a second prompt on it is refused.
         layers: number of blocks the indices were made for; None: not checked.
-        made_for: the architecture they were made for, as an importance table names it; None: not checked.
-        rule: `"unified"` or `"random"`: the blocks are chosen when the model is known; the fields below are theirs.
+        model_fingerprint: the architecture they were made for, see `mmskip.importance_table.fingerprint`; None: not
+            checked.
+        rule: `"unified"` or `"random"`: the blocks are chosen when the model is known; the fields below belong to it.
         speedup: of `"unified"`, > 1.
         mode: of `"unified"`: `"released"`, the rule of the released code, or `"balanced"`, the number of evenly spaced
             blocks whose counted decoding speed-up, output head included, is nearest to `speedup`.
-        count: of `"random"`: blocks to be left out. The first block always stays.
-        seed: of `"random"`.
+        count: of `"random"`: blocks to be left out, >= 0. The first block always stays.
+        seed: of `"random"`, >= 0.
+
+    Example:
+        >>> plan = LayerPlanConfig(drop=(5, 3), drop_mlp=(7,), cache_policy="recompute")
+        >>> plan.drop
+        (3, 5)
+        >>> LayerPlanConfig.from_dict(plan.to_dict()) == plan
+        True
     """
 
     drop: Sequence[int] = ()
     drop_attn: Sequence[int] = ()
     drop_mlp: Sequence[int] = ()
     order: Sequence[int] | None = None
-    kv: str = "compact"
+    cache_policy: str = "skip"
     phase: str = "both"
     layers: int | None = None
-    made_for: str | None = None
+    model_fingerprint: str | None = None
     rule: str | None = None
     speedup: float | None = None
     mode: str = "released"
@@ -78,57 +93,83 @@ class LayerPlanConfig(MethodConfig):
     def __post_init__(self) -> None:
         for name in ("drop", "drop_attn", "drop_mlp", "order"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, _indices(name, getattr(self, name), name == "order"))
-        for name, choices in (("kv", KV), ("phase", PHASES), ("rule", RULES), ("mode", MODES)):
-            check_choice(name, getattr(self, name), choices)
+                indices = check_indices(name, getattr(self, name), repeats=name == "order", empty=name != "order")
+                object.__setattr__(self, name, indices)
+        choices = {"cache_policy": CACHE_POLICIES, "phase": PHASES, "rule": RULES, "mode": MODES}
+        for name, values in choices.items():
+            check_choice(name, getattr(self, name), values)
         if self.layers is not None:
             check_count("layers", self.layers)
         check_count("count", self.count)
         check_count("seed", self.seed)
-        if self.order is not None and not self.order:
-            raise ValueError("order is empty; a plan needs at least one block.")
-        if self.order is not None and set(self.order) & set(self.drop):
-            raise ValueError(
-                f"order holds {sorted(set(self.order) & set(self.drop))}, which drop leaves out; name them in one."
-            )
+        both = set(self.order or ()) & set(self.drop)
+        if both:
+            raise ValueError(f"order holds {sorted(both)}, which drop leaves out; name them in one.")
+        self._check_rule()
+
+    def _check_rule(self) -> None:
+        """Raise ValueError for a field of another rule than the one chosen."""
         if (self.rule == "unified") != (self.speedup is not None):
             raise ValueError(f"speedup is {self.speedup!r} with rule={self.rule!r}; they go together.")
-        if self.speedup is not None and not self.speedup > 1:
-            raise ValueError(f"speedup is {self.speedup!r}; expected a number > 1.")
+        check_number("speedup", self.speedup, 1, open_low=True, optional=True)
         if self.rule is not None and (self.drop or self.order is not None):
             raise ValueError(f"rule={self.rule!r} chooses the blocks; leave drop and order out.")
+        for name, (rule, default) in _OF_RULE.items():
+            if self.rule != rule and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, which only rule={rule!r} reads; rule is {self.rule!r}. Leave "
+                    f"{name} out, or choose that rule."
+                )
 
     @classmethod
-    def unified(cls, speedup: float, mode: str = "released", phase: str = "decode", kv: str = "compact") -> Self:
-        """Unified Layer Skipping: the prompt runs all blocks, decoding evenly spaced ones."""
-        return cls(rule="unified", speedup=speedup, mode=mode, phase=phase, kv=kv)
+    @renamed_arguments(kv="cache_policy")
+    def unified(cls, speedup: float, mode: str = "released", phase: str = "decode", cache_policy: str = "skip") -> Self:
+        """Plan of Unified Layer Skipping: the prompt runs all blocks, decoding runs evenly spaced ones."""
+        return cls(rule="unified", speedup=speedup, mode=mode, phase=phase, cache_policy=cache_policy)
 
     @classmethod
-    def random(cls, n: int, seed: int = 0, phase: str = "both", kv: str = "compact") -> Self:
-        """The control: `n` blocks drawn at random are left out; the first one stays."""
-        return cls(rule="random", count=n, seed=seed, phase=phase, kv=kv)
+    @renamed_arguments(kv="cache_policy")
+    def random(cls, n: int, seed: int = 0, phase: str = "both", cache_policy: str = "skip") -> Self:
+        """Plan of the control: `n` blocks drawn at random are left out; the first one stays."""
+        return cls(rule="random", count=n, seed=seed, phase=phase, cache_policy=cache_policy)
 
     @classmethod
     def cola(cls, path: Sequence[int], layers: int | None = None) -> Self:
-        """Chain of layers: the blocks of a path, in its order. A path chosen with the answer known is an oracle."""
+        """Plan of a chain of layers: run the blocks of a path, in its order. A path chosen with the answer known is an
+        oracle."""
         return cls(order=tuple(path), layers=layers)
 
     @classmethod
-    def lac(cls, table: ImportanceTable, least: float = 0.5, kv: str = "compact") -> Self:
-        """The static set of LAC (arXiv 2505.14467): decoding leaves out the blocks that were active for less than a
-        share `least` of the tokens of a prompt, told by `mmskip.importance(model, [prompt])`. The first block stays."""
-        if not 0 <= least <= 1:
-            raise ValueError(f"least is {least!r}; expected a share in [0, 1].")
+    @renamed_arguments(kv="cache_policy")
+    def lac(cls, table: ImportanceTable, least: float = 0.5, cache_policy: str = "skip") -> Self:
+        """Plan of LAC's static set (arXiv 2505.14467): decoding leaves out the blocks that were active for less than a
+        share `least` of the tokens of a prompt. The first block stays.
+
+        Args:
+            table: of `mmskip.importance(model, [prompt])`.
+            least: in [0, 1].
+
+        Raises:
+            ValueError: `least` out of range.
+        """
+        check_number("least", least, 0, 1)
         drop = tuple(
             i for i, share in enumerate(table.columns["activity"]) if i and share is not None and share < least
         )
-        return cls(drop=drop, phase="decode", kv=kv, layers=table.layers, made_for=table.model)
+        return cls(
+            drop=drop,
+            phase="decode",
+            cache_policy=cache_policy,
+            layers=table.layers,
+            model_fingerprint=table.model,
+        )
 
     @classmethod
+    @renamed_arguments(kv="cache_policy")
     def llm_drop(
-        cls, table: ImportanceTable, n: int, kind: str = "block", phase: str = "both", kv: str = "compact"
+        cls, table: ImportanceTable, n: int, kind: str = "block", phase: str = "both", cache_policy: str = "skip"
     ) -> Self:
-        """LLM-Drop: the `n` blocks, attentions or MLPs whose output is most like their input are left out.
+        """Plan of LLM-Drop: leave out the `n` blocks, attentions or MLPs whose output is most like their input.
 
         Args:
             table: of `mmskip.importance(model, data)`.
@@ -156,50 +197,14 @@ class LayerPlanConfig(MethodConfig):
             drop_attn=chosen["attn"],
             drop_mlp=chosen["mlp"],
             phase=phase,
-            kv=kv,
+            cache_policy=cache_policy,
             layers=table.layers,
-            made_for=table.model,
+            model_fingerprint=table.model,
         )
-
-    @classmethod
-    def greedy(
-        cls,
-        model: nn.Module,
-        data: Iterable[Any],
-        n: int,
-        kind: str = "block",
-        phase: str = "both",
-        kv: str = "compact",
-    ) -> Self:
-        """`n` blocks, attentions or MLPs left out one after another, each time the one whose absence raises the loss on
-        `data` least beside those that are gone: as many passes over the data as there are candidates, `n` times. See
-        `mmskip.calibration.greedy_drops`, which also tells the order and the losses.
-
-        Raises:
-            ValueError: as `greedy_drops`.
-        """
-        from mmskip.calibration.greedy_drops import greedy_drops, plan_of
-
-        view = families.find(model, ("decoder", "vlm"))
-        chosen = greedy_drops(model, data, n, kind, phase, kv)
-        plan = plan_of(chosen, phase, kv, layers=len(view.blocks), made_for=fingerprint(view))
-        return cls(**plan.to_dict())
-
-
-def _indices(name: str, values: Any, repeats: bool) -> tuple[int, ...]:
-    if not isinstance(values, Iterable) or isinstance(values, str):
-        raise ValueError(f"{name} is {values!r}; expected a list of block indices.")
-    values = tuple(values)
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"{name} holds {value!r}; expected block indices >= 0.")
-    if not repeats and len(set(values)) != len(values):
-        raise ValueError(f"{name} is {list(values)}; each index may stand there once.")
-    return values if repeats else tuple(sorted(values))
 
 
 def unified_released(layers: int, speedup: float) -> tuple[int, ...]:
-    """The blocks that the released code of Unified Layer Skipping keeps.
+    """Return the blocks that the released code of Unified Layer Skipping keeps.
 
     Raises:
         ValueError: fewer than two blocks would be left (the released rule divides by zero).
@@ -216,12 +221,12 @@ def unified_released(layers: int, speedup: float) -> tuple[int, ...]:
 
 
 def evenly(layers: int, kept: int) -> tuple[int, ...]:
-    """`kept` evenly spaced blocks, the first and the last among them."""
+    """Return `kept` evenly spaced block indices, the first and the last included."""
     return tuple(round(i * (layers - 1) / (kept - 1)) for i in range(kept))
 
 
 def decode_flops(view: CountedView, visits: Sequence[Visit], fill: bool = False, keys: int = CONTEXT) -> float:
-    """FLOPs of decoding one token by a plan with so many keys, output head included."""
+    """Count the FLOPs of decoding one token by a plan with `keys` keys, output head included."""
     meter = view.meter()
     total = meter.head_flops()
     for visit in visits:
@@ -252,17 +257,17 @@ def _balanced(view: CountedView, speedup: float, fill: bool) -> tuple[int, ...]:
 
 
 def resolve(config: LayerPlanConfig, view: CountedView) -> DepthPlan:
-    """The plan of a config for a model.
+    """Turn a config into the plan of a model.
 
     Raises:
         ValueError: the config does not fit the model.
     """
-    count, fill = len(view.blocks), config.kv == "fill"
+    count, fill = len(view.blocks), config.cache_policy == "recompute"
     if config.layers not in (None, count):
         raise ValueError(f"the plan was made for {config.layers} blocks; this model has {count}.")
-    if config.made_for not in (None, fingerprint(view)):
+    if config.model_fingerprint not in (None, fingerprint(view)):
         raise ValueError(
-            f"the plan was made from the importance of another model ({config.made_for}); this one is "
+            f"the plan was made from the importance of another model ({config.model_fingerprint}); this one is "
             f"{fingerprint(view)}. Run mmskip.importance on it."
         )
     named = {*config.drop, *config.drop_attn, *config.drop_mlp, *(config.order or ())}
@@ -312,13 +317,20 @@ class PlanReport(MethodReport):
         return f"{text}, asked for {self.asked}; nearest reachable with evenly spaced blocks: {near}"
 
 
-def report(model: nn.Module, config: LayerPlanConfig) -> PlanReport:
-    """What `config` would run on `model`, and its counted speed-up of decoding. `print` it.
+def preview(model: nn.Module, config: LayerPlanConfig) -> PlanReport:
+    """Say what `config` would run on `model`, before it is applied; `print` the result. Of an applied plan,
+    `mmskip.report(model)` says the same.
 
     Raises:
         ValueError: the config does not fit the model.
     """
     return _report(config, families.find(model, ("decoder", "vlm")))
+
+
+def report(model: nn.Module, config: LayerPlanConfig) -> PlanReport:
+    """Deprecated: `preview`, or `mmskip.report(model)` once the plan is applied."""
+    warn_deprecated("mmskip.methods.layer_plan.report", "preview there, or mmskip.report for an applied plan")
+    return preview(model, config)
 
 
 def _report(config: LayerPlanConfig, view: CountedView) -> PlanReport:
@@ -339,13 +351,13 @@ def _report(config: LayerPlanConfig, view: CountedView) -> PlanReport:
 
 @register_report(LayerPlanConfig)
 def plan_report(record: Applied, model: nn.Module) -> PlanReport:
-    """The report of one LayerPlanConfig."""
+    """Report on one LayerPlanConfig."""
     return _report(record.config, families.find(model, ("decoder", "vlm")))
 
 
 @register(LayerPlanConfig, "decoder", "vlm")
 def layer_plan_decoder(config: LayerPlanConfig, view: CountedView) -> list[Change]:
-    """The changes by which a decoder runs by a plan."""
+    """Build the changes by which a decoder runs by a plan."""
     from mmskip.hf.plans.block import plan_changes
 
     changes = plan_changes(view, resolve(config, view))
@@ -355,7 +367,7 @@ def layer_plan_decoder(config: LayerPlanConfig, view: CountedView) -> list[Chang
 
 
 def export(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Write a model with a plan of whole blocks as a stock checkpoint, see `mmskip.hf.plans.export.export`."""
+    """Write a model with a plan of entire blocks as a stock checkpoint, see `mmskip.hf.plans.export.export`."""
     from mmskip.hf.plans.export import export as write
 
-    return write(model, folder)
+    return write(model, folder, applied(model))

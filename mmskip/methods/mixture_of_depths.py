@@ -49,7 +49,7 @@ class MoDConfig(MethodConfig):
             zero-initialised: safe on pretrained weights), `"linear"` (mu, as in the paper), `"sigmoid"`, `"none"` (1:
             the router gets no gradient); these serve learned routers only. `"separate"`: 1 + 0.2 tanh(v . x) with
             zero-initialised weights v that the loss trains, beside any router; the ranking weights of a learned router
-            then get no gradient and are to be fitted (`mmskip.calibration.fit_routers.fit_routers`).
+            then get no gradient and are to be fitted (`mmskip.calibration.fit_routers`).
         always_keep: `"last"`: the last vision token of each frame, where a stream decides to speak, is one of the
             k; `"none"`: it competes like the others.
         noise: scale of the Gumbel noise added to the scores of a learned router in training, >= 0. At 1 the kept tokens

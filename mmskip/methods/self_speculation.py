@@ -1,31 +1,27 @@
 """Self-speculative decoding with layers left out in the draft (SWIFT, arXiv 2410.06916): the same tokens, sooner.
 
 The model drafts on its own cache without some attentions and MLPs, verifies the drafts in one pass of all layers, and
-rolls back. Which parts are left out is searched for while decoding, on the tokens it generates.
+rolls back. The set of parts to leave out is searched for while decoding, on the tokens it generates.
 """
 
-import random
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from mmskip.composition import Applied
-from mmskip.config import MethodConfig, check_choice, check_count, check_ratio
+from mmskip.config import MethodConfig, check_choice, check_count, check_indices, check_number, check_ratio
+from mmskip.draft_search import Speculation, Unit
 from mmskip.methods.layer_plan import CONTEXT
 from mmskip.protocols import CountedView
 from mmskip.registry import applied, apply_, register, remove_
 from mmskip.reporting import MethodReport, register_report
 from mmskip.swap import Change, states
+from mmskip.utils.deprecated import warn_deprecated
 from mmskip.utils.extras import check_installed
 
 SEARCHES = (None, "random", "bayes")
-PHASES = ("prefill", "draft", "verify", "plain", "search")
-Unit = tuple[int | None, int | None]
 
 
 @dataclass(frozen=True)
@@ -36,25 +32,30 @@ class SelfSpeculationConfig(MethodConfig):
     Args:
         skip_attn, skip_mlp: indices of blocks whose attention and whose MLP drafts leave out. None for both: the odd
             blocks first, up to `skip_share`. The first and the last block always run.
-        exit_after: drafts leave the model after so many blocks, >= 1, and use its norm and head there (early-exit
-            drafts); None: they leave out the sets above. No search then. Drafts of an encoder-decoder always leave its
-            decoder early, by default behind half of its layers; rows of a batch accept equally many drafts.
+        exit_after: drafts exit after this many blocks, >= 1, and use the model's norm and head there (early-exit
+            drafts); None: they leave out the sets above. It excludes a search. Drafts of an encoder-decoder always exit
+            its decoder early, by default after half of its layers; rows of a batch accept equally many drafts.
         draft_tokens: drafts per step at most, >= 1.
-        stop_below: a row drafts no further after a token of less probability than this, in [0, 1].
-        branches: draft trees: tokens beside each draft at most, >= 0, which are verified in the same pass. 0: a chain.
-        branch_above: probability that a token beside a draft needs, in [0, 1].
-        skip_share: of the attentions and MLPs between the first and the last block, how many a searched set leaves
+        stop_below: a row drafts no further after a token of lower probability, in [0, 1].
+        branches: draft trees: alternatives beside each draft at most, >= 0, verified in the same pass. 0: a chain.
+        branch_above: probability that an alternative needs, in [0, 1].
+        skip_share: share of the attentions and MLPs between the first and the last block that a searched set leaves
             out, in (0, 1].
-        search: None: the set stays; `"random"`: each step tries a random set; `"bayes"`: every `bayes_every`-th comes
-            from a Gaussian process by upper confidence bound (kappa 2.5), for which scikit-learn must be there (extra
+        search: None: the set stays; `"random"`: each step tries a random set; `"bayes"`: every `bayes_every`-th set
+            comes from a Gaussian process by upper confidence bound (kappa 2.5), which needs scikit-learn (extra
             `search`).
-        window: generated tokens the sets are compared on, >= 1. The cache in front of them is held until the search
-            ends, without being copied.
-        enough: the search ends when the best set agrees with the model on more than this share of the window.
-        patience: it ends after so many sets without a better one, >= 1.
-        max_trials: it ends after so many in all, >= 0.
-        bayes_every: every which set comes from the Gaussian process, >= 1.
-        seed: of the search.
+        window: generated tokens the sets are compared on, >= 1. The cache before them is held, without copies, until
+            the search ends.
+        enough: the search ends when the best set agrees with the model on more than this share of the window, in
+            [0, 1].
+        patience: it ends after this many sets without a better one, >= 1.
+        max_trials: it ends after this many sets in all, >= 0.
+        bayes_every: one set in this many comes from the Gaussian process, >= 1.
+        seed: of the search, >= 0.
+
+    Example:
+        >>> SelfSpeculationConfig(skip_attn=(1, 3), skip_mlp=(), draft_tokens=8).skip_attn
+        (1, 3)
     """
 
     skip_attn: Sequence[int] | None = None
@@ -78,10 +79,7 @@ class SelfSpeculationConfig(MethodConfig):
             raise ValueError("skip_attn and skip_mlp go together; pass () for the one that leaves nothing out.")
         for name in ("skip_attn", "skip_mlp"):
             if getattr(self, name) is not None:
-                values = tuple(getattr(self, name))
-                for value in values:
-                    check_count(f"{name}: index", value)
-                object.__setattr__(self, name, values)
+                object.__setattr__(self, name, check_indices(name, getattr(self, name), repeats=True))
         check_choice("search", self.search, SEARCHES)
         if self.exit_after is not None:
             check_count("exit_after", self.exit_after)
@@ -92,223 +90,16 @@ class SelfSpeculationConfig(MethodConfig):
                 )
         check_ratio("skip_share", self.skip_share)
         for name in ("draft_tokens", "window", "patience", "bayes_every"):
-            check_count(name, getattr(self, name))
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is 0; expected an integer >= 1.")
+            check_count(name, getattr(self, name), 1)
         for name in ("max_trials", "seed", "branches"):
             check_count(name, getattr(self, name))
         for name in ("stop_below", "enough", "branch_above"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value!r}; expected a number in [0, 1].")
-
-
-@dataclass
-class Speculation:
-    """The state of a model that decodes by speculation, and what was measured since it began.
-
-    Attributes:
-        units: what a draft may leave out.
-        costs: share of the decoding FLOPs of the model that each unit takes.
-        seconds: by phase; plain_s: of each step that was taken without drafts.
-        passes: verifications; steps: the same times rows, each of which gives the drafts accepted and one token more.
-        drafted, accepted: drafts.
-        best, trials, stale: share of the window that the present set gets right, sets tried, those since a better one.
-    """
-
-    config: SelfSpeculationConfig
-    units: list[Unit]
-    costs: list[float]
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    plain_s: list[float] = field(default_factory=list)
-    steps: int = 0
-    passes: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    best: float | None = None
-    trials: int = 0
-    stale: int = 0
-    chosen: frozenset[int] = frozenset()
-    window: Any = None
-    tried: list[tuple[list[int], float]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.draft_tokens, self.stop_below = self.config.draft_tokens, self.config.stop_below
-        self.branches, self.branch_above = self.config.branches, self.config.branch_above
-        self.exits = self.config.exit_after is not None
-        self.window_tokens = self.config.window
-        self._random = random.Random(self.config.seed)
-
-    @property
-    def searching(self) -> bool:
-        """Whether another set should be tried."""
-        config = self.config
-        done = self.trials >= config.max_trials or self.stale >= config.patience
-        return config.search is not None and not done and (self.best is None or self.best <= config.enough)
-
-    @property
-    def draft_share(self) -> float:
-        """Share of the model's decoding FLOPs that a draft takes."""
-        return 1 - sum(self.costs[i] for i in self.chosen)
-
-    def start(self, draft: Any) -> None:
-        """Put the first set of parts into `draft`."""
-        self._put(draft, first_set(self.config, self.units))
-
-    def _put(self, draft: Any, chosen: frozenset[int]) -> None:
-        self.chosen = chosen
-        draft.attn = frozenset(self.units[i][0] for i in chosen if self.units[i][0] is not None)
-        draft.mlp = frozenset(self.units[i][1] for i in chosen if self.units[i][1] is not None)
-
-    @contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        """Adds the seconds inside to a phase."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            took = time.perf_counter() - begin
-            self.seconds[what] += took
-            if what == "plain":
-                self.plain_s.append(took)
-
-    def count(self, drafted: int, accepted: int, rows: int) -> None:
-        """Told after each step."""
-        self.drafted += drafted
-        self.accepted += accepted
-        self.steps += rows
-        self.passes += 1
-
-    def trial(self, draft: Any, matchness: Callable[[], float]) -> None:
-        """Measure the next set of parts, and keep the better one."""
-        incumbent = self.chosen
-        candidate = incumbent if self.best is None else self._propose()
-        self._put(draft, candidate)
-        found = matchness()
-        self.trials += 1
-        self.tried.append(([int(i in candidate) for i in range(len(self.units))], found))
-        if self.best is None or found > self.best:
-            self.best, self.stale = found, 0
-        else:
-            self.stale += 1
-            self._put(draft, incumbent)
-
-    def _propose(self) -> frozenset[int]:
-        size = skipped_units(self.config, len(self.units))
-        if self.config.search == "bayes" and self.trials % self.config.bayes_every == 0:
-            return gaussian_process_proposal(self.tried, size, self._random)
-        return frozenset(self._random.sample(range(len(self.units)), size))
-
-    @property
-    def ideal_speedup(self) -> float:
-        """Tokens per pass of the whole model, drafts counted by their share: the speed-up where a pass takes as long
-        for several tokens as for one. Search is not counted."""
-        passes = self.steps + self.drafted * self.draft_share
-        return (self.accepted + self.steps) / passes if passes else 1.0
-
-    def _left_out(self, part: int) -> list[int]:
-        return sorted(index for index in (self.units[i][part] for i in self.chosen) if index is not None)
-
-    @property
-    def measured_speedup(self) -> float | None:
-        """Seconds that plain steps would take for the same tokens, by the median of those taken, over the seconds that
-        drafts, verification and search took; None before a plain step. The prompt is not counted."""
-        if not self.plain_s or not self.steps:
-            return None
-        spent = sum(self.seconds[phase] for phase in ("draft", "verify", "plain", "search"))
-        rows = self.steps / self.passes
-        return (self.accepted + self.steps) / rows * statistics.median(self.plain_s) / spent
-
-    def __str__(self) -> str:
-        tokens, ideal = self.accepted + self.steps, self.ideal_speedup
-        kept = self.accepted / self.drafted if self.drafted else 0.0
-        lines = [
-            f"{tokens} tokens in {self.steps} steps; {kept:.1%} of {self.drafted} drafts accepted",
-            f"a draft takes {self.draft_share:.1%} of the FLOPs of a token; it leaves out the attention of blocks "
-            f"{self._left_out(0)} and the MLP of {self._left_out(1)}",
-            f"counted speed-up where a pass costs the same for one token and for several: {ideal:.2f}"
-            + ("" if ideal > 1 else " - SLOWER than plain decoding"),
-            "seconds: " + ", ".join(f"{name} {value:.3f}" for name, value in self.seconds.items()),
-        ]
-        if self.measured_speedup is not None:
-            fast = self.measured_speedup
-            lines.append(
-                f"measured against the {len(self.plain_s)} steps taken without drafts: {fast:.2f}"
-                + ("" if fast > 1 else " - SLOWER than plain decoding")
-            )
-        if self.config.search is not None:
-            lines.append(f"search: {self.trials} sets tried, best agrees on {self.best or 0:.1%} of the window")
-        return "\n".join(lines)
-
-
-def skipped_units(config: SelfSpeculationConfig, count: int) -> int:
-    """How many of `count` attentions and MLPs a searched set leaves out."""
-    return max(1, int(count * config.skip_share))
-
-
-def first_set(config: SelfSpeculationConfig, units: Sequence[Unit]) -> frozenset[int]:
-    """The set drafting begins with: that of the config, or odd blocks up to the share.
-
-    Raises:
-        ValueError: the config names a part that cannot be left out.
-    """
-    if config.exit_after is not None:
-        return frozenset(range(len(units)))
-    if config.skip_attn is None or config.skip_mlp is None:
-        odd = [i for i, unit in enumerate(units) if next(x for x in unit if x is not None) % 2 == 1]
-        rest = [i for i in range(len(units)) if i not in odd]
-        return frozenset((odd + rest)[: skipped_units(config, len(units))])
-    chosen = frozenset(
-        i
-        for i, (attn, mlp) in enumerate(units)
-        if (attn is None or attn in config.skip_attn) and (mlp is None or mlp in config.skip_mlp)
-    )
-    attn = {units[i][0] for i in chosen}
-    mlp = {units[i][1] for i in chosen}
-    for name, asked, found in (("skip_attn", config.skip_attn, attn), ("skip_mlp", config.skip_mlp, mlp)):
-        lacking = sorted(set(asked) - found)
-        if lacking:
-            able = sorted({x for unit in units for x in unit if x is not None})
-            raise ValueError(
-                f"{name} holds {lacking}, which drafts cannot leave out alone; the first and the last block always "
-                f"run, blocks to choose from are {able}."
-            )
-    return chosen
-
-
-def gaussian_process_proposal(
-    tried: Sequence[tuple[list[int], float]], size: int, source: random.Random, pool: int = 256, kappa: float = 2.5
-) -> frozenset[int]:
-    """The set of `size` parts with the highest upper confidence bound among random ones and neighbours of the best.
-
-    Args:
-        tried: sets as 0/1 vectors, with their scores.
-    """
-    import warnings
-
-    import numpy as np
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.gaussian_process import GaussianProcessRegressor
-    from sklearn.gaussian_process.kernels import Matern
-
-    count = len(tried[0][0])
-    model = GaussianProcessRegressor(kernel=Matern(nu=2.5), alpha=1e-2, normalize_y=True, random_state=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(np.array([vector for vector, _ in tried[-200:]]), np.array([score for _, score in tried[-200:]]))
-    best = max(tried, key=lambda item: item[1])[0]
-    inside, outside = [i for i in range(count) if best[i]], [i for i in range(count) if not best[i]]
-    sets = [frozenset(source.sample(range(count), size)) for _ in range(pool)]
-    if len(inside) == size and outside:
-        sets += [frozenset({*inside, source.choice(outside)} - {source.choice(inside)}) for _ in range(pool)]
-    vectors = np.array([[int(i in chosen) for i in range(count)] for chosen in sets])
-    mean, deviation = model.predict(vectors, return_std=True)
-    return sets[int(np.argmax(mean + kappa * deviation))]
+            check_number(name, getattr(self, name), 0, 1)
 
 
 @register(SelfSpeculationConfig, "decoder")
 def self_speculation_decoder(config: SelfSpeculationConfig, view: CountedView) -> list[Change]:
-    """The changes by which a decoder decodes by speculation."""
+    """Build the changes by which a decoder decodes by speculation."""
     from mmskip.hf.speculation.draft import draft_units
     from mmskip.hf.speculation.generator import speculation_changes
 
@@ -335,7 +126,7 @@ def self_speculation_decoder(config: SelfSpeculationConfig, view: CountedView) -
 
 @register(SelfSpeculationConfig, "encoder_decoder")
 def self_speculation_encoder_decoder(config: SelfSpeculationConfig, view: Any) -> list[Change]:
-    """The changes by which an encoder-decoder decodes by speculation: drafts leave its decoder early."""
+    """Build the changes by which an encoder-decoder decodes by speculation: drafts exit its decoder early."""
     from mmskip.hf.speculation.early_exit_draft import speculation_changes
 
     if view.generator is None:
@@ -347,7 +138,7 @@ def self_speculation_encoder_decoder(config: SelfSpeculationConfig, view: Any) -
     for name in ("skip_attn", "search", "branches"):
         if getattr(config, name):
             raise ValueError(
-                f"{name} is {getattr(config, name)!r}; drafts of an encoder-decoder leave it early: choose exit_after, "
+                f"{name} is {getattr(config, name)!r}; drafts of an encoder-decoder exit it early: choose exit_after, "
                 "and leave skip_attn, skip_mlp, search and branches out."
             )
     if config.exit_after is None:
@@ -399,8 +190,8 @@ class SpeculationReport(MethodReport):
 
 @register_report(SelfSpeculationConfig)
 def speculation_report(record: Applied, model: nn.Module) -> SpeculationReport:
-    """The report of one SelfSpeculationConfig."""
-    done = speculation(model)
+    """Report on one SelfSpeculationConfig."""
+    done = speculation_of(model)
     return SpeculationReport(
         done.accepted + done.steps,
         done.steps,
@@ -408,8 +199,8 @@ def speculation_report(record: Applied, model: nn.Module) -> SpeculationReport:
         done.drafted,
         done.accepted,
         done.draft_share,
-        tuple(done._left_out(0)),
-        tuple(done._left_out(1)),
+        tuple(done.left_out(0)),
+        tuple(done.left_out(1)),
         done.ideal_speedup,
         done.measured_speedup,
         dict(done.seconds),
@@ -418,8 +209,8 @@ def speculation_report(record: Applied, model: nn.Module) -> SpeculationReport:
     )
 
 
-def speculation(model: nn.Module) -> Speculation:
-    """What decoding by speculation measured on `model` so far; `print` it.
+def speculation_of(model: nn.Module) -> Speculation:
+    """Return the live record of decoding by speculation on `model`; `mmskip.report(model)` is a snapshot of it.
 
     Raises:
         ValueError: no SelfSpeculationConfig is applied.
@@ -431,8 +222,14 @@ def speculation(model: nn.Module) -> Speculation:
     raise ValueError(f"no SelfSpeculationConfig is applied to this {type(model).__name__}.")
 
 
+def speculation(model: nn.Module) -> Speculation:
+    """Deprecated: `mmskip.report(model)["SelfSpeculationConfig"]`."""
+    warn_deprecated("mmskip.methods.self_speculation.speculation", "mmskip.report(model)['SelfSpeculationConfig']")
+    return speculation_of(model)
+
+
 def generate(model: Any, inputs: Tensor, config: SelfSpeculationConfig | None = None, **kwargs: Any) -> Any:
-    """`model.generate(inputs, ...)` by self-speculation, with the same results.
+    """Deprecated: `apply_` a `SelfSpeculationConfig` and call `model.generate(inputs, ...)`. This does it for one call.
 
     Args:
         model: a transformers decoder or encoder-decoder. Where it carries a SelfSpeculationConfig, that is used; else
@@ -443,14 +240,16 @@ def generate(model: Any, inputs: Tensor, config: SelfSpeculationConfig | None = 
     Raises:
         ValueError: the model or a setting is not served.
     """
-    if any(isinstance(present, SelfSpeculationConfig) for present in applied(model)):
+    warn_deprecated("mmskip.generate", "model.generate after mmskip.apply_(model, mmskip.SelfSpeculationConfig())")
+    present = applied(model)
+    if any(isinstance(carried, SelfSpeculationConfig) for carried in present):
         if config is not None:
             raise ValueError(
                 "the model carries a SelfSpeculationConfig already; leave config out, or remove_ that one."
             )
         return model.generate(inputs, **kwargs)
-    if applied(model):
-        raise ValueError(f"the model carries {applied(model)}; apply_ the SelfSpeculationConfig beside that instead.")
+    if present:
+        raise ValueError(f"the model carries {present}; apply_ the SelfSpeculationConfig beside that instead.")
     apply_(model, SelfSpeculationConfig() if config is None else config)
     try:
         return model.generate(inputs, **kwargs)

@@ -67,9 +67,9 @@ MOVED = {
     "families.timm_cnn": "families.cnn",
     "files": "utils.files",
     "interpret": "attribution",
-    "methods.greedy_drops": "calibration.greedy_drops",
+    "methods.greedy_drops": "calibration.deprecated",
     "methods.mod": "methods.mixture_of_depths",
-    "methods.mod_fit": "calibration.fit_routers",
+    "methods.mod_fit": "calibration.router_fitting",
     "models.answering": "models.video_llm.answering",
     "models.captioner_build": "models.captioner.build",
     "models.connector": "models.video_llm.connector",
@@ -133,7 +133,7 @@ FUNCTIONS = {
     "trace": "tracing",
     "cost": "costs",
     "calibrate": "calibration.risk_control",
-    "importance": "calibration.importance",
+    "importance": "calibration.layer_importance",
     "save": "saving",
 }
 """The same for modules with the name of a function of `mmskip`, which their import must not replace."""

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmskip.calibration.fit_routers import fit_routers
+from mmskip.calibration import fit_routers
 from mmskip.config import MethodConfig
 from mmskip.datasets.chat.batches import NOT_INPUTS
 from mmskip.datasets.common.labels import IGNORE
@@ -79,7 +79,7 @@ class VLM(StepLossModule):
         anneal_steps: optimizer steps in which the keep ratio of MoD falls from 1 to the config's, >= 0. Validation
             during training uses the ratio of the step; everything after training, the config's.
         router_fit: training batches on which learned routers with gate "separate" or "none" are taught the attention of
-            the answers before the first step (`mmskip.calibration.fit_routers.fit_routers`); 0: they stay random.
+            the answers before the first step (`mmskip.calibration.fit_routers`); 0: they stay random.
         lr: peak learning rate of AdamW, > 0.
         router_lr: the same for the methods' weights; None: `lr`.
         weight_decay: on matrices only (not on norms, biases, embeddings and routers), >= 0.

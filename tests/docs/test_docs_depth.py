@@ -26,7 +26,8 @@ def test_the_page_has_snippets_and_names_every_policy():
     assert len(SNIPPETS) == 6
     for name in (
         "LayerPlanConfig",
-        "SkipPolicyConfig",
+        "FFNSkipConfig",
+        "LACConfig",
         "SelfSpeculationConfig",
         "LayerBitsConfig",
         "oracles",

@@ -162,7 +162,7 @@ def _mean_log_prob(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> 
     return float(logits_TV.log_softmax(-1).gather(1, ids_T[len(prompt) :, None]).mean())
 
 
-def path_reward(model: Any, sample: Sample, path: paths.Path) -> float | None:
+def path_reward(model: Any, sample: Sample, path: paths.LayerPath) -> float | None:
     """The reward of a model that runs a path; None where it cannot. The model is then as it was."""
     try:
         mmskip.apply_(model, LayerPlanConfig.cola(path))
@@ -175,7 +175,12 @@ def path_reward(model: Any, sample: Sample, path: paths.Path) -> float | None:
 
 
 def search_samples(
-    model: Any, samples: Sequence[Sample], settings: paths.PathSettings, seed: int, file: Path, told: dict[str, Any]
+    model: Any,
+    samples: Sequence[Sample],
+    settings: paths.PathSettings,
+    seed: int,
+    file: Path,
+    told: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """Search each sample that `file` does not hold yet; it is written after each.
 

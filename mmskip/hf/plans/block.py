@@ -260,7 +260,7 @@ def _fill(block: nn.Module, state: SlotState, call: PlanCall, bound: dict[str, A
     except StoredError:
         _record(block, x_BTD, False, False, True, cache, state.index)
         return
-    raise RuntimeError(f"{state.site} stored no keys and values; use kv='compact'.")
+    raise RuntimeError(f"{state.site} stored no keys and values; use cache_policy='skip'.")
 
 
 def _prepare_entry(cache: Any, state: SlotState, call: PlanCall, entry: int) -> None:
@@ -274,8 +274,8 @@ def _prepare_entry(cache: Any, state: SlotState, call: PlanCall, entry: int) -> 
     if held != call.start:
         raise RuntimeError(
             f"entry {entry} of the cache holds {held} tokens, the stream {call.start}: it was filled without this "
-            "plan, or by decoding with kv='compact', which stores nothing for blocks left out. Use a fresh "
-            "cache, or kv='fill'."
+            "plan, or by decoding with cache_policy='skip', which stores nothing for blocks left out. Use a fresh "
+            "cache, or cache_policy='recompute'."
         )
 
 

@@ -30,7 +30,7 @@ def entries_of(plan: DepthPlan, kinds: Sequence[str]) -> list[int | None]:
         raise ValueError(
             f"the plan leaves out every {head} attention, and transformers reads the length of a cache from block "
             f"{firsts[head]}, which has it; keep one of the blocks {[i for i, k in enumerate(kinds) if k == head]}, or "
-            "use kv='fill'."
+            "use cache_policy='recompute'."
         )
     used = {kinds[block] for block in storing}
     own = storing == sorted(set(storing)) and all(firsts[kind] in storing for kind in used)
@@ -40,7 +40,7 @@ def entries_of(plan: DepthPlan, kinds: Sequence[str]) -> list[int | None]:
         raise ValueError(
             f"the plan leaves out the attention of block {next(firsts[k] for k in used if firsts[k] not in storing)}, "
             f"where transformers reads the length of a cache, in the {plan.phase} phase alone; keep it, or use "
-            "kv='fill'."
+            "cache_policy='recompute'."
         )
     pools = {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in firsts}
     entries, following = [], count
@@ -77,6 +77,8 @@ def check_plan(view: Any, plan: DepthPlan) -> None:
             "other phase would leave the added cache entries empty."
         )
     if plan.phase == "prefill" and not plan.fill:
-        raise ValueError("phase='prefill' needs kv='fill': decoding would attend to keys that were never stored.")
+        raise ValueError(
+            "phase='prefill' needs cache_policy='recompute': decoding would attend to keys that were never stored."
+        )
     if plan.fill and stateful:
-        raise ValueError("kv='fill' does not serve models with state blocks; use kv='compact'.")
+        raise ValueError("cache_policy='recompute' does not serve models with state blocks; use cache_policy='skip'.")

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mmskip.hf.plans.block import PlannedRoot
-from mmskip.registry import applied
 from mmskip.swap import base_class, state_of
 from mmskip.utils.files import whole
 
 
-def export(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+def export(model: nn.Module, folder: str | os.PathLike[str], applied: Sequence[Any]) -> Path:
     """Write the visited blocks of a model with a layer plan as a checkpoint that plain transformers loads.
 
     Blocks that the plan repeats are stored once per visit. Before anything is written, the small model is compared with
@@ -24,6 +24,7 @@ def export(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     Args:
         model: a transformers decoder with a `LayerPlanConfig` of entire blocks in both phases, and no other method.
         folder: new, or empty.
+        applied: the configs applied to `model`.
 
     Returns:
         The folder.
@@ -35,8 +36,8 @@ def export(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     root = next((m for m in model.modules() if isinstance(m, PlannedRoot)), None)
     if root is None or not isinstance(model, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} is no transformers model with a LayerPlanConfig; apply_ one first.")
-    if len(applied(model)) > 1:
-        raise ValueError(f"the model carries {applied(model)}; only a LayerPlanConfig can be exported.")
+    if len(applied) > 1:
+        raise ValueError(f"the model carries {list(applied)}; only a LayerPlanConfig can be exported.")
     plan: Any = state_of(root, PlannedRoot).plan
     if plan.phase != "both" or not all(visit.attn and visit.mlp for visit in plan.visits):
         raise ValueError(

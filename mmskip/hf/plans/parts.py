@@ -56,7 +56,9 @@ class PlannedPart(nn.Module):
             except StoredError:
                 pass
             else:
-                raise RuntimeError(f"the attention of block {state.block} stored no keys and values; use kv='compact'.")
+                raise RuntimeError(
+                    f"the attention of block {state.block} stored no keys and values; use cache_policy='skip'."
+                )
         zero = torch.zeros_like(x_BTD)
         return (zero, *[None] * (state.returns - 1)) if state.returns else zero
 

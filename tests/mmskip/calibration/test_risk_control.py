@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mmskip
-from mmskip import registry
+from mmskip.calibration import risk_control
 from mmskip.calibration.risk_control import choose, p_value, samples_needed
 
 RISKS = (0.0, 0.02, 0.05, 0.08, 0.11, 0.16, 0.3)
@@ -119,8 +119,8 @@ def test_coupled_thresholds_are_ordered_on_samples_of_their_own(monkeypatch: pyt
     risks = {(a, b, c): {1.0: 0.0, 0.9: 0.02}[a] + {1.0: 0.0, 0.8: 0.3}[b] + {0.99: 0.0, 0.9: 0.03}[c]
              for a in (1.0, 0.9) for b in (1.0, 0.8) for c in (0.99, 0.9)}  # fmt: skip
     applied: list[mmskip.EarlyExitConfig] = []
-    monkeypatch.setattr(registry, "apply_", lambda model, config: applied.append(config))
-    monkeypatch.setattr(registry, "remove_", lambda model: None)
+    monkeypatch.setattr(risk_control, "apply_", lambda model, config: applied.append(config))
+    monkeypatch.setattr(risk_control, "remove_", lambda model: None)
 
     def key(config: mmskip.EarlyExitConfig) -> tuple[float, float, float]:
         assert config.image is not None and config.text is not None and config.decoder is not None
@@ -146,8 +146,8 @@ def test_a_latency_budget_takes_the_least_loss_within_it(monkeypatch: pytest.Mon
     monkeypatch.setattr(mmskip.calibrate.__globals__["time"], "perf_counter", lambda: clock["now"])
     configs = mmskip.EarlyExitConfig.grid(decoder=[1.0, 0.9, 0.8])
     applied: list[mmskip.EarlyExitConfig] = []
-    monkeypatch.setattr(registry, "apply_", lambda model, config: applied.append(config))
-    monkeypatch.setattr(registry, "remove_", lambda model: None)
+    monkeypatch.setattr(risk_control, "apply_", lambda model, config: applied.append(config))
+    monkeypatch.setattr(risk_control, "remove_", lambda model: None)
 
     def risk(model: torch.nn.Module, batch: int) -> list[float]:
         threshold = applied[-1].decoder
@@ -171,8 +171,8 @@ def test_a_grid_of_an_unknown_field_is_refused() -> None:
 
 @pytest.mark.parametrize("loss", [0.1, torch.tensor(0.1)])
 def test_one_loss_for_a_batch_is_refused(loss: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "apply_", lambda model, config: None)
-    monkeypatch.setattr(registry, "remove_", lambda model: None)
+    monkeypatch.setattr(risk_control, "apply_", lambda model, config: None)
+    monkeypatch.setattr(risk_control, "remove_", lambda model: None)
     with pytest.raises(ValueError, match="expected one loss per sample of the batch"):
         mmskip.calibrate(_Coupled().eval(), [mmskip.EarlyExitConfig()], [0], lambda model, batch: loss, 0.1)
 

@@ -6,7 +6,8 @@ import torch
 from tiny_decoders import VOCAB, assert_same_generation, saturating, sharpen, tiny_decoder
 
 import mmskip
-from mmskip import LayerBitsConfig, LayerPlanConfig, SkipPolicyConfig
+from mmskip import LACConfig, LayerBitsConfig, LayerPlanConfig
+from mmskip.calibration import ffn_threshold
 
 FAMILIES = (
     "llama",
@@ -41,18 +42,18 @@ def changed(name, policy):
     """
     if policy == "ffn_skip":
         model = tiny_decoder(name, num_hidden_layers=6) if name == "opt" else saturating(name)
-        return mmskip.apply_(model, SkipPolicyConfig.calibrated(model, [IDS], share=0.3, warmup=2))
+        return mmskip.apply_(model, ffn_threshold(model, [IDS], share=0.3, warmup=2))
     model = tiny_decoder(name)
     sharpen(model)
     if policy == "bits":
         pytest.importorskip("torchao", reason="extra `quantize`")
     configs = {
-        "lac": lambda: SkipPolicyConfig("lac"),
+        "lac": LACConfig,
         "bits": lambda: LayerBitsConfig((8, 4, 4, 8)),
-        "unified": lambda: LayerPlanConfig.unified(1.5, "balanced", kv="fill"),
+        "unified": lambda: LayerPlanConfig.unified(1.5, "balanced", cache_policy="recompute"),
         "cola": lambda: LayerPlanConfig.cola((0, 1, 2, 1, 2, 3)),
         "random": lambda: LayerPlanConfig.random(1, seed=1),
-        "lac_static": lambda: LayerPlanConfig.lac(mmskip.importance(model, [IDS]), kv="fill"),
+        "lac_static": lambda: LayerPlanConfig.lac(mmskip.importance(model, [IDS]), cache_policy="recompute"),
     }
     return mmskip.apply_(model, configs[policy]())
 

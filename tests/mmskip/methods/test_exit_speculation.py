@@ -10,7 +10,7 @@ from transformers import T5Model
 import mmskip
 from mmskip import EarlyExitConfig, SelfSpeculationConfig
 from mmskip.families.encoder_decoder import match
-from mmskip.methods.self_speculation import speculation
+from mmskip.methods.self_speculation import speculation_of
 
 
 def batch_of(name: str, rows: int) -> dict[str, torch.Tensor]:
@@ -39,14 +39,15 @@ def test_tokens_are_those_of_generate(name: str, rows: int) -> None:
     expected = model.generate(**inputs, **settings)
     mmskip.apply_(model, SelfSpeculationConfig(exit_after=2, draft_tokens=3, stop_below=0.0))
     assert torch.equal(model.generate(**inputs, **settings), expected)
-    found = speculation(model)
+    found = speculation_of(model)
     assert found.drafted > 0 and found.accepted + found.steps == rows * 11  # and one token each from the prompt
     mmskip.remove_(model)
     end = int(expected[0, 4])
     expected = model.generate(**inputs, **settings, eos_token_id=end)
-    found_early = mmskip.generate(
-        model, None, SelfSpeculationConfig(stop_below=0.0), **inputs, **settings, eos_token_id=end
-    )
+    with pytest.warns(FutureWarning, match=r"mmskip.generate is now model.generate after mmskip.apply_"):
+        found_early = mmskip.generate(
+            model, None, SelfSpeculationConfig(stop_below=0.0), **inputs, **settings, eos_token_id=end
+        )
     assert torch.equal(found_early, expected) and mmskip.applied(model) == []
 
 
@@ -59,7 +60,7 @@ def test_a_draft_that_agrees_is_accepted_whole_and_processors_are_obeyed() -> No
     expected = model.generate(**inputs, **settings)
     mmskip.apply_(model, SelfSpeculationConfig(exit_after=2, draft_tokens=8, stop_below=0.0))
     assert torch.equal(model.generate(**inputs, **settings), expected)
-    assert speculation(model).accepted == speculation(model).drafted > 0
+    assert speculation_of(model).accepted == speculation_of(model).drafted > 0
     outputs = model.generate(**inputs, **settings, return_dict_in_generate=True)
     assert torch.equal(outputs.sequences, expected)
 

@@ -25,6 +25,11 @@ def decoder(name="llama"):
     return model
 
 
+def held(model):
+    """The report of the bits on a model."""
+    return mmskip.report(model)["LayerBitsConfig"]
+
+
 def rounded(weight, bits):
     """A weight [out, in] in symmetric integers with one scale per row."""
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
@@ -62,8 +67,9 @@ def test_sixteen_bits_everywhere_is_the_identity():
     model = decoder()
     before = logits(model)
     assert torch.equal(logits(mmskip.apply_(model, LayerBitsConfig((16,) * 4))), before)
-    with pytest.raises(ValueError, match="no LayerBitsConfig"):
+    with pytest.warns(FutureWarning), pytest.raises(ValueError, match="no LayerBitsConfig"):
         report(model)
+    assert set(held(model).bits) == {32}
 
 
 def test_report_counts_what_lies_in_memory():
@@ -72,7 +78,9 @@ def test_report_counts_what_lies_in_memory():
     weights = sum(m.weight.numel() for m in linear) // 4  # of one block
     rows = sum(m.out_features for m in linear) // 4
     mmskip.apply_(model, LayerBitsConfig((16, 8, 4, 4)))
-    told = report(model)
+    told = held(model)
+    with pytest.warns(FutureWarning, match=r"mmskip.report\(model\)\['LayerBitsConfig'\]"):
+        assert report(model) == told
     assert told.bits == (32, 8, 4, 4) and told.average == 12
     assert told.original_bytes == 16 * weights and told.ideal_bytes == 6 * weights
     # one byte per weight whatever the bits, a float scale and a zero point per row
@@ -93,13 +101,13 @@ def test_of_a_vlm_the_blocks_of_its_language_model_are_quantized():
                     module.weight.copy_(rounded(module.weight, width))
         mmskip.apply_(model, LayerBitsConfig(bits))
         torch.testing.assert_close(model(**call).logits, reference(**call).logits, atol=2e-3, rtol=2e-3)
-        assert report(model).bits == (4, 32, 3, 8)
+        assert held(model).bits == (4, 32, 3, 8)
         assert torch.equal(mmskip.remove_(model)(**call).logits, before)
 
 
 def test_report_counts_untouched_blocks_with_weights_outside_linear_layers():
     model = mmskip.apply_(tiny_decoder("qwen3_moe", mlp_only_layers=[0]), LayerBitsConfig((8, 16, 16, 16)))
-    told, block = report(model), model.model.layers[1]
+    told, block = held(model), model.model.layers[1]
     assert told.bits == (8, 32, 32, 32) and 8 < told.average < 32
     experts = sum(p.numel() for p in block.parameters() if p.dim() > 1)  # norms aside
     first = sum(m.weight.numel() for m in model.model.layers[0].modules() if isinstance(m, torch.nn.Linear))
@@ -119,7 +127,7 @@ def test_what_torchao_stores_is_tried_in_the_dtype_of_the_model(monkeypatch):
 def test_freed_weights_cannot_be_given_back():
     model = mmskip.apply_(decoder(), LayerBitsConfig((4,) * 4, keep_original=False))
     after = logits(model)
-    assert report(model).kept_bytes == 0
+    assert held(model).kept_bytes == 0
     with pytest.raises(RuntimeError, match="freed"):
         mmskip.remove_(model)
     assert torch.equal(logits(model), after) and mmskip.applied(model)
@@ -166,7 +174,7 @@ def test_save_load_copy_and_lora(tmp_path):
 def test_lora_after_bits_keeps_its_weights_when_they_are_taken_off(target):
     config = LoraConfig(target_modules=target, init_lora_weights=False)
     tuned: torch.nn.Module = get_peft_model(mmskip.apply_(decoder(), LayerBitsConfig((8, 4, 16, 8))), config)
-    told = report(tuned)
+    told = held(tuned)
     assert told.bits == (8, 4, 32, 8) and told.kept_bytes
     mmskip.remove_(tuned)
     plain: torch.nn.Module = get_peft_model(decoder(), config)

@@ -12,7 +12,7 @@ import mmskip
 from mmskip import LayerPlanConfig, families
 from mmskip.costs import torch_flops
 from mmskip.hf.plans.block import decode_from
-from mmskip.methods.layer_plan import export, report, unified_released
+from mmskip.methods.layer_plan import export, preview, report, unified_released
 
 FAMILIES = (
     "llama",
@@ -35,20 +35,20 @@ PLANS = {
     "identity": {},
     "drop": {"drop": (1, 2)},
     "drop_first": {"drop": (0, 1)},
-    "fill": {"drop": (0, 2), "kv": "fill"},
+    "fill": {"drop": (0, 2), "cache_policy": "recompute"},
     "attn": {"drop_attn": (1, 3)},
-    "attn_fill": {"drop_attn": (0, 2), "kv": "fill"},
+    "attn_fill": {"drop_attn": (0, 2), "cache_policy": "recompute"},
     "mlp": {"drop_mlp": (0, 2)},
     "joint": {"drop": (2,), "drop_attn": (1,), "drop_mlp": (3,)},
     "loop": {"order": (0, 1, 2, 2, 3)},
     "loop_part": {"order": (0, 1, 2, 1, 2, 3), "drop_attn": (2,)},
-    "loop_fill": {"order": (0, 1, 1, 3), "kv": "fill"},
+    "loop_fill": {"order": (0, 1, 1, 3), "cache_policy": "recompute"},
     "reorder": {"order": (0, 2, 1, 3)},
     "backwards": {"order": (3, 2, 1, 0)},
     "decode": {"drop": (1, 2), "phase": "decode"},
-    "decode_fill": {"drop": (0, 2), "drop_mlp": (3,), "phase": "decode", "kv": "fill"},
+    "decode_fill": {"drop": (0, 2), "drop_mlp": (3,), "phase": "decode", "cache_policy": "recompute"},
     "decode_parts": {"drop_attn": (1,), "drop_mlp": (2,), "phase": "decode"},
-    "prefill": {"drop": (1,), "drop_attn": (2,), "phase": "prefill", "kv": "fill"},
+    "prefill": {"drop": (1,), "drop_attn": (2,), "phase": "prefill", "cache_policy": "recompute"},
 }
 QUICK = ("joint", "loop_fill", "decode_fill")
 
@@ -79,7 +79,7 @@ def planned(name, plan):
         pytest.skip("OPT has its MLP inline: refused")
     kinds = families.find(model).kinds
     firsts = {kinds.index(kind) for kind in kinds}
-    if config.phase == "decode" and config.kv == "compact" and firsts & {*config.drop, *config.drop_attn}:
+    if config.phase == "decode" and config.cache_policy == "skip" and firsts & {*config.drop, *config.drop_attn}:
         with pytest.raises(ValueError, match=r"attention of block 1.*in the decode phase alone"):
             mmskip.apply_(model, config)
         pytest.skip("block 1 is the first of its attention type: refused")
@@ -185,23 +185,26 @@ def test_the_published_sets_of_unified_layer_skipping():
     with pytest.raises(ValueError, match="leaves 1 of 30 blocks"):
         unified_released(30, 20)
     model = tiny_decoder("llama", num_hidden_layers=30)
-    text = str(report(model, LayerPlanConfig.unified(5)))
+    text = str(preview(model, LayerPlanConfig.unified(5)))
     assert "[0, 6, 12, 18, 24, 29]" in text and "counted speed-up" in text and "asked for 5" in text
 
 
 def test_a_speed_up_out_of_reach_is_said(caplog):
     model = tiny_decoder("llama", num_hidden_layers=4)
-    found = report(model, LayerPlanConfig.unified(100, "balanced"))
+    found = preview(model, LayerPlanConfig.unified(100, "balanced"))
     assert found.order == (0, 3) and "asked for a speed-up of 100; two of 4 blocks" in caplog.text
     assert f"{found.speedup:.3g}" in caplog.text
 
 
 def test_balanced_picks_the_nearest_counted_speed_up_head_included():
     model = tiny_decoder("llama", num_hidden_layers=12, vocab_size=400)
-    found = report(model, LayerPlanConfig.unified(1.6, "balanced"))
+    found = preview(model, LayerPlanConfig.unified(1.6, "balanced"))
     below, above = found.reachable
     assert below <= 1.6 < above and min(abs(below - 1.6), abs(above - 1.6)) == abs(found.speedup - 1.6)
     mmskip.apply_(model, LayerPlanConfig.unified(1.6, "balanced"))
+    assert mmskip.report(model) == {"LayerPlanConfig": found}
+    with pytest.warns(FutureWarning, match="preview there"):
+        assert report(model, LayerPlanConfig.unified(1.6, "balanced")) == found
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(torch.randint(3, VOCAB, (1, 255)), past_key_values=cache)
@@ -210,10 +213,10 @@ def test_balanced_picks_the_nearest_counted_speed_up_head_included():
     assert mmskip.cost(model, trace).ideal_speedup == pytest.approx(found.speedup, rel=1e-6)
 
 
-@pytest.mark.parametrize("kv", ["compact", "fill"])
-def test_decoded_tokens_skip_and_the_prompt_does_not(kv):
+@pytest.mark.parametrize("policy", ["skip", "recompute"])
+def test_decoded_tokens_skip_and_the_prompt_does_not(policy):
     base, model = tiny_decoder("llama"), tiny_decoder("llama")
-    mmskip.apply_(model, LayerPlanConfig(drop=(1, 2), phase="decode", kv=kv))
+    mmskip.apply_(model, LayerPlanConfig(drop=(1, 2), phase="decode", cache_policy=policy))
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(IDS[:, :10], past_key_values=cache)
@@ -224,9 +227,9 @@ def test_decoded_tokens_skip_and_the_prompt_does_not(kv):
     torch.testing.assert_close(torch.cat(steps, 1), whole[:, 10:], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(whole[:, :10], prompt, atol=1e-5, rtol=1e-5)
     lengths = [layer.get_seq_length() for layer in cache.layers]
-    assert lengths == ([14, 14, 14, 14] if kv == "fill" else [14, 10, 10, 14])
-    if kv == "compact":
-        with pytest.raises(RuntimeError, match=r"holds 10 tokens, the stream 14.*kv='fill'"):
+    assert lengths == ([14, 14, 14, 14] if policy == "recompute" else [14, 10, 10, 14])
+    if policy == "skip":
+        with pytest.raises(RuntimeError, match=r"holds 10 tokens, the stream 14.*cache_policy='recompute'"):
             model(IDS, past_key_values=cache)
     else:
         with torch.no_grad(), decode_from(model.model, 10):
@@ -261,15 +264,38 @@ def test_hybrids_drop_their_attention_blocks_and_refuse_the_others(name):
 
 BAD = {
     "drop holds -1": {"drop": (-1,)},
-    "each index may stand there once": {"drop": (1, 1)},
+    "expected each index once": {"drop": (1, 1)},
     "order is empty": {"order": ()},
     "order holds \\[1\\], which drop leaves out": {"order": (0, 1), "drop": (1,)},
-    "kv is 'hole'; expected one of compact, fill": {"kv": "hole"},
+    "cache_policy is 'mask'; expected one of skip, recompute": {"cache_policy": "mask"},
     "phase is 'x'": {"phase": "x"},
     "speedup is 0.5": {"rule": "unified", "speedup": 0.5},
     "they go together": {"speedup": 2.0},
     "chooses the blocks": {"rule": "random", "drop": (1,)},
+    "mode is 'balanced', which only rule='unified' reads; rule is None": {"mode": "balanced"},
+    "count is 2, which only rule='random' reads; rule is None": {"count": 2},
+    "seed is 1, which only rule='random' reads; rule is 'unified'": {"rule": "unified", "speedup": 2.0, "seed": 1},
 }
+
+
+def test_names_and_values_of_version_0_1_are_read_with_a_warning(tmp_path):
+    config = LayerPlanConfig(drop=(1,), cache_policy="recompute")
+    with pytest.warns(FutureWarning, match="kv is now cache_policy"):
+        assert LayerPlanConfig(drop=(1,), kv="fill") == config
+    with pytest.warns(FutureWarning, match="cache_policy='fill' is now 'recompute'"):
+        assert LayerPlanConfig.from_dict({"drop": [1], "kv": "fill", "made_for": None}) == config
+    with pytest.warns(FutureWarning, match="kv is now cache_policy"):
+        assert config.kv == "recompute"
+    with pytest.warns(FutureWarning, match=r"unified\(kv=...\) is now cache_policy"):
+        assert LayerPlanConfig.unified(2.0, kv="compact") == LayerPlanConfig.unified(2.0)
+    with pytest.raises(ValueError, match="kv is the old name of cache_policy"):
+        LayerPlanConfig(kv="fill", cache_policy="skip")
+    folder = tmp_path / "old"
+    mmskip.save(mmskip.apply_(tiny_decoder("llama"), config), folder)
+    file = folder / "mmskip.json"
+    file.write_text(file.read_text().replace('"cache_policy": "recompute"', '"kv": "fill"'))
+    with pytest.warns(FutureWarning, match="kv is now cache_policy"):
+        assert mmskip.applied(mmskip.load_(tiny_decoder("llama"), folder)) == [config]
 
 
 @pytest.mark.parametrize("message", BAD)
@@ -286,7 +312,7 @@ UNFIT = {
     "count is 4": ("llama", {"rule": "random", "count": 4}),
     "leaves out the attention of block 0.*in the decode phase alone": ("llama", {"drop": (0,), "phase": "decode"}),
     "repeats or moves blocks in the decode phase": ("llama", {"order": (0, 1, 1), "phase": "decode"}),
-    "phase='prefill' needs kv='fill'": ("llama", {"drop": (1,), "phase": "prefill"}),
+    "phase='prefill' needs cache_policy='recompute'": ("llama", {"drop": (1,), "phase": "prefill"}),
     "leaves out every sliding attention": ("gemma2", {"drop": (0, 2)}),
     "OPTDecoderLayer\\) has no single module for its MLP": ("opt", {"drop_mlp": (1,)}),
     r"LayerPlanConfig\(drop=\(1,\)\) and LayerPlanConfig\(drop=\(2,\)\) do not compose on one model": ("llama", None),
@@ -314,7 +340,7 @@ def test_a_cache_filled_without_the_plan_is_refused():
     assert model(IDS[:, :1], past_key_values=cache).logits.shape[1] == 1
     mmskip.remove_(model)
     with pytest.raises(RuntimeError, match="holds 14 tokens"):
-        mmskip.apply_(model, LayerPlanConfig(drop=(1,), kv="fill"))(IDS, past_key_values=_short(cache))
+        mmskip.apply_(model, LayerPlanConfig(drop=(1,), cache_policy="recompute"))(IDS, past_key_values=_short(cache))
 
 
 def _short(cache):

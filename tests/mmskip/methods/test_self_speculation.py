@@ -6,7 +6,7 @@ from tiny_decoders import HYBRIDS, VOCAB, sharpen, tiny_decoder
 
 import mmskip
 from mmskip import LayerPlanConfig, SelfSpeculationConfig
-from mmskip.methods.self_speculation import speculation
+from mmskip.methods.self_speculation import speculation, speculation_of
 from mmskip.ops.hf_attention import register_attention
 from mmskip.ops.speculative import matching, speculative_sample
 
@@ -63,7 +63,7 @@ def test_greedy_tokens_are_those_of_generate(name, batch):
         expected = model.generate(IDS[:batch], **call)
         mmskip.apply_(model, config)
         assert torch.equal(model.generate(IDS[:batch], **call), expected)
-        told = speculation(model)
+        told = speculation_of(model)
         drafted, accepted = drafted + told.drafted, accepted + told.accepted
     assert 0 < accepted < drafted
 
@@ -92,7 +92,7 @@ def test_a_tree_accepts_what_a_chain_misses():
         model, config = drafting(quiet=3.0, branches=branches, branch_above=0.0)
         mmskip.apply_(model, config)
         model.generate(IDS, do_sample=False, repetition_penalty=1.1, **CALL)
-        accepted[branches] = speculation(model).accepted / speculation(model).steps
+        accepted[branches] = speculation_of(model).accepted / speculation_of(model).steps
     assert accepted[4] > 1.2 * accepted[0]
 
 
@@ -102,7 +102,7 @@ def test_early_exit_drafts(name):
     expected = model.generate(IDS, do_sample=False, **CALL)
     mmskip.apply_(model, config)
     assert torch.equal(model.generate(IDS, do_sample=False, **CALL), expected)
-    told = speculation(model)
+    told = speculation_of(model)
     assert 0 < told.accepted < told.drafted and 0.2 < told.draft_share < 0.5
     assert "attention of blocks [2, 3, 4, 5]" in str(told)
 
@@ -115,7 +115,7 @@ def test_early_exit_drafts_are_those_of_the_first_blocks():
             block.mlp.down_proj.weight.zero_()
     mmskip.apply_(model, config)
     model.generate(IDS, do_sample=False, **CALL)
-    assert speculation(model).accepted == speculation(model).drafted
+    assert speculation_of(model).accepted == speculation_of(model).drafted
 
 
 def test_long_runs_measure_plain_steps_and_say_what_they_find():
@@ -124,7 +124,7 @@ def test_long_runs_measure_plain_steps_and_say_what_they_find():
     expected = model.generate(IDS[:2], **call)
     mmskip.apply_(model, config)
     assert torch.equal(model.generate(IDS[:2], **call), expected)
-    told = speculation(model)
+    told = speculation_of(model)
     assert len(told.plain_s) == 1 and told.passes >= 32 and told.measured_speedup > 0
     told.plain_s[:] = [told.seconds["verify"] + told.seconds["draft"]] * 3
     assert "measured" in str(told) and "SLOWER" not in str(told).splitlines()[-1]
@@ -138,8 +138,11 @@ def test_rows_that_end_early_are_padded_as_generate_pads_them():
     call = {**CALL, "eos_token_id": [int(free[0, 14]), int(free[3, 19])]}
     expected = model.generate(IDS, do_sample=False, **call)
     assert len({int((row != 0).sum()) for row in expected}) > 1
-    assert torch.equal(mmskip.generate(model, IDS, config, do_sample=False, **call), expected)
+    with pytest.warns(FutureWarning, match="mmskip.generate is now model.generate"):
+        assert torch.equal(mmskip.generate(model, IDS, config, do_sample=False, **call), expected)
     assert not mmskip.applied(model)
+    mmskip.apply_(model, config)
+    assert torch.equal(model.generate(IDS, do_sample=False, **call), expected)
 
 
 @pytest.mark.parametrize("extra", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 9}])
@@ -148,7 +151,8 @@ def test_logits_processors_see_what_generate_shows_them(extra):
     call = {**CALL, "do_sample": False, **extra}
     if "min_new_tokens" in extra:
         call["eos_token_id"] = int(model.generate(IDS, do_sample=False, **CALL)[0, 14])
-    assert torch.equal(mmskip.generate(model, IDS, config, **call), model.generate(IDS, **call))
+    expected = model.generate(IDS, **call)
+    assert torch.equal(mmskip.apply_(model, config).generate(IDS, **call), expected)
 
 
 def test_stop_rule_and_lengths():
@@ -156,7 +160,7 @@ def test_stop_rule_and_lengths():
     mmskip.apply_(model, config)
     for length in (1, 2, 7):
         assert model.generate(IDS, do_sample=False, **{**CALL, "max_new_tokens": length}).shape == (8, 11 + length)
-    told = speculation(model)
+    told = speculation_of(model)
     assert 0 < told.drafted <= told.steps  # no token is that sure, so every step ends after one draft
 
 
@@ -176,7 +180,7 @@ def test_sampled_tokens_have_the_distribution_of_the_model(branches):
     torch.manual_seed(0)
     call = {"max_new_tokens": 4, "do_sample": True, "top_k": 0, "eos_token_id": None, "pad_token_id": 0}
     found = model.generate(ids.expand(rows, -1), **call)[:, 5:]
-    told = speculation(model)
+    told = speculation_of(model)
     assert 0.1 < told.accepted / told.drafted < 0.99
     counts = torch.bincount(found[:, 0] * vocabulary + found[:, 1], minlength=vocabulary**2).float()
     statistic = float(((counts - expected) ** 2 / expected).sum())
@@ -208,7 +212,7 @@ def test_the_search_finds_better_sets_and_tokens_stay_the_same(search, batch):
     expected = model.generate(IDS[:batch], **call)
     mmskip.apply_(model, config)
     assert torch.equal(model.generate(IDS[:batch], **call), expected)
-    told = speculation(model)
+    told = speculation_of(model)
     assert told.trials > 10 and told.best >= told.tried[0][1] and len(told.chosen) == 4 and told.window is None
     assert "sets tried" in str(told) and told.seconds["search"] > 0
 
@@ -221,7 +225,10 @@ def test_a_perfect_draft_is_accepted_whole_and_the_report_counts_it():
             model.model.layers[index].mlp.down_proj.weight.zero_()
     mmskip.apply_(model, config)
     model.generate(IDS[:1], do_sample=False, **{**CALL, "max_new_tokens": 11})
-    told = speculation(model)
+    told = speculation_of(model)
+    with pytest.warns(FutureWarning, match="mmskip.report"):
+        assert speculation(model) is told
+    assert mmskip.report(model)["SelfSpeculationConfig"].accepted == 8
     assert told.accepted == told.drafted == 8 and told.steps == 2
     assert "100.0% of 8 drafts accepted" in str(told) and "SLOWER" not in str(told)
 
@@ -286,7 +293,7 @@ def test_an_interrupted_call_leaves_no_keys_and_values_behind():
     held = []
 
     def stop(ids, scores):
-        held.append(speculation(model).window is not None)
+        held.append(speculation_of(model).window is not None)
         if held[-1]:
             raise KeyboardInterrupt
         return torch.zeros(len(ids), dtype=torch.bool)
@@ -294,4 +301,4 @@ def test_an_interrupted_call_leaves_no_keys_and_values_behind():
     mmskip.apply_(model, config)
     with pytest.raises(KeyboardInterrupt):
         model.generate(IDS[:1], **{**CALL, "max_new_tokens": 40}, do_sample=False, stopping_criteria=[stop])
-    assert held[-1] and speculation(model).window is None
+    assert held[-1] and speculation_of(model).window is None

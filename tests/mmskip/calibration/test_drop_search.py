@@ -6,7 +6,7 @@ from tiny_decoders import VOCAB, blocks_of, sharpen, tiny_decoder
 
 import mmskip
 from mmskip import LayerPlanConfig
-from mmskip.calibration.greedy_drops import greedy_drops
+from mmskip.calibration import drop_order, greedy_drops
 
 IDS = torch.randint(3, VOCAB, (3, 12), generator=torch.Generator().manual_seed(0))
 
@@ -38,11 +38,11 @@ def test_blocks_are_those_of_a_search_by_hand(name):
         gone.append(min(tried, key=tried.get))
         losses.append(tried[gone[-1]])
     owner.layers, model.config.num_hidden_layers = torch.nn.ModuleList(blocks), 4
-    found = greedy_drops(model, [IDS[:1], IDS[1:]], 2)
+    found = drop_order(model, [IDS[:1], IDS[1:]], 2)
     assert [drop.index for drop in found] == gone
     assert [drop.loss for drop in found] == pytest.approx(losses, rel=1e-4)
-    plan = LayerPlanConfig.greedy(model, [IDS], 2, phase="prefill", kv="fill")
-    assert (plan.drop, plan.phase, plan.kv, plan.layers) == (tuple(sorted(gone)), "prefill", "fill", 4)
+    plan = greedy_drops(model, [IDS], 2, phase="prefill", cache_policy="recompute")
+    assert (plan.drop, plan.phase, plan.cache_policy, plan.layers) == (tuple(sorted(gone)), "prefill", "recompute", 4)
     assert LayerPlanConfig.from_dict(plan.to_dict()) == plan
 
 
@@ -65,8 +65,8 @@ def test_of_two_blocks_that_do_one_job_one_stays():
             alone[index] = float(model(ids, labels=ids).loss)
         mmskip.remove_(model)
     assert sorted(sorted(alone, key=alone.get)[:3]) == [0, 2, 3]
-    assert [drop.index for drop in greedy_drops(model, [ids], 3)] in ([0, 3, 1], [3, 0, 1])
-    joint = greedy_drops(model, [ids], 2, "joint")  # attentions do nothing: the last of them first
+    assert [drop.index for drop in drop_order(model, [ids], 3)] in ([0, 3, 1], [3, 0, 1])
+    joint = drop_order(model, [ids], 2, "joint")  # attentions do nothing: the last of them first
     assert [(drop.part, drop.index) for drop in joint] == [("mlp", 3), ("attn", 3)]
 
 
@@ -75,12 +75,12 @@ def test_padding_is_not_predicted_and_labels_choose_tokens():
     padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), IDS[:1]], 1)
     mask = (padded != 0).long()
     places = (mask.cumsum(-1) - 1).clamp(min=0)
-    alone = greedy_drops(model, [IDS[:1]], 1)[0]
-    beside = greedy_drops(model, [{"input_ids": padded, "attention_mask": mask, "position_ids": places}], 1)[0]
+    alone = drop_order(model, [IDS[:1]], 1)[0]
+    beside = drop_order(model, [{"input_ids": padded, "attention_mask": mask, "position_ids": places}], 1)[0]
     assert beside.index == alone.index and beside.loss == pytest.approx(alone.loss, rel=1e-4)
     labels = IDS[:1].clone()
     labels[:, :8] = -100
-    last = greedy_drops(model, [{"input_ids": IDS[:1], "labels": labels}], 1)[0]
+    last = drop_order(model, [{"input_ids": IDS[:1], "labels": labels}], 1)[0]
     mmskip.apply_(model, LayerPlanConfig(drop=(last.index,)))
     with torch.no_grad():
         assert last.loss == pytest.approx(float(model(IDS[:1], labels=labels).loss), rel=1e-4)
@@ -90,28 +90,28 @@ def test_parts_that_cannot_go_are_no_candidates_and_the_model_is_left_as_it_was(
     model = loud("llama").train()
     classes = [type(m) for m in model.modules()]
     # in decoding alone the first block holds the lengths
-    assert {drop.index for drop in greedy_drops(model, [IDS], 3, phase="decode")} == {1, 2, 3}
+    assert {drop.index for drop in drop_order(model, [IDS], 3, phase="decode")} == {1, 2, 3}
     with pytest.raises(ValueError, match=r"n is 4, but only 3 of kind 'block' can be left out: .*nothing to run"):
-        LayerPlanConfig.greedy(model, [IDS], 4)
+        greedy_drops(model, [IDS], 4)
     assert [type(m) for m in model.modules()] == classes and model.training
     with pytest.raises(ValueError, match=r"n is 1, but only 0 of kind 'mlp'.*drop the whole block"):
-        LayerPlanConfig.greedy(tiny_decoder("opt"), [IDS], 1, "mlp")
+        greedy_drops(tiny_decoder("opt"), [IDS], 1, "mlp")
     for data, message in (([], "data is empty"), ([IDS[:, :1]], "no token to predict")):
         with pytest.raises(ValueError, match=message):
-            LayerPlanConfig.greedy(model, data, 1)
+            greedy_drops(model, data, 1)
     with pytest.raises(ValueError, match="kind is 'head'"):
-        LayerPlanConfig.greedy(model, [IDS], 1, "head")
+        greedy_drops(model, [IDS], 1, "head")
     with pytest.raises(ValueError, match="untouched model"):
-        LayerPlanConfig.greedy(mmskip.apply_(model, LayerPlanConfig(drop=(1,))), [IDS], 1)
+        greedy_drops(mmskip.apply_(model, LayerPlanConfig(drop=(1,))), [IDS], 1)
 
 
 def test_losses_are_those_of_the_plan_that_was_asked_for():
     model = loud("llama")
     with pytest.raises(ValueError, match="can be left out"):
-        greedy_drops(model, [IDS], 4, "attn")
-    chosen = greedy_drops(model, [IDS], 4, "attn", kv="fill")
+        drop_order(model, [IDS], 4, "attn")
+    chosen = drop_order(model, [IDS], 4, "attn", cache_policy="recompute")
     assert sorted(drop.index for drop in chosen) == [0, 1, 2, 3]
-    mmskip.apply_(model, LayerPlanConfig(drop_attn=(0, 1, 2, 3), kv="fill"))
+    mmskip.apply_(model, LayerPlanConfig(drop_attn=(0, 1, 2, 3), cache_policy="recompute"))
     with torch.no_grad():
         assert chosen[-1].loss == pytest.approx(float(model(IDS, labels=IDS).loss), rel=1e-4)
 
@@ -121,10 +121,10 @@ def test_modes_of_single_modules_come_back_and_ids_that_do_not_tell_are_refused(
     model.model.layers[1].eval()
     before = [module.training for module in model.modules()]
     embeds = model.get_input_embeddings()(IDS).detach()
-    greedy_drops(model, [{"inputs_embeds": embeds, "labels": IDS}], 1)
+    drop_order(model, [{"inputs_embeds": embeds, "labels": IDS}], 1)
     for batch in ({"inputs_embeds": embeds}, {"input_ids": IDS, "pixel_values": torch.zeros(1)}):
         with pytest.raises(ValueError, match="expected labels"):
-            greedy_drops(model, [batch], 1)
+            drop_order(model, [batch], 1)
     assert [module.training for module in model.modules()] == before
 
 
@@ -139,8 +139,20 @@ def test_modes_of_single_modules_come_back_and_ids_that_do_not_tell_are_refused(
 )
 def test_data_that_are_no_batches_are_named(data, message):
     model = loud("llama")
-    for measured in (mmskip.importance, lambda model, data: greedy_drops(model, data, 1)):
+    for measured in (mmskip.importance, lambda model, data: drop_order(model, data, 1)):
         with pytest.raises(ValueError, match=message):
             measured(model, data)
     with pytest.raises(ValueError, match="drop is 2; expected a list of block indices"):
         LayerPlanConfig(drop=2)
+
+
+def test_the_names_of_version_0_1_still_work():
+    from mmskip.calibration.deprecated import greedy_drops as old_drops
+
+    model = loud("llama")
+    with pytest.warns(FutureWarning, match="mmskip.calibration.greedy_drops"):
+        assert LayerPlanConfig.greedy(model, [IDS], 1) == greedy_drops(model, [IDS], 1)
+    with pytest.warns(FutureWarning, match="mmskip.calibration.drop_order"):
+        assert old_drops(model, [IDS], 1, kv="fill") == drop_order(model, [IDS], 1, cache_policy="recompute")
+    with pytest.warns(FutureWarning, match="calibration.deprecated"):
+        from mmskip.methods.greedy_drops import greedy_drops as moved  # noqa: F401

@@ -1,11 +1,11 @@
-"""Fitting the routers of mixture-of-depths to the attention of the model itself, without gradients.
+"""Fit the routers of mixture of depths to the attention of the model, without gradients of its loss.
 
-A router trained by the gradient of its gate learns how strongly a token should be updated, not what the other tokens
-lose when it is no longer there to be attended to; and in a trained model that gradient says little, since the loss is
-flat in any small change. What a token is worth as key and value is measured here instead: by the attention that the
-predicting text pays to it in the dense model (the score of FastV, arXiv 2403.06764). The router learns that from the
-hidden state from which it will have to choose, before the text is known: a linear one by ridge regression, an MLP by
-the cross entropy between its softmax over a frame and the frame's attention.
+A router trained by the gradient of its gate learns how strongly to update a token, not what the other tokens lose when
+they can no longer attend to it; and in a trained model that gradient says little, since the loss is flat in any small
+change. Here the worth of a token as key and value is measured: the attention that the predicting text pays to it in the
+dense model (the score of FastV, arXiv 2403.06764). The router learns it from the hidden state that it will choose by,
+before the text is known: a linear router by ridge regression, an MLP by the cross entropy between its softmax over a
+frame and the frame's attention.
 
 Shape suffixes: B batch, T tokens, D width, G groups (frames), N tokens of the largest group.
 """
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from mmskip import families
+from mmskip.config import check_count, check_number
 from mmskip.methods.mixture_of_depths import MoDConfig, anneal, find_policies
 from mmskip.protocols import TokenView
 from mmskip.registry import applied
@@ -29,17 +30,17 @@ from mmskip.swap import swap_all, unswap
 from mmskip.tokens.groups import TokenGroups
 from mmskip.tokens.router import LEARNED, token_scores
 
-OWN = ("separate", "none")
+SEPARATE_GATES = ("separate", "none")
 """Gates that share no weights with the ranking."""
-NOTHING_SEEN = "the calls have no vision tokens that the queries attend to, on which routers could be fitted."
+NOTHING_SEEN = "cannot fit routers: no vision token receives attention in the calibration batches."
 STEP_TOKENS, LEAST_STEPS = 4608, 4
-"""Tokens of an optimizer step, and steps of an epoch at least."""
+"""Tokens of an optimizer step, and the fewest steps of an epoch."""
 LEARNING_RATE = 3e-3
 
 
 @dataclass
 class _Moments:
-    """Sums over the vision tokens of one block, each measured from the mean of its frame.
+    """Sums over the vision tokens of one block, relative to the mean of each frame.
 
     Attributes:
         sums: [D + 1, D + 1] in float64, products of the hidden state, with the attention received as last entry.
@@ -50,7 +51,7 @@ class _Moments:
     count: float = 0.0
 
     def add(self, x_BTD: Tensor, received_BT: Tensor, groups: TokenGroups) -> None:
-        """Take in a call."""
+        """Add a call."""
         if not groups.has_vision:
             return
         groups = groups.to(x_BTD.device)
@@ -65,10 +66,10 @@ class _Moments:
         self.count += float(groups.sizes.sum())
 
     def reduced(self, reduce: Callable[[Tensor], Tensor], weight: Tensor) -> "_Moments":
-        """The sums over all ranks.
+        """Sum up all ranks.
 
         Raises:
-            ValueError: there are none.
+            ValueError: no rank has seen a token with attention.
         """
         empty = torch.zeros(len(weight) + 1, len(weight) + 1, dtype=torch.float64, device=weight.device)
         sums = reduce(empty if self.sums is None else self.sums)
@@ -78,8 +79,8 @@ class _Moments:
         return _Moments(sums, count)
 
     def solve(self, ridge: float) -> tuple[Tensor, float]:
-        """The weights [D], of scores with standard deviation 1 within frames, and the share of the variance of the
-        attention within frames that they explain."""
+        """Solve the ridge regression; return the weights [D], whose scores have standard deviation 1 within frames, and
+        the share of the variance of the attention within frames that they explain."""
         assert self.sums is not None
         c_DD, c_D, total = self.sums[:-1, :-1], self.sums[:-1, -1], float(self.sums[-1, -1])
         scales_D = c_DD.diagonal().clamp(min=1e-12 * float(c_DD.diagonal().max()))
@@ -91,16 +92,16 @@ class _Moments:
 
 @dataclass
 class _Frames:
-    """A sample of the frames of one block within a bound: those that drew the least random numbers, whatever their size
-    and order.
+    """A bounded random sample of the frames of one block: those with the lowest random draws, whatever their size and
+    order.
 
     Attributes:
-        tokens: most vision tokens kept; a single frame may have more.
+        tokens: vision tokens kept at most; a single frame may have more.
         kept: a heap with the negative draw and the number of each frame, its hidden states [N, D] and its share of the
             attention [N], on the CPU.
         held: tokens of those.
         seen: frames seen so far.
-        limit: least draw of a frame that was given up.
+        limit: lowest draw of a frame that was dropped.
     """
 
     tokens: int
@@ -111,7 +112,7 @@ class _Frames:
     limit: float = 1.0
 
     def add(self, x_BTD: Tensor, received_BT: Tensor, groups: TokenGroups) -> None:
-        """Take in a call."""
+        """Add a call."""
         if not groups.has_vision:
             return
         groups = groups.to(x_BTD.device)
@@ -129,12 +130,12 @@ class _Frames:
         heapq.heappush(self.kept, (-draw, self.seen, x_ND, share_N))
         self.held += len(x_ND)
         while self.held > self.tokens and len(self.kept) > 1:
-            least, _, given_up, _ = heapq.heappop(self.kept)
-            self.held -= len(given_up)
+            least, _, dropped, _ = heapq.heappop(self.kept)
+            self.held -= len(dropped)
             self.limit = -least
 
     def batch(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Frames drawn with replacement, about `tokens` tokens: hidden states [G, N, D] in fp32, shares of the
+        """Draw frames with replacement, about `tokens` tokens; return hidden states [G, N, D] in fp32, shares of the
         attention [G, N], and which entries are tokens [G, N]."""
         longest = max(len(share_N) for *_, share_N in self.kept)
         count = max(1, tokens // longest)
@@ -147,8 +148,8 @@ class _Frames:
 def _trained(
     frames: _Frames, start: dict[str, Tensor], epochs: int, reduce: Callable[[Tensor], Tensor]
 ) -> tuple[dict[str, Tensor], float]:
-    """The weights of an MLP router trained on the frames of all ranks by AdamW with linear decay, and the share of the
-    variance of the attention within frames that they explain."""
+    """Train an MLP router on the frames of all ranks by AdamW with linear decay; return its weights and the share of
+    the variance of the attention within frames that they explain."""
     device = next(iter(start.values())).device
     ranks = float(reduce(torch.ones((), device=device)))
     held = float(reduce(torch.tensor(float(frames.held), device=device)))
@@ -180,7 +181,7 @@ def _named(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _explained(frames: _Frames, weights: dict[str, Tensor], reduce: Callable[[Tensor], Tensor]) -> float:
-    """Squared correlation of scores and attention within frames; 0 where it is negative."""
+    """Return the squared correlation of scores and attention within frames; 0 where it is negative."""
     device = next(iter(weights.values())).device
     sums_3 = torch.zeros(3, dtype=torch.float64, device=device)
     for _, _, x_ND, share_N in frames.kept:
@@ -202,39 +203,31 @@ def fit_routers(
 ) -> dict[int, float]:
     """Teach the learned routers of `model` the attention that tokens receive.
 
-    The model runs dense, in evaluation mode and without gradients. Only routers whose gate is not made of the same
-    weights are fitted, so with keep 1 the model computes afterwards what it did before.
+    The model runs dense, in evaluation mode and without gradients. Only routers whose gate has other weights are
+    fitted, so that with keep 1 the model computes the same as before.
 
     Args:
         model: with `MoDConfig(router="linear" or "mlp", gate="separate" or "none")` applied.
-        calls: arguments of the forward, and BoolTensor [B, T] with the tokens whose attention counts: those from which
-            an answer is predicted, or all text.
+        calls: pairs of forward arguments and BoolTensor [B, T], the tokens whose attention counts: those from which an
+            answer is predicted, or all text.
         ridge: of linear routers: weight of the penalty, relative to the variance of each hidden dimension, > 0.
-        reduce: sums a tensor over the ranks of a distributed run, each of which passes calls of its own.
+        reduce: sums a tensor over the ranks of a distributed run, each of which passes different calls.
         epochs: of MLP routers: passes over the hidden states held, >= 1.
         tokens: vision tokens per rank and MLP router whose hidden states are held in host memory at a time, in the
             model's dtype, >= 1; beyond that, a random sample of the frames.
 
     Returns:
-        By block index, the share of the variance of the attention within frames that the router explains; of MLP
+        By block index, the share of the variance of the attention within frames that the router explains; for MLP
         routers, whose frames weigh alike, its squared correlation with the scores.
 
     Raises:
-        ValueError: no router to be fitted, packed attention, or no vision tokens that the queries attend to. Nothing is
-            changed then.
+        ValueError: no router to fit, packed attention, or no vision tokens that the queries attend to; nothing changes
+            then.
     """
-    if not ridge > 0:
-        raise ValueError(f"ridge is {ridge!r}; expected a number > 0.")
-    for name, value in (("epochs", epochs), ("tokens", tokens)):
-        if value < 1:
-            raise ValueError(f"{name} is {value!r}; expected an integer >= 1.")
-    family = next((r.family for r in applied(model, details=True) if isinstance(r.config, MoDConfig)), None)
-    fitted = {p.index: p.config for p in find_policies(model) if p.config.router in LEARNED and p.config.gate in OWN}
-    if family is None or not fitted:
-        raise ValueError(
-            f"{applied(model)} has no router to be fitted; expected MoDConfig(router='linear' or 'mlp', "
-            "gate='separate' or 'none'): with another gate the ranking weights also multiply the updates."
-        )
+    check_number("ridge", ridge, 0, open_low=True)
+    check_count("epochs", epochs, 1)
+    check_count("tokens", tokens, 1)
+    family, fitted = _fittable(model)
     view: TokenView = families.find(model, [family])
     watched: dict[int, _Moments | _Frames] = {
         index: _Moments() if config.router == "linear" else _Frames(tokens, torch.Generator().manual_seed(index))
@@ -244,18 +237,48 @@ def fit_routers(
         for inputs, queries_BT in calls:
             ask(queries_BT)
             model(**inputs, use_cache=False)
-    solved = {}
-    for index, seen in watched.items():
-        weights = _ranking_weights(view.blocks[index])
-        if isinstance(seen, _Moments):
-            w_D, explained = seen.reduced(reduce, weights["weight"]).solve(ridge)
-            solved[index] = {"weight": w_D}, explained
-        else:
-            solved[index] = _trained(seen, weights, epochs, reduce)
+    solved = {
+        index: _solve(seen, _ranking_weights(view.blocks[index]), ridge, reduce, epochs)
+        for index, seen in watched.items()
+    }
     for index, (found, _) in solved.items():
         for name, weight in _ranking_weights(view.blocks[index]).items():
             weight.copy_(found[name])
     return {index: explained for index, (_, explained) in solved.items()}
+
+
+def _fittable(model: nn.Module) -> tuple[str, dict[int, MoDConfig]]:
+    """Return the family of the model, and the configs of the routers to fit by block index.
+
+    Raises:
+        ValueError: there are none.
+    """
+    family = next((r.family for r in applied(model, details=True) if isinstance(r.config, MoDConfig)), None)
+    fitted = {
+        p.index: p.config
+        for p in find_policies(model)
+        if p.config.router in LEARNED and p.config.gate in SEPARATE_GATES
+    }
+    if family is None or not fitted:
+        raise ValueError(
+            f"{applied(model)} has no router to fit; expected MoDConfig(router='linear' or 'mlp', "
+            "gate='separate' or 'none'): with another gate the ranking weights also multiply the updates."
+        )
+    return family, fitted
+
+
+def _solve(
+    seen: _Moments | _Frames,
+    weights: dict[str, Tensor],
+    ridge: float,
+    reduce: Callable[[Tensor], Tensor],
+    epochs: int,
+) -> tuple[dict[str, Tensor], float]:
+    """Fit one router; return its weights, and the share of the variance that they explain."""
+    if isinstance(seen, _Frames):
+        return _trained(seen, weights, epochs, reduce)
+    w_D, explained = seen.reduced(reduce, weights["weight"]).solve(ridge)
+    return {"weight": w_D}, explained
 
 
 def _ranking_weights(block: Any) -> dict[str, Tensor]:
@@ -264,7 +287,7 @@ def _ranking_weights(block: Any) -> dict[str, Tensor]:
 
 @contextmanager
 def _dense(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode with every token kept, and afterwards as before."""
+    """Put the model into evaluation mode, with every token kept, inside."""
     training = [(module, module.training) for module in model.modules()]
     progress = [(policy, policy.progress) for policy in find_policies(model)]
     anneal(model, 0.0)

@@ -10,7 +10,7 @@ from mod_cases import example, routed
 from tiny_decoders import VOCAB, pad_rows, stream_layout, tiny_decoder
 
 import mmskip
-from mmskip.calibration.fit_routers import _Frames, fit_routers
+from mmskip.calibration.router_fitting import _Frames, fit_routers
 from mmskip.methods.mixture_of_depths import find_policies
 from mmskip.ops.hf_attention import register_attention
 from mmskip.tokens.groups import token_groups
@@ -198,8 +198,8 @@ def test_a_gate_of_its_own_starts_at_one_and_alone_is_trained_beside_any_router(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"gate": "tanh"}, "has no router to be fitted"),
-        ({"router": "random", "gate": "separate"}, "has no router to be fitted"),
+        ({"gate": "tanh"}, "has no router to fit"),
+        ({"router": "random", "gate": "separate"}, "has no router to fit"),
         ({"gate": "separate", "attention": "mmskip_ragged"}, "fit under the model's own attention"),
     ],
 )
@@ -213,5 +213,5 @@ def test_what_cannot_be_fitted_is_refused(config, message):
 def test_calls_without_frames_are_refused():
     model = mmskip.apply_(tiny_decoder("llama"), mmskip.MoDConfig(gate="separate"))
     ids = torch.randint(3, VOCAB, (1, 5))
-    with pytest.raises(ValueError, match="no vision tokens"):
+    with pytest.raises(ValueError, match="no vision token receives attention"):
         fit_routers(model, [({"input_ids": ids, "layout": torch.full_like(ids, -1)}, torch.ones_like(ids).bool())])
