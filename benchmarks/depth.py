@@ -3,7 +3,7 @@ beside plans drawn at random; bits by importance against bits at random; self-sp
 speed-up a plan of half the blocks delivers.
 
 Importance, thresholds and ways to draft are chosen on calibration texts; perplexities and times are of other texts.
-Runs in parts, each of which goes on where its file (`benchmarks/results/depth_MODEL.json`) stops:
+Runs in parts, each of which resumes where its file (`benchmarks/results/depth_MODEL.json`) stops:
 
     python benchmarks/prepare/deep_lm.py --variant plain; python benchmarks/prepare/deep_lm.py --variant skipped
     python benchmarks/depth.py --part quality     # perplexities; minutes, no timing
@@ -17,7 +17,6 @@ figures stand under names of their own (`speed_cpu`) and are drawn where no othe
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -45,35 +44,22 @@ from mmskip import ImportanceTable, LayerPlanConfig
 from mmskip.methods.layer_plan import preview
 from mmskip.methods.self_speculation import speculation_of
 from mmskip.train.evaluation.language_model.perplexity import perplexity
-from mmskip.utils.files import write_json
+from mmskip.utils.results import ResumableResults
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PARTS = ("quality", "speed", "speculate", "half", "draw")
 
 
-class Kept:
-    """A result file that is written after each figure, so that a part goes on where it stopped; parts may run side by
-    side."""
+class Kept(ResumableResults):
+    """Results that are printed as they come; parts of the benchmark may run side by side."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.values = self._read()
-
-    def _read(self) -> dict[str, Any]:
-        return json.loads(self.path.read_text()) if self.path.is_file() else {}
-
-    def put(self, values: dict[str, Any]) -> None:
-        """Write further values beside those of the file."""
-        self.values = {**self._read(), **values}
-        write_json(self.values, self.path)
-
-    def once(self, part: str, name: str, make: Callable[[], Any]) -> Any:
-        """The figure `name` of a part; made and written unless it is there."""
-        if name not in self.values.get(part, {}):
-            found = make()
-            self.put({part: {**self._read().get(part, {}), name: found}})
-            print(f"{name}: {found}", flush=True)
-        return self.values[part][name]
+    def once(self, key: str, make: Callable[[], Any], part: str | None = None) -> Any:
+        """Return a figure; it is made, written and printed unless the file has it."""
+        known = key in self.values.get(part, {})
+        found = super().once(key, make, part)
+        if not known:
+            print(f"{key}: {found}", flush=True)
+        return found
 
 
 def timed_part(name: str, arguments: argparse.Namespace) -> str:
@@ -112,13 +98,13 @@ def quality(kept: Kept, model: Any, found: dict[str, Any], table: ImportanceTabl
             known[key] = {name: round(perplexity(model, part)[0], 5) for name, part in found["report"].items()}
         return known[key]
 
-    kept.once("quality", "dense", lambda: told(None))
+    kept.once("dense", lambda: told(None), "quality")
     for name, config_of in {
         **plans(table, kept.values["greedy"]),
         **token_policies(model, windows),
         **bit_widths(table),
     }.items():
-        kept.once("quality", name, lambda c=config_of: applied_or_refused(model, c, told))
+        kept.once(name, lambda c=config_of: applied_or_refused(model, c, told), "quality")
 
 
 def speed(kept: Kept, model: Any, base: Any, found: dict[str, Any], table: ImportanceTable, arguments: Any) -> None:
@@ -146,7 +132,7 @@ def speed(kept: Kept, model: Any, base: Any, found: dict[str, Any], table: Impor
 
     for name, config_of in {**plans(table, {}), **token_policies(model, windows)}.items():
         if not name.startswith(("random", "greedy")):
-            kept.once(timed_part("speed", arguments), name, lambda c=config_of: applied_or_refused(model, c, told))
+            kept.once(name, lambda c=config_of: applied_or_refused(model, c, told), timed_part("speed", arguments))
 
 
 def speculate(kept: Kept, model: Any, base: Any, found: dict[str, Any], table: Any, arguments: Any) -> None:
@@ -165,25 +151,25 @@ def speculate(kept: Kept, model: Any, base: Any, found: dict[str, Any], table: A
 
     settings = speculations(table)
     for name, config in settings.items():
-        kept.once("drafts", name, lambda c=config: applied_or_refused(model, lambda: c, counted))
+        kept.once(name, lambda c=config: applied_or_refused(model, lambda: c, counted), "drafts")
     able = {name: value for name, value in kept.values["drafts"].items() if isinstance(value, float)}
     for kind in ("static", "tree", "exit", "swift"):
         ours = [name for name in able if name.startswith(kind)]
         if ours:
             best = max(ours, key=able.__getitem__)
             kept.once(
-                timed_part("speculation", arguments),
                 best,
                 lambda n=best: applied_or_refused(
                     model, lambda: settings[n], lambda _: _paired(base, model, prompts["report"], new, arguments)
                 ),
+                timed_part("speculation", arguments),
             )
     for name, extra in (("prompt lookup 4", {"prompt_lookup_num_tokens": 4}), ("assistant early exit", None)):
         extra = extra or {"assistant_early_exit": max(1, table.layers // 3)}
         kept.once(
-            timed_part("speculation", arguments),
             name,
             lambda e=extra: _paired(base, base, prompts["report"], new, arguments, e),
+            timed_part("speculation", arguments),
         )
 
 
@@ -279,7 +265,7 @@ def half_dropped(arguments: argparse.Namespace, kept: Kept) -> dict[str, Any]:
     # in both phases: the few tokens of the prompt would be run by all blocks otherwise, and be timed with the others
     chosen |= {f"balanced {asked}": LayerPlanConfig.unified(asked, "balanced", phase="both") for asked in (1.5, 2.0)}
     for name, plan in chosen.items():
-        kept.once(timed_part("half_dropped", arguments), name, lambda p=plan: told(p))
+        kept.once(name, lambda p=plan: told(p), timed_part("half_dropped", arguments))
     return {"width": width, "layers": layers, "prompt": 2, "new_tokens": arguments.new_tokens}
 
 
@@ -296,7 +282,7 @@ def measured(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str
     base = load(name, arguments.tiny)[0]
     if "quality" in arguments.part:
         for kind in GREEDY:
-            kept.once("greedy", kind, lambda k=kind: greedy_of(model, found["calibrate"], k))
+            kept.once(kind, lambda k=kind: greedy_of(model, found["calibrate"], k), "greedy")
         quality(kept, model, found, table)
         rows = kept.values["quality"]
         for name, drawn in (("random", "random {drop} seed"), ("inner_random", "random inner {drop} seed")):

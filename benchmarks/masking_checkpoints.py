@@ -2,17 +2,15 @@
 
     python benchmarks/masking_checkpoints.py [--limit 2000] [--only cifar10_resnet20 ...] [--fractions 0.3 0.5 0.7]
 
-Writes benchmarks/results/masking_checkpoints.json. Finished parts are kept in --parts, so a run that was cut off goes
-on where it stood; delete the folder after a change of the library. Each network can also be reported on alone:
+Writes benchmarks/results/masking_checkpoints.json. Finished parts are kept in --parts, so an interrupted run resumes
+where it stopped; delete the folder after a change of the library. Each network can also be reported on alone:
 
     python evaluate.py masking --model benchmarks/masking_checkpoints.py:imagenet_mobilenetv2 \\
         --images ../shared/data/imagenet1000
 """
 
 import argparse
-import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from torch import Tensor, nn
 from mmskip.datasets.images import open_images
 from mmskip.train.evaluation.classifier.masking import Loaded, default_patch, read_weights, sample
 from mmskip.train.metrics.missingness import MASKINGS, ORDERS, Normalised, measure, table
-from mmskip.utils.files import write_json
+from mmskip.utils.results import ResumableResults
 
 DATA = Path(os.environ.get("MMSKIP_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 SIGNED = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -129,25 +127,6 @@ NETWORKS = {
 }
 
 
-class Parts:
-    """Finished parts of a report in a JSON file, so that a run that was cut off goes on where it stood.
-
-    Args:
-        path: the file; parts of a run with other images or settings are kept apart by its name.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-
-    def __call__(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The part of this name, made and written if it is not known."""
-        if key not in self.known:
-            self.known[key] = make()
-            write_json(self.known, self.path)
-        return self.known[key]
-
-
 def main() -> None:
     """Report on every network and print one JSON line."""
     from common.measure import emit
@@ -168,8 +147,8 @@ def main() -> None:
         x, labels, objects = sample(open_images(DATA / images), loaded, args.limit, 0)
         model = Normalised(loaded.model, loaded.mean, loaded.std).eval()
         patch = default_patch(loaded.size)
-        parts = Parts(Path(args.parts) / f"{name}-{len(x)}-{patch}px.json")
-        report = measure(model, x, labels, objects, MASKINGS, args.fractions, args.orders, patch, recall=parts)
+        parts = ResumableResults(Path(args.parts) / f"{name}-{len(x)}-{patch}px.json")
+        report = measure(model, x, labels, objects, MASKINGS, args.fractions, args.orders, patch, recall=parts.once)
         print(f"== {name}, patches of {patch} px\n{table(report)}\n", flush=True)
         results[name] = {"patch": patch, **report.to_dict()}
     emit(

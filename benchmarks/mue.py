@@ -51,6 +51,7 @@ from mmskip.train.cli.train import main as train_cli
 from mmskip.train.evaluation.captioner.exit_sweep import depths
 from mmskip.train.load_run import find_run, load_captioner, load_data
 from mmskip.utils.files import write_json
+from mmskip.utils.results import ResumableResults
 
 FOLDER = ROOT / "runs" / "mue_bench"
 TASKS = {"entailment": ("accuracy", 0.99), "caption": ("cider", 0.96)}
@@ -390,14 +391,13 @@ def main() -> None:
         for task in options.tasks:
             found = Search(models, task, pictures, data.tokenizer, options).choose()
             print(task, {w: (o["quality"], o.get("measured")) for w, o in found.items() if w != "tried"})
-            chosen = json.loads(file.read_text()) if file.is_file() else {}  # the other task may run beside this one
-            write_json({**chosen, task: found}, file)
+            ResumableResults(file).put({task: found})  # the other task may run beside this one
         return
     if options.separate:
         pictures = Pictures(data, FOLDER / "data", "val", SEARCH_SEED, options.count)
         write_json(separation(pictures), separation_file)
         return
-    chosen = json.loads(file.read_text()) if file.is_file() else {}
+    chosen = ResumableResults(file).values
     if missing := set(TASKS) - set(chosen):
         raise SystemExit(f"no thresholds for {', '.join(sorted(missing))}: first python benchmarks/mue.py --choose")
     sets = [Pictures(data, FOLDER / "data", "test", seed, options.count) for seed in options.seeds]
@@ -411,7 +411,7 @@ def main() -> None:
     scores = json.loads(scores_file.read_text())
     times = timed(models, chosen, sets[0], options)
     draw(scores, times, ROOT / "docs")
-    separated = json.loads(separation_file.read_text()) if separation_file.is_file() else {}
+    separated = ResumableResults(separation_file).values
     report(models["full"], chosen, scores, times, separated, options.clock)
 
 

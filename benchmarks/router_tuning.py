@@ -42,7 +42,7 @@ from mmskip.models.common.pretrained import LoRA
 from mmskip.models.vlm.build import save_base
 from mmskip.models.vlm.module import VLM, answering_tokens, inputs_of
 from mmskip.tokens.router import LEARNED
-from mmskip.utils.files import write_json
+from mmskip.utils.results import made_once
 from mmskip.viz.figure import save_png
 
 CONFIGS = ROOT / "configs"
@@ -326,9 +326,7 @@ def run_of(seed: int, split: str, names: list[str], every: int) -> dict[str, Any
         told = json.dumps([*settings, (CONFIGS / settings[0]).read_text(), every, SIZES])
         key = hashlib.sha256(told.encode()).hexdigest()[:10]
         kept = FOLDER / f"{name}-{folder.name}-{split}-{key}.json"
-        if not kept.exists():
-            write_json(tune(name, folder, seed, split, every, keep), kept)
-        tuned = json.loads(kept.read_text())
+        tuned = made_once(kept, lambda name=name: tune(name, folder, seed, split, every, keep))
         curves[name], ends[name] = tuned["points"], excess(tuned["losses"], base_losses)
     (config,) = recipe(TUNED["router"][0], seed)["model"]["methods"]
     return {
@@ -349,8 +347,10 @@ def chosen_keep(seed: int) -> dict[str, Any]:
     folder = base_model(seed)
     settings = [(CONFIGS / TUNED["router"][0]).read_text(), LADDER, ALLOWED, SIZES]
     kept = FOLDER / f"keep-{folder.name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:10]}.json"
-    if kept.exists():
-        return dict(json.loads(kept.read_text()))
+    return dict(made_once(kept, lambda: _choose_keep(seed, folder)))
+
+
+def _choose_keep(seed: int, folder: Path) -> dict[str, Any]:
     sets = [data_of(seed, "val"), data_of(seed + 1000, "test")]
     dense = VLM(str(folder))
     dense.configure_model()
@@ -365,7 +365,6 @@ def chosen_keep(seed: int) -> dict[str, Any]:
         if tried[-1]["excess"] + 1.645 * tried[-1]["excess_se"] > ALLOWED:
             break
         keep = ratios
-    write_json({"keep": keep, "tried": tried}, kept)
     return {"keep": keep, "tried": tried}
 
 

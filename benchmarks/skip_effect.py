@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from skip_tuning import Bench, judged, known_in, open_bench, verdict
+from skip_tuning import Bench, judged, open_bench, verdict
 from skip_tuning import arguments as tuning_arguments
 from torch import Tensor, nn
 
@@ -30,6 +30,7 @@ from mmskip.models.diffusion.module import Diffusion
 from mmskip.train.cli.train import main as train
 from mmskip.train.metrics.frechet import FeatureStatistics, frechet_distance
 from mmskip.utils.files import whole
+from mmskip.utils.results import ResumableResults
 from prepare.ddpm_unets import DATA
 
 MNIST, FASHION = DATA / "mnist" / "mnist_test_first6667.npz", DATA / "fashion_mnist" / "fashion_mnist_sprite_600.npz"
@@ -155,9 +156,9 @@ def opened(case: Case) -> tuple[Bench, argparse.Namespace]:
         assert bench.opened.run is not None
         model = NoisePrediction.load_from_checkpoint(bench.opened.run.checkpoint, "cpu", weights_only=True)
         # the checkpoint alone does not tell: the same weights under EDM's preconditioning are another network
-        name, file = f"{bench.opened.name}-noise", bench.file.with_stem(f"{bench.file.stem}-noise")
+        name, file = f"{bench.opened.name}-noise", bench.known.path.with_stem(f"{bench.known.path.stem}-noise")
         network = dataclasses.replace(bench.opened, drawer=model.eval().drawer(), name=name)
-        bench = dataclasses.replace(bench, opened=network, file=file, known=known_in(file))
+        bench = dataclasses.replace(bench, opened=network, known=ResumableResults(file))
     return bench, options
 
 

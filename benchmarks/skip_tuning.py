@@ -14,7 +14,7 @@ import json
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ from mmskip.train.evaluation.generation.image_sampler import (
     reference_features,
 )
 from mmskip.train.metrics.feature_nets import open_feature_net
-from mmskip.utils.files import whole, write_json
+from mmskip.utils.files import whole
+from mmskip.utils.results import ResumableResults
 
 FREEU = (((1.1, 1.1), (0.9, 0.5)), ((1.2, 1.2), (0.9, 0.5)), ((1.1, 1.1), (1.0, 1.0)))
 
@@ -44,7 +45,6 @@ class Bench:
     Attributes:
         opened, judge: the network, and what judges its images.
         samples, sampler, batch_size: of every distance.
-        file: of the results.
         known: results by key.
     """
 
@@ -53,14 +53,14 @@ class Bench:
     samples: int
     sampler: str
     batch_size: int
-    file: Path
-    known: dict[str, Any] = field(default_factory=dict)
+    known: ResumableResults
 
     def distance(self, nfe: int, seed: int, config: Any = None) -> float:
         """The Frechet distance of images drawn with a method on the network."""
         told = "plain" if config is None else f"{type(config).__name__} {json.dumps(config.to_dict())}"
         key = f"{nfe} {seed} {self.samples} {self.sampler} {told}"
-        if key not in self.known:
+
+        def measure() -> float:
             drawer = self.opened.drawer
             if config is not None:
                 mmskip.apply_(drawer.unet, config)
@@ -70,11 +70,12 @@ class Bench:
             finally:
                 if config is not None:
                     mmskip.remove_(drawer.unet)
-            self.known[key] = self.judge.frechet(images)
-            write_json(self.known, self.file)
+            found = self.judge.frechet(images)
             shown = told if len(told) < 90 else f"{told[:87]}..."
-            print(f"NFE {nfe:>3} seed {seed:>3}: {self.known[key]:8.4f}  {shown}", flush=True)
-        return float(self.known[key])
+            print(f"NFE {nfe:>3} seed {seed:>3}: {found:8.4f}  {shown}", flush=True)
+            return found
+
+        return float(self.known.once(key, measure))
 
     def mean(self, nfe: int, seeds: Sequence[int], config: Any = None) -> list[float]:
         """Distances by seed."""
@@ -88,12 +89,7 @@ def open_bench(options: argparse.Namespace) -> Bench:
     opened = open_drawer(options.checkpoint, options.guidance, device)
     judge = Judge(net, reference_features(net, options, opened))
     file = Path("runs") / "skip_tuning_bench" / f"{opened.name}-{net.name}-{len(judge.real_NF)}.json".replace(":", "_")
-    return Bench(opened, judge, options.samples, options.sampler, options.batch_size, file, known_in(file))
-
-
-def known_in(file: Path) -> dict[str, Any]:
-    """The results in a file; none where there is no file."""
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return Bench(opened, judge, options.samples, options.sampler, options.batch_size, ResumableResults(file))
 
 
 def searched(bench: Bench, nfe: int, seed: int, grid: Sequence[float], rounds: int) -> tuple[float, dict[float, float]]:

@@ -18,7 +18,6 @@ import mmskip
 from mmskip.families import find
 from mmskip.models.diffusion.samplers import Denoiser, Drawer, steps_of
 from mmskip.train.evaluation.generation.image_sampler import pixels, real_images
-from mmskip.utils.files import write_json
 
 SIGMAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 # of the predicted noise: a small change matters already, so the grid is finer at 1
@@ -52,12 +51,13 @@ def noise_scaled(bench: Bench, nfe: int, options: argparse.Namespace) -> dict[st
         key = f"{nfe} {seed} {bench.samples} {bench.sampler} noise times {s}"
         if s == 1:
             return bench.distance(nfe, seed)
-        if key not in bench.known:
+
+        def measure() -> float:
             drawer = with_noise_scale(bench.opened.drawer, s)
             images, _ = drawer.draw(bench.samples, seed, bench.sampler, steps_of(bench.sampler, nfe), bench.batch_size)
-            bench.known[key] = bench.judge.frechet(images)
-            write_json(bench.known, bench.file)
-        return float(bench.known[key])
+            return bench.judge.frechet(images)
+
+        return float(bench.known.once(key, measure))
 
     found = mmskip.search(lambda s: distance(s, options.search_seed), *NOISE_SCALES, 7, 2, also=NEAR_ONE)
     return {

@@ -1,13 +1,12 @@
 """Search along one setting, from coarse to fine."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmskip.utils.files import write_json
+from mmskip.utils.results import ResumableResults
 
 _DIGITS = 4  # values that agree to this many digits are one value
 
@@ -59,8 +58,8 @@ def search(
             f"(low, high) is {(low, high)}, points {points}, rounds {rounds}; expected low < high, points >= 3, "
             "rounds >= 1."
         )
-    given = json.loads(json.dumps(settings or {}))
-    scores = _read(Path(file), given) if file is not None else {}
+    results = None if file is None else ResumableResults(file, settings or {})
+    scores = {} if results is None else _scores(results)
 
     def score(value: float) -> None:
         value = round(value, _DIGITS)
@@ -70,9 +69,8 @@ def search(
         if not math.isfinite(found):
             raise ValueError(f"the score of {value} is {found}; expected a finite number. Look at the range searched.")
         scores[value] = found
-        if file is not None:
-            rows = [{"value": v, "score": s} for v, s in scores.items()]
-            write_json({"settings": given, "evaluated": rows}, file)
+        if results is not None:
+            results.put({"evaluated": [{"value": v, "score": s} for v, s in scores.items()]})
 
     for value in [*also, *(low + i * (high - low) / (points - 1) for i in range(points))]:
         score(value)
@@ -89,20 +87,8 @@ def _best(scores: dict[float, float]) -> float:
     return min(scores, key=lambda value: scores[value])
 
 
-def _read(file: Path, settings: dict[str, Any]) -> dict[float, float]:
-    if not file.is_file():
-        return {}
+def _scores(results: ResumableResults) -> dict[float, float]:
     try:
-        content = json.loads(file.read_text())
-        found, rows = content["settings"], content["evaluated"]
-        scores = {float(row["value"]): float(row["score"]) for row in rows}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not a file of this search ({error!r}); give another folder.") from error
-    if found != settings:
-        keys = sorted(k for k in {*found, *settings} if found.get(k) != settings.get(k))
-        raise ValueError(
-            f"{file} holds a search with other settings ({', '.join(keys)}): "
-            f"{ {k: found.get(k) for k in keys} } there, { ({k: settings.get(k) for k in keys}) } now. Give another "
-            "folder, or remove it."
-        )
-    return scores
+        return {float(row["value"]): float(row["score"]) for row in results.values.get("evaluated", [])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise results.unfit(error) from error

@@ -91,6 +91,11 @@ class GrowingLines:
         return self.path
 
 
+def finite(value: Any) -> Any:
+    """Return JSON-ready values with None in place of every number that is not finite."""
+    return _finite(value, "", {})
+
+
 def _finite(value: Any, place: str, found: dict[str, str]) -> Any:
     """`value` with None for every number that is not finite; these are noted in `found`."""
     if isinstance(value, float) and not math.isfinite(value):

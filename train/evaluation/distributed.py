@@ -1,4 +1,8 @@
-"""Several processes that evaluate together: started by torchrun, or one alone."""
+"""The processes that evaluate together: those that torchrun started, or one alone.
+
+On torch.distributed itself: accelerate's `PartialState` is one object per process, which neither takes a device by name
+nor forgets a group that has ended (two evaluations in one process), and it changes the number of threads.
+"""
 
 import os
 from collections.abc import Iterator
@@ -12,17 +16,18 @@ import torch.distributed as dist
 
 from mmskip.env import pick_device
 
-# one rank encodes or times while the others wait: the usual ten minutes are nothing
+# the others wait while one rank encodes or times, for longer than the usual ten minutes
 _PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process among all.
+class ProcessGroup:
+    """This process among all of an evaluation.
 
     Attributes:
-        rank, world: number of this process, and of all.
-        device: where its model runs.
+        rank: number of this process, from 0.
+        world: number of processes.
+        device: where this process runs its model.
     """
 
     rank: int
@@ -31,16 +36,16 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and prints."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here (a collective call)."""
         if self.world > 1:
             dist.barrier()
 
     def share(self, value: Any) -> Any:
-        """The first process's value, on all (a collective call)."""
+        """Return the first process's value on all (a collective call)."""
         if self.world == 1:
             return value
         values = [value]
@@ -48,7 +53,7 @@ class Ranks:
         return values[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, on all (a collective call)."""
+        """Return the values of all processes on all, by rank (a collective call)."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value)
@@ -56,11 +61,11 @@ class Ranks:
 
 
 @contextmanager
-def ranks(device: str = "auto") -> Iterator[Ranks]:
+def process_group(device: str = "auto") -> Iterator[ProcessGroup]:
     """Join the processes that torchrun started (nccl on CUDA devices, gloo elsewhere).
 
     Args:
-        device: see `mmskip.env.pick_device`; among several ranks "auto" and "cuda" mean a device each.
+        device: see `mmskip.env.pick_device`; with several ranks, "auto" and "cuda" give each its own.
 
     Raises:
         ValueError: no such device.
@@ -75,7 +80,7 @@ def ranks(device: str = "auto") -> Iterator[Ranks]:
     if joined:
         dist.init_process_group("nccl" if target.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
-        yield Ranks(rank, world, target)
+        yield ProcessGroup(rank, world, target)
     finally:
         if joined:
             dist.destroy_process_group()

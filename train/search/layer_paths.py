@@ -1,7 +1,7 @@
-"""`python -m mmskip.search cola`: for each sample, the paths of layers that answer it, by tree search.
+"""`mmskip search cola`: for each sample, the paths of layers that answer it, by tree search.
 
-The search is told the right answer of each sample: what it finds is an ORACLE, a bound on what skipping and repeating
-layers could give, not a method that could be deployed.
+The search knows the right answer of each sample: its result is an ORACLE, a bound on what skipping and repeating layers
+could give, not a method that could be deployed.
 
 Shape suffixes: T tokens, V vocabulary.
 """
@@ -21,7 +21,8 @@ from torch import Tensor
 import mmskip
 from mmskip.calibration import layer_paths as paths
 from mmskip.methods.layer_plan import LayerPlanConfig
-from mmskip.utils.files import whole, write_json
+from mmskip.utils.files import whole
+from mmskip.utils.results import ResumableResults
 
 ORACLE = "oracle: each path was chosen with the answer known; a bound, not a method"
 
@@ -77,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, local_files_only=True)
     model = model.to(arguments.device).eval()
     samples = _samples(arguments, tokenizer)
-    told = {
+    depends_on = {
         "model": arguments.model,
         "data": str(arguments.samples or arguments.text),
         "samples": hashlib.sha256(json.dumps([asdict(sample) for sample in samples]).encode()).hexdigest(),
@@ -85,12 +86,11 @@ def run(arguments: argparse.Namespace) -> int:
         **asdict(settings),
     }
     if arguments.samples is None:
-        told |= {"window": arguments.window, "answer_tokens": arguments.answer_tokens}
-    file = arguments.out / "cola.json"
-    kept = search_samples(model, samples[: arguments.limit], settings, arguments.seed, file, told)
-    rows = kept[: arguments.limit]
+        depends_on |= {"window": arguments.window, "answer_tokens": arguments.answer_tokens}
+    results = ResumableResults(arguments.out / "cola.json", depends_on, "give another --out, or remove it")
+    rows = search_samples(model, samples[: arguments.limit], settings, arguments.seed, results)[: arguments.limit]
     means = summary(rows, layers_of(model))
-    write_json({"label": ORACLE, "settings": told, "summary": means, "samples": kept}, file)
+    results.put({"summary": means})
     picture(rows, layers_of(model), arguments.out / "cola.png")
     print(f"{ORACLE}\n{report(means)}\nwritten to {arguments.out}")
     return 0
@@ -175,22 +175,14 @@ def path_reward(model: Any, sample: Sample, path: paths.LayerPath) -> float | No
 
 
 def search_samples(
-    model: Any,
-    samples: Sequence[Sample],
-    settings: paths.PathSettings,
-    seed: int,
-    file: Path,
-    told: dict[str, Any],
+    model: Any, samples: Sequence[Sample], settings: paths.PathSettings, seed: int, results: ResumableResults
 ) -> list[dict[str, Any]]:
-    """Search each sample that `file` does not hold yet; it is written after each.
+    """Search each sample that `results` does not hold yet; they are written after each.
 
     Returns:
-        All rows of the file, which may be more than the samples.
-
-    Raises:
-        ValueError: the file is of another search.
+        All rows of the results, which may be more than the samples.
     """
-    rows, layers = _read(file, told), layers_of(model)
+    rows, layers = list(results.values.get("samples", [])), layers_of(model)
     for number, sample in enumerate(samples[len(rows) :], len(rows)):
         found = paths.search_paths(
             lambda path, sample=sample: path_reward(model, sample, path),  # type: ignore[misc]
@@ -200,26 +192,12 @@ def search_samples(
         )
         dense = reward_of(model, sample)
         rows.append({"dense": dense, "pareto": [scored.to_dict() for scored in found]})
-        write_json({"label": ORACLE, "settings": told, "samples": rows}, file)
+        results.put({"label": ORACLE, "samples": rows, "summary": None})
         best = found[-1]
         print(
             f"sample {number}: {dense:.3f} with all {layers} layers, {best.reward:.3f} with {best.length}", flush=True
         )
     return rows
-
-
-def _read(file: Path, told: dict[str, Any]) -> list[dict[str, Any]]:
-    if not file.is_file():
-        return []
-    try:
-        content = json.loads(file.read_text())
-        settings, rows = content["settings"], content["samples"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not a file of this search ({error!r}); give another --out.") from error
-    if settings != told:
-        keys = sorted(key for key in {*settings, *told} if settings.get(key) != told.get(key))
-        raise ValueError(f"{file} holds a search with another {', '.join(keys)}; give another --out, or remove it.")
-    return list(rows)
 
 
 def summary(rows: Sequence[dict[str, Any]], layers: int) -> dict[str, Any]:
@@ -244,12 +222,12 @@ def summary(rows: Sequence[dict[str, Any]], layers: int) -> dict[str, Any]:
     }
 
 
-def report(told: dict[str, Any]) -> str:
-    """The summary in words."""
+def report(means: dict[str, Any]) -> str:
+    """Describe the summary."""
     return (
-        f"{told['samples']} samples: reward {told['dense']:.3f} with all layers, {told['oracle']:.3f} with the best "
-        f"path of each ({told['oracle_length']:.0%} of the layers); {told['shorter']:.0%} have a shorter path as good "
-        f"as the model, which takes {told['as_good_length']:.0%} of the layers in the mean"
+        f"{means['samples']} samples: reward {means['dense']:.3f} with all layers, {means['oracle']:.3f} with the best "
+        f"path of each ({means['oracle_length']:.0%} of the layers); {means['shorter']:.0%} have a shorter path as "
+        f"good as the model, {means['as_good_length']:.0%} of the layers on average"
     )
 
 

@@ -65,7 +65,7 @@ def test_an_interrupted_search_goes_on_where_it_stopped(tmp_path):
     )
     assert not set(again) & set(tried)
     assert found == mmskip.search(lambda x: abs(x - 0.4), 0.0, 1.0, points=5, rounds=3)
-    with pytest.raises(ValueError, match=r"other settings \(a\)"):
+    with pytest.raises(ValueError, match=r"other settings \(a: \[1\] there, \[2\] now\)"):
         mmskip.search(score, 0.0, 1.0, file=file, settings={"a": [2]})
 
 
@@ -80,7 +80,7 @@ def test_a_score_that_is_no_number_is_refused_and_not_kept(tmp_path):
         mmskip.search(lambda x: float("nan"), 0.0, 1.0, file=tmp_path / "s.json")
     assert not (tmp_path / "s.json").exists()
     (tmp_path / "s.json").write_text("[]")
-    with pytest.raises(ValueError, match="not a file of this search"):
+    with pytest.raises(ValueError, match="not a file of these results"):
         mmskip.search(lambda x: x, 0.0, 1.0, file=tmp_path / "s.json")
 
 
@@ -149,7 +149,7 @@ def test_bad_command_lines_are_one_clear_line(more, message, options, tmp_path, 
 def test_a_search_of_other_settings_is_not_mixed_in(options, capsys):
     assert main([*options, "--nfe", "3"]) == 0
     assert main([*options, "--nfe", "3", "--seeds", "5"]) == 2
-    assert "other settings (seeds)" in capsys.readouterr().err
+    assert "other settings (seeds: [100] there, [5] now)" in capsys.readouterr().err
 
 
 def test_it_runs_as_a_module():

@@ -12,6 +12,7 @@ import mmskip
 from mmskip.calibration.layer_paths import PathSettings, Scored, neighbours, pareto, search_paths
 from mmskip.search.__main__ import main
 from mmskip.train.search import layer_paths as cola
+from mmskip.utils.results import ResumableResults
 
 MODEL, TEXT = DATA / "stories260K", DATA / "text" / "tinystories_valid_5stories.txt"
 NEEDS_DATA = pytest.mark.skipif(not MODEL.is_dir(), reason="needs ../shared/data/stories260K beside the repository")
@@ -95,21 +96,25 @@ def test_a_search_goes_on_where_it_stopped(tmp_path):
     model, source = decoder(), torch.Generator().manual_seed(1)
     rows = torch.randint(3, VOCAB, (3, 8), generator=source).tolist()
     samples = [cola.Sample(tuple(row[:6]), (tuple(row[6:]),)) for row in rows]
-    settings, told = PathSettings(simulations=12), {"seed": 0}
-    whole = cola.search_samples(model, samples, settings, 0, tmp_path / "whole.json", told)
     part = tmp_path / "part.json"
-    cola.search_samples(model, samples[:1], settings, 0, part, told)
+
+    def search(count, file=part, seed=0):
+        results = ResumableResults(file, {"seed": seed})
+        return cola.search_samples(model, samples[:count], PathSettings(simulations=12), seed, results)
+
+    whole = search(3, tmp_path / "whole.json")
+    search(1)
     kept = part.read_text()
-    assert cola.search_samples(model, samples[:1], settings, 0, part, told) == whole[:1] and part.read_text() == kept
-    assert cola.search_samples(model, samples, settings, 0, part, told) == whole
-    assert cola.search_samples(model, samples[:1], settings, 0, part, told) == whole  # finished rows are kept
-    with pytest.raises(ValueError, match="another seed"):
-        cola.search_samples(model, samples, settings, 1, part, {"seed": 1})
+    assert search(1) == whole[:1] and part.read_text() == kept
+    assert search(3) == whole
+    assert search(1) == whole  # finished rows are kept
+    with pytest.raises(ValueError, match=r"other settings \(seed: 0 there, 1 now\)"):
+        search(3, seed=1)
     for row in whole:
         dense = [item for item in row["pareto"] if item["length"] <= 4]
         assert max(item["reward"] for item in dense) >= row["dense"] - 1e-6
-    told = cola.summary(whole, 4)
-    assert told["oracle"] >= told["dense"] and 0 < told["as_good_length"] <= 1
+    means = cola.summary(whole, 4)
+    assert means["oracle"] >= means["dense"] and 0 < means["as_good_length"] <= 1
 
 
 @NEEDS_DATA
@@ -130,10 +135,10 @@ def test_the_command_says_that_it_is_an_oracle(tmp_path, capsys):
     cut = json.loads((tmp_path / "out" / "cola.json").read_text())
     assert cut["samples"] == found["samples"] and cut["summary"]["samples"] == 1
     assert main([*call, "--text", str(TEXT)]) == 2
-    assert re.search(r"another answer_tokens, data, samples, window;", capsys.readouterr().err)
+    assert re.search(r"other settings \(answer_tokens: .*; data: .*; samples: .*; window: ", capsys.readouterr().err)
     file.write_text(json.dumps(lines[1]))
     assert main([*call, "--samples", str(file)]) == 2
-    assert "another samples;" in capsys.readouterr().err
+    assert re.search(r"other settings \(samples: [^;]*\); give another --out", capsys.readouterr().err)
     file.write_text('{"prompt": "x", "choices": ["a"], "answer": 3}')
     assert main([*call[:-1], str(tmp_path / "new"), "--samples", str(file)]) == 2
     assert "line 1" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from mmskip.models.captioner.metrics import CaptionScores, DocumentFrequency, ja
 from mmskip.models.captioner.module import Captioner
 from mmskip.train.evaluation.captioner.exit_sweep import FULL, Recorder, Variant, depths, encoder_exits
 from mmskip.train.evaluation.captioner.task import Batch, CaptionTask, encoded, variants_of
-from mmskip.train.evaluation.distributed import ranks
+from mmskip.train.evaluation.distributed import process_group
 from mmskip.utils.files import write_json
 
 
@@ -25,8 +25,8 @@ def run(options: argparse.Namespace, frequency: DocumentFrequency | None) -> int
     if options.beams is not None and options.beams < 1:
         raise ValueError(f"--beams is {options.beams}; expected at least 1")
     variants = variants_of(options)
-    with ranks(options.device) as team:
-        task = CaptionTask.of("coco", "caption", options.annotations, options, team)
+    with process_group(options.device) as group:
+        task = CaptionTask.of("coco", "caption", options.annotations, options, group)
         task.check(variants)
         if len(task.dataset) < 2 and frequency is None:
             raise ValueError(f"CIDEr weighs words by their images and there is {len(task.dataset)}; give --idf as well")
@@ -48,14 +48,14 @@ def run(options: argparse.Namespace, frequency: DocumentFrequency | None) -> int
             # a caption is right where leaving early cost it nothing
             rows = [{**records[uid], "right": scores.images[uid]["CIDEr"] >= full[uid] - 1e-9} for uid in records]
             totals[variant.name] = {**variant.to_dict(), "metrics": scores.totals, "exits": depths(rows, task.model)}
-            if team.first:
+            if group.first:
                 _write(task, variant, totals[variant.name], records, scores)
         status = 0
-        if team.first:
+        if group.first:
             for name, cost in task.costs(variants, call).items():
                 totals[name]["compute"] = cost
             status = task.report(totals, ("CIDEr", "Bleu_4", "ROUGE_L", *options.java))
-        team.wait()
+        group.wait()
         return status
 
 

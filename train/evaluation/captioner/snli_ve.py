@@ -9,7 +9,7 @@ from mmskip.datasets.captioning.snli_ve import LABELS
 from mmskip.models.captioner.module import Captioner
 from mmskip.train.evaluation.captioner.exit_sweep import Recorder, depths, encoder_exits
 from mmskip.train.evaluation.captioner.task import Batch, CaptionTask, add_run_arguments, encoded, variants_of
-from mmskip.train.evaluation.distributed import ranks
+from mmskip.train.evaluation.distributed import process_group
 from mmskip.utils.files import write_json
 
 
@@ -24,22 +24,22 @@ def run(options: argparse.Namespace) -> int:
     if options.checkpoint is None:
         raise ValueError("give --checkpoint, the run of a captioner")
     variants = variants_of(options)
-    with ranks(options.device) as team:
-        task = CaptionTask.of("snli_ve", "entailment", options.annotations, options, team)
+    with process_group(options.device) as group:
+        task = CaptionTask.of("snli_ve", "entailment", options.annotations, options, group)
         task.check(variants)
         totals: dict[str, dict[str, Any]] = {}
         for variant in variants:
             records = task.evaluate(variant, judged)
             rows = [row for uid in sorted(records) for row in records[uid]["rows"]]
             totals[variant.name] = {**variant.to_dict(), "metrics": accuracy(rows), "exits": depths(rows, task.model)}
-            if team.first:
+            if group.first:
                 write_json(totals[variant.name] | {"rows": rows}, task.out / variant.name / "results.json")
         status = 0
-        if team.first:
+        if group.first:
             for name, cost in task.costs(variants, answer).items():
                 totals[name]["compute"] = cost
             status = task.report(totals, ("accuracy",))
-        team.wait()
+        group.wait()
         return status
 
 

@@ -28,8 +28,8 @@ from mmskip.train.evaluation.captioner.exit_sweep import (
     recording,
     using,
 )
-from mmskip.train.evaluation.distributed import Ranks
-from mmskip.train.evaluation.results_store import Ledger
+from mmskip.train.evaluation.distributed import ProcessGroup
+from mmskip.train.evaluation.results_store import ResultsStore
 from mmskip.train.load_run import TrainedRun, find_run, load_captioner, load_data, tokenizer_folder
 from mmskip.utils.files import check_folder, write_json
 
@@ -60,7 +60,7 @@ class CaptionTask:
         dataset: the images.
         collate: makes their batches.
         split: which.
-        ranks: the processes.
+        group: the processes.
         out: folder of the results.
         options: the arguments.
         left_out: of the annotations, counted by reason.
@@ -72,13 +72,15 @@ class CaptionTask:
     dataset: PictureDataset
     collate: CaptionCollate
     split: str
-    ranks: Ranks
+    group: ProcessGroup
     out: Path
     options: argparse.Namespace
     left_out: dict[str, int]
 
     @classmethod
-    def of(cls, name: str, task: str, files: str | None, options: argparse.Namespace, team: Ranks) -> "CaptionTask":
+    def of(
+        cls, name: str, task: str, files: str | None, options: argparse.Namespace, group: ProcessGroup
+    ) -> "CaptionTask":
         """Load a run and the images with one kind of text (a collective call).
 
         Args:
@@ -86,7 +88,7 @@ class CaptionTask:
             task: "caption" or "entailment".
             files: annotations; None: those of the run.
             options: the arguments.
-            team: the processes.
+            group: the processes.
 
         Raises:
             ValueError: the run or its data cannot be had, or do not fit each other.
@@ -96,12 +98,12 @@ class CaptionTask:
         if (files is None) != (options.images is None):
             raise ValueError("annotations and --images belong together; give both, or none for the data of the run")
         run = find_run(options.checkpoint, options.config)
-        model = load_captioner(run, team.device)
+        model = load_captioner(run, group.device)
         out = check_folder(options.out or run.folder / "evaluation" / name)
         data, split = _data(run, task, files, options)
-        if team.first:
+        if group.first:
             data.prepare_data()
-        team.wait()
+        group.wait()
         if token_ids(data.tokenizer, data.collate().answers) != model.hparams["tokens"]:
             raise ValueError(
                 "the tokenizer of the data is not the one the model was trained with; point data.tokenizer at the "
@@ -110,7 +112,7 @@ class CaptionTask:
         entries = [entry for entry in data.entries(split) if (entry.captions if task == "caption" else entry.pairs)]
         dataset = PictureDataset(entries[: options.limit], data.image_size, data.resize)
         counts = dict(data.reports[split].counts)
-        return cls(name, run, model, dataset, data.collate(), split, team, out, options, counts)
+        return cls(name, run, model, dataset, data.collate(), split, group, out, options, counts)
 
     def blanked(self) -> PictureDataset:
         """The same images, black."""
@@ -119,7 +121,7 @@ class CaptionTask:
     def batch(self, dataset: PictureDataset, numbers: Sequence[int]) -> Batch:
         """Some images and their texts, on the device."""
         found = self.collate([dataset[number] for number in numbers])
-        return {key: value.to(self.ranks.device) if hasattr(value, "to") else value for key, value in found.items()}
+        return {key: value.to(self.group.device) if hasattr(value, "to") else value for key, value in found.items()}
 
     def check(self, variants: Sequence[Variant]) -> None:
         """Apply every setting, before anything is computed or written.
@@ -149,17 +151,17 @@ class CaptionTask:
             **settings,
         }
         samples = {entry.uid: _sample_id(entry) for entry in dataset.entries}
-        ledger = Ledger(self.out / variant.name, whole, samples, self.ranks)
-        todo = [number for number, entry in enumerate(dataset.entries) if entry.uid not in ledger.done]
-        share, size = todo[self.ranks.rank :: self.ranks.world], self.options.batch_size
-        bar = tqdm(total=len(share), desc=variant.name, unit="image", disable=not self.ranks.first or not share)
+        store = ResultsStore(self.out / variant.name, whole, samples, self.group)
+        todo = [number for number, entry in enumerate(dataset.entries) if entry.uid not in store.done]
+        share, size = todo[self.group.rank :: self.group.world], self.options.batch_size
+        bar = tqdm(total=len(share), desc=variant.name, unit="image", disable=not self.group.first or not share)
         with bar, torch.no_grad(), using(self.model, variant.config), recording(self.model) as record:
             for begin in range(0, len(share), size):
                 numbers = share[begin : begin + size]
                 record.clear()
-                ledger.add(score(self.model, self.batch(dataset, numbers), record))
+                store.add(score(self.model, self.batch(dataset, numbers), record))
                 bar.update(len(numbers))
-        return ledger.close()
+        return store.close()
 
     def costs(
         self, variants: Sequence[Variant], call: Callable[[Captioner, Batch], Any]

@@ -9,7 +9,7 @@ from mmskip.datasets.narration.formats.coin import TASKS, CoinData, correct_answ
 from mmskip.datasets.narration.windows import NarrationDataset
 from mmskip.models.common.methods import freeze
 from mmskip.models.video_llm.answering import answer
-from mmskip.train.evaluation.distributed import ranks
+from mmskip.train.evaluation.distributed import process_group
 from mmskip.train.evaluation.video_llm.compute_sweep import Budgets
 from mmskip.train.evaluation.video_llm.task import Task, add_common_arguments
 from mmskip.train.load_run import find_run, load_model
@@ -26,16 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate; returns the exit status."""
-    with ranks(options.device) as team:
+    with process_group(options.device) as group:
         found = find_run(options.checkpoint, options.config)
-        model = load_model(found, team.device)
+        model = load_model(found, group.device)
         overrides = {"tasks": options.tasks} if options.tasks else {}
         task = Task.of(
             "coin",
             found,
             model,
             options,
-            team,
+            group,
             class_path="mmskip.datasets.narration.CoinData",
             **overrides,
         )
@@ -44,9 +44,9 @@ def run(options: argparse.Namespace) -> int:
         dataset = NarrationDataset(dataset.entries, dataset.store, dataset.tokens, options.blank)
         records, broken = _evaluate(task, dataset)
         left_out = task.left_out(broken)
-        if team.first:
+        if group.first:
             _report(task, records, left_out)
-        team.wait()
+        group.wait()
         return task.status(left_out)
 
 
@@ -57,7 +57,7 @@ def _evaluate(task: Task, dataset: NarrationDataset) -> tuple[dict[str, dict[str
     classes = data.categories()
     methods = freeze(Budgets(task.model.llm).trained)
     settings = {"methods": methods, "blank": task.options.blank, "max_new_tokens": limit, "classes": classes}
-    ledger = task.ledger(task.out / ("blank" if task.options.blank else "trained"), dataset, **settings)
+    store = task.store(task.out / ("blank" if task.options.blank else "trained"), dataset, **settings)
 
     def score(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         records = []
@@ -67,7 +67,7 @@ def _evaluate(task: Task, dataset: NarrationDataset) -> tuple[dict[str, dict[str
             records.append({"uid": item.uid, "task": item.task, "answers": item.answers, "said": said, "right": right})
         return records
 
-    return task.each(dataset, ledger, score, "coin")
+    return task.each(dataset, store, score, "coin")
 
 
 def accuracies(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

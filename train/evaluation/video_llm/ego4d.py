@@ -14,7 +14,7 @@ from mmskip.datasets.narration.windows import NarrationDataset
 from mmskip.models.common.methods import freeze
 from mmskip.models.video_llm.metrics import TurnScore, averages
 from mmskip.models.video_llm.scoring import score_turns
-from mmskip.train.evaluation.distributed import ranks
+from mmskip.train.evaluation.distributed import process_group
 from mmskip.train.evaluation.video_llm.compute_sweep import ROUTERS, Budgets, Variant, compute, plan_variants
 from mmskip.train.evaluation.video_llm.task import Task, add_common_arguments
 from mmskip.train.load_run import find_run, load_model
@@ -41,14 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate; returns the exit status."""
-    with ranks(options.device) as team:
+    with process_group(options.device) as group:
         if options.pairs == 1 or options.pairs < 0:
             raise ValueError(f"pairs must be 0 or at least 2, got {options.pairs}")
         found = find_run(options.checkpoint, options.config)
-        model = load_model(found, team.device)
+        model = load_model(found, group.device)
         budgets = Budgets(model.llm)
         variants = plan_variants(budgets.trained, options.keep, options.router, options.blank)
-        task = Task.of("ego4d", found, model, options, team)
+        task = Task.of("ego4d", found, model, options, group)
         dataset = task.data.dataset(task.split)
         totals: dict[str, dict[str, Any]] = {}
         broken: dict[str, str] = {}
@@ -57,12 +57,12 @@ def run(options: argparse.Namespace) -> int:
                 totals[variant.name], unread = _evaluate(task, dataset, variant)
             broken |= unread
         left_out = task.left_out(broken)
-        if team.first:
+        if group.first:
             if len(variants) > 1:
                 _add_compute(task, dataset, budgets, variants, totals)
             _report(task, variants, totals, left_out)
-        team.wait()
-        return task.status(left_out) if team.first else 0
+        group.wait()
+        return task.status(left_out) if group.first else 0
 
 
 def _evaluate(task: Task, dataset: NarrationDataset, variant: Variant) -> tuple[dict[str, Any], dict[str, str]]:
@@ -70,7 +70,7 @@ def _evaluate(task: Task, dataset: NarrationDataset, variant: Variant) -> tuple[
     folder = task.out / variant.name
     methods = freeze(variant.methods)
     blanked = NarrationDataset(dataset.entries, dataset.store, dataset.tokens, variant.blank)
-    ledger = task.ledger(folder, blanked, methods=methods, blank=variant.blank)
+    store = task.store(folder, blanked, methods=methods, blank=variant.blank)
 
     def score(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         batch = _batch(task, samples)
@@ -79,11 +79,11 @@ def _evaluate(task: Task, dataset: NarrationDataset, variant: Variant) -> tuple[
             for uid, turns, scores in zip(batch["uid"], batch["turns"], score_turns(task.model, batch), strict=True)
         ]
 
-    records, broken = task.each(blanked, ledger, score, variant.name)
+    records, broken = task.each(blanked, store, score, variant.name)
     fps = task.data.fps
     scored = {uid: [_score(turn) for turn in record["turns"]] for uid, record in sorted(records.items())}
     totals = averages([turns for turns in scored.values() if turns], fps)
-    if task.ranks.first:
+    if task.group.first:
         samples = [
             {"uid": uid, **averages([scored[uid]], fps), "told": records[uid]["turns"]} for uid in sorted(scored)
         ]
@@ -93,7 +93,7 @@ def _evaluate(task: Task, dataset: NarrationDataset, variant: Variant) -> tuple[
 
 def _batch(task: Task, samples: list[dict[str, Any]]) -> dict[str, Any]:
     batch = collate_narration(samples, 0)
-    return {key: value.to(task.ranks.device) if torch.is_tensor(value) else value for key, value in batch.items()}
+    return {key: value.to(task.group.device) if torch.is_tensor(value) else value for key, value in batch.items()}
 
 
 def _record(turn: Any, score: TurnScore) -> dict[str, Any]:

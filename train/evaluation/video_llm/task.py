@@ -17,8 +17,8 @@ from mmskip.datasets.narration.module import NarrationData
 from mmskip.datasets.narration.windows import Entry, NarrationDataset
 from mmskip.datasets.video.features import fingerprint
 from mmskip.models.video_llm.module import VideoLLM
-from mmskip.train.evaluation.distributed import Ranks
-from mmskip.train.evaluation.results_store import Ledger
+from mmskip.train.evaluation.distributed import ProcessGroup
+from mmskip.train.evaluation.results_store import ResultsStore
 from mmskip.train.load_run import TrainedRun, check_tokens, load_data, tokenizer_folder
 from mmskip.utils.files import check_folder
 
@@ -53,7 +53,7 @@ class Task:
     Attributes:
         name: of the evaluation.
         run, model, data, split: see there.
-        ranks: the processes.
+        group: the processes.
         precision: key of `PRECISIONS`.
         out: folder of the results.
         options: the arguments.
@@ -64,14 +64,14 @@ class Task:
     model: VideoLLM
     data: NarrationData
     split: str
-    ranks: Ranks
+    group: ProcessGroup
     precision: str
     out: Path
     options: argparse.Namespace
 
     @classmethod
     def of(
-        cls, name: str, run: TrainedRun, model: VideoLLM, options: argparse.Namespace, ranks: Ranks, **data: Any
+        cls, name: str, run: TrainedRun, model: VideoLLM, options: argparse.Namespace, group: ProcessGroup, **data: Any
     ) -> "Task":
         """Prepare the data of a run for one evaluation (a collective call).
 
@@ -80,7 +80,7 @@ class Task:
             run: the run.
             model: its model.
             options: the arguments.
-            ranks: the processes.
+            group: the processes.
             **data: passed to `load_data`.
 
         Raises:
@@ -92,15 +92,15 @@ class Task:
             raise ValueError(f"num_workers must be at least 0, got {options.num_workers}")
         out = check_folder(options.out or run.folder / "evaluation" / name)
         module, split = _data(run, options, data)
-        if ranks.first:
+        if group.first:
             module.prepare_data()
-        ranks.wait()
+        group.wait()
         check_fit(model, module)
         precision = options.precision or (run.precision if run.precision in PRECISIONS else "32-true")
-        return cls(name, run, model, module, split, ranks, precision, out, options)
+        return cls(name, run, model, module, split, group, precision, out, options)
 
-    def ledger(self, folder: Path, dataset: NarrationDataset, **settings: Any) -> Ledger:
-        """The ledger of an evaluation of `dataset`, which depends on these settings and on those of the task."""
+    def store(self, folder: Path, dataset: NarrationDataset, **settings: Any) -> ResultsStore:
+        """The store of an evaluation of `dataset`, which depends on these settings and on those of the task."""
         whole = {
             "evaluation": self.name,
             "checkpoint": fingerprint(self.run.checkpoint),
@@ -109,7 +109,7 @@ class Task:
             "precision": self.precision,
             **settings,
         }
-        return Ledger(folder, whole, {entry.uid: self._sample_id(entry) for entry in dataset.entries}, self.ranks)
+        return ResultsStore(folder, whole, {entry.uid: self._sample_id(entry) for entry in dataset.entries}, self.group)
 
     def _sample_id(self, entry: Entry) -> str:
         """What a sample's result depends on besides the settings: its text, its turns and the content of its video."""
@@ -119,12 +119,12 @@ class Task:
     def autocast(self) -> AbstractContextManager[Any]:
         """The arithmetic of the task's precision."""
         dtype = PRECISIONS[self.precision]
-        return nullcontext() if dtype is None else torch.autocast(self.ranks.device.type, dtype)
+        return nullcontext() if dtype is None else torch.autocast(self.group.device.type, dtype)
 
     def each(
         self,
         dataset: NarrationDataset,
-        ledger: Ledger,
+        store: ResultsStore,
         score: Callable[[list[dict[str, Any]]], Sequence[dict[str, Any]]],
         label: str,
     ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
@@ -132,15 +132,15 @@ class Task:
 
         Args:
             dataset: the samples.
-            ledger: where results are kept.
+            store: where results are kept.
             score: gives the record of each sample of a batch; run without gradients.
             label: of the progress bar.
 
         Returns:
             The records by uid, and the message of each sample that could not be read.
         """
-        todo = [index for index, entry in enumerate(dataset.entries) if entry.uid not in ledger.done]
-        share = todo[self.ranks.rank :: self.ranks.world]
+        todo = [index for index, entry in enumerate(dataset.entries) if entry.uid not in store.done]
+        share = todo[self.group.rank :: self.group.world]
         loader: DataLoader = DataLoader(
             Subset(Guarded(dataset), share),
             batch_size=self.options.batch_size,
@@ -148,16 +148,16 @@ class Task:
             collate_fn=list,
         )
         broken: dict[str, str] = {}
-        bar = tqdm(total=len(share), desc=label, unit="sample", disable=not self.ranks.first or not share)
+        bar = tqdm(total=len(share), desc=label, unit="sample", disable=not self.group.first or not share)
         with bar, torch.no_grad(), self.autocast():
             for items in loader:
                 broken.update({item.uid: item.message for item in items if isinstance(item, Unreadable)})
                 samples = [item for item in items if not isinstance(item, Unreadable)]
                 if samples:
-                    ledger.add(score(samples))
+                    store.add(score(samples))
                 bar.update(len(items))
-        records = ledger.close()
-        return records, {uid: told for part in self.ranks.gather(broken) for uid, told in part.items()}
+        records = store.close()
+        return records, {uid: told for part in self.group.gather(broken) for uid, told in part.items()}
 
     def left_out(self, broken: dict[str, str]) -> dict[str, Any]:
         """What was not evaluated: counts by reason with the first names, and the message of each broken file."""
