@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> None:
     for name, least in (("samples", 4), ("batch_size", 1), ("grid", 1)):
         if getattr(arguments, name) < least:
-            raise ValueError(f"{name.replace('_', '-')} is {getattr(arguments, name)}; expected at least {least}.")
+            raise ValueError(f"{name} is {getattr(arguments, name)}; expected at least {least}.")
     if len(set(arguments.seeds)) != len(arguments.seeds) or min(arguments.seeds) < 0:
         raise ValueError(f"seeds are {arguments.seeds}; expected different integers >= 0.")
 

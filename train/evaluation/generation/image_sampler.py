@@ -127,7 +127,7 @@ def real_images(arguments: argparse.Namespace, opened: Opened) -> tuple[ImageSet
     size, resize = opened.drawer.image_shape[-1], None
     source, count = arguments.real, arguments.real_count
     if count is not None and count < 2:
-        raise ValueError(f"real-count is {count}; expected at least 2.")
+        raise ValueError(f"real_count is {count}; expected at least 2.")
     if source is None:
         if opened.run is None:
             raise ValueError("a network of one's own has no images: give --real FOLDER, .npz or embedded.")
