@@ -44,6 +44,7 @@ from mmskip import ImportanceTable, LayerPlanConfig
 from mmskip.methods.layer_plan import preview
 from mmskip.methods.self_speculation import speculation_of
 from mmskip.train.evaluation.language_model.perplexity import perplexity
+from mmskip.utils.command import CommandParser
 from mmskip.utils.results import ResumableResults
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -297,11 +298,11 @@ def measured(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--model", nargs="+", choices=tuple(MODELS), default=list(MODELS))
     parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--new_tokens", type=int, default=32)
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     parser.add_argument("--tiny", action="store_true", help="a quick try of everything; its numbers mean nothing")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")

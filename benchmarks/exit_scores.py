@@ -22,6 +22,7 @@ from common.measure import emit, interleaved_ratio
 from common.mue import CLOCKS
 from mmskip import EarlyExitConfig
 from mmskip.costs import torch_flops
+from mmskip.utils.command import CommandParser
 
 LAYERS, WIDTH, WORDS = 6, 768, 51289
 OUT_OF_REACH = {name: math.nextafter(1.0, 0.0) for name in ("saturation", "confidence", "margin", "entropy")} | {
@@ -106,7 +107,7 @@ def measure(model: Any, options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 32], help="batch sizes")
     parser.add_argument("--memory", type=int, default=600, help="encoder tokens (default 600: 577 of the image)")
     parser.add_argument("--prefix", type=int, default=8, help="tokens before the one that is timed (default 8)")

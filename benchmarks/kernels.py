@@ -25,6 +25,7 @@ from mmskip.env import device_name, operation_paths
 from mmskip.ops.attention import last_queries_mask, pad_segments, ragged_attention, ragged_attention_naive
 from mmskip.ops.backend import ENV_VAR
 from mmskip.ops.tokens import merge_tokens, merge_tokens_naive, select_tokens, select_tokens_naive
+from mmskip.utils.command import CommandParser
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ def time_decoding(shape: Shape, pairs: int, device: torch.device, dtype: torch.d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--tiny", action="store_true", help="a shape that only shows that the script runs")
     parser.add_argument("--pairs", type=int, default=31)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import mmskip
 from common.measure import Ratio, emit, interleaved_ratio
+from mmskip.utils.command import CommandParser
 
 
 def half_of_patches(batch: int, size: int, patch: int = 16) -> Tensor:
@@ -37,7 +38,7 @@ def measured(model: nn.Module, x: Tensor, mask: Tensor, config: mmskip.LayerMask
 
 def main() -> None:
     """Measure and print one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=224)

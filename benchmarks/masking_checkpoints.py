@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mmskip.datasets.images import open_images
 from mmskip.train.evaluation.classifier.masking import Loaded, default_patch, read_weights, sample
 from mmskip.train.metrics.missingness import MASKINGS, ORDERS, Normalised, measure, table
+from mmskip.utils.command import CommandParser
 from mmskip.utils.results import ResumableResults
 
 DATA = Path(os.environ.get("MMSKIP_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -131,7 +132,7 @@ def main() -> None:
     """Report on every network and print one JSON line."""
     from common.measure import emit
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=2000, help="images per network (default: all)")
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=["random"])

@@ -30,6 +30,7 @@ from mmskip.costs import torch_flops
 from mmskip.env import device_name
 from mmskip.hf.calls import CACHE_NAME
 from mmskip.methods.mixture_of_depths import choose_layers
+from mmskip.utils.command import CommandParser
 
 CONTENDERS = ("mod", "random", "keep1", "fastv", "similarity")
 PHASES = ("prefill", "decode", "train")
@@ -154,7 +155,7 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=list(FAMILIES), choices=FAMILIES, help="families")
     parser.add_argument("--phases", nargs="+", default=list(PHASES), choices=PHASES)
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)

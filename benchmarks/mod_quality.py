@@ -3,7 +3,7 @@
     python benchmarks/mod_quality.py                    all variants, three seeds (about 45 minutes on two quiet cores)
     python benchmarks/mod_quality.py --seeds 0 --only dense mod random
     python benchmarks/mod_quality.py --epochs 1         a quick look
-    python benchmarks/mod_quality.py --split val --data-seed 100 --seeds 100 101      where settings are chosen
+    python benchmarks/mod_quality.py --split val --data_seed 100 --seeds 100 101      where settings are chosen
 
 Every variant is trained by the recipe of configs/videollm_mod.yaml on the same videos, in the same order, for the same
 number of steps, and scored on test videos no variant has seen. Whatever is searched (noise, gate, rates, the task) is
@@ -42,6 +42,7 @@ from mmskip.datasets.narration.module import NarrationData
 from mmskip.datasets.synthetic.videos import GeneratedConfig
 from mmskip.datasets.synthetic.world import SceneConfig
 from mmskip.models.video_llm.module import VideoLLM
+from mmskip.utils.command import CommandParser
 from mmskip.utils.files import write_json
 from mmskip.viz.curves import quality_against_compute
 from mmskip.viz.figure import save_png
@@ -289,12 +290,12 @@ def points(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="default: the recipe's")
     parser.add_argument("--split", choices=("test", "val"), default="test", help="videos to score on")
-    parser.add_argument("--data-seed", type=int, help="of the generated videos (default: the recipe's)")
+    parser.add_argument("--data_seed", type=int, help="of the generated videos (default: the recipe's)")
     parser.add_argument("--pairs", type=int, default=15, help="timed pairs of training steps")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="trainings at a time")
     parser.add_argument("--layers", type=int, help="of the shallow model (default: found by measuring)")

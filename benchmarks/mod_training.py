@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import mmskip
 from common.measure import LLAMA_8B, RESULTS, Decoder, emit, interleaved_ratio, saved_activation_bytes, summary
+from mmskip.utils.command import CommandParser
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def measure(shape: Shape, pairs: int, device: str, only: list[str], say: Callabl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="claim", choices=[*SHAPES, "all"], help="all: every shape that fits a CPU")
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, help="contenders")
     parser.add_argument("--pairs", type=int, default=15, help="paired, interleaved runs per contender")

@@ -50,6 +50,7 @@ from mmskip.models.captioner.module import Captioner
 from mmskip.train.cli.train import main as train_cli
 from mmskip.train.evaluation.captioner.exit_sweep import depths
 from mmskip.train.load_run import find_run, load_captioner, load_data
+from mmskip.utils.command import CommandParser
 from mmskip.utils.files import write_json
 from mmskip.utils.results import ResumableResults
 
@@ -352,7 +353,7 @@ def report(
 
 def arguments() -> tuple[argparse.Namespace, list[str]]:
     """The arguments, and those of the training command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train", choices=("full", "shallow"), help="train one of the models, and end")
     parser.add_argument("--choose", action="store_true", help="choose thresholds, and end")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="whose thresholds are chosen")

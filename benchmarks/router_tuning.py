@@ -42,6 +42,7 @@ from mmskip.models.common.pretrained import LoRA
 from mmskip.models.vlm.build import save_base
 from mmskip.models.vlm.module import VLM, answering_tokens, inputs_of
 from mmskip.tokens.router import LEARNED
+from mmskip.utils.command import CommandParser
 from mmskip.utils.results import made_once
 from mmskip.viz.figure import save_png
 
@@ -409,7 +410,7 @@ def search() -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=TUNED, default=list(TUNED))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--search", action="store_true", help="choose router and keep ratios on the search seed")

@@ -29,6 +29,7 @@ from common.skip_probes import cancelled, noise_scaled, other_ways, reach, uncon
 from mmskip.models.diffusion.module import Diffusion
 from mmskip.train.cli.train import main as train
 from mmskip.train.metrics.frechet import FeatureStatistics, frechet_distance
+from mmskip.utils.command import CommandParser
 from mmskip.utils.files import whole
 from mmskip.utils.results import ResumableResults
 from prepare.ddpm_unets import DATA
@@ -282,7 +283,7 @@ def _near_best(search: dict[str, float]) -> tuple[float, float]:
 
 def main(given: Sequence[str] | None = None) -> None:
     """Study the cases; what was known of the others is kept."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)} (default: all)")
     parser.add_argument("--out", type=Path, default=_measure.RESULTS, help="folder of the results")
     options = parser.parse_args(given)

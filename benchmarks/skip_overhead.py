@@ -5,7 +5,6 @@
 Ends with one JSON line; `overhead` is the share of a forward pass (issue's limit: 0.01).
 """
 
-import argparse
 from collections.abc import Sequence
 
 import torch
@@ -14,11 +13,12 @@ import mmskip
 from common import measure as _measure
 from mmskip.families import find
 from mmskip.models.diffusion.module import build_unet
+from mmskip.utils.command import CommandParser
 
 
 def main(given: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 128], help="channels by stage")
     parser.add_argument("--size", type=int, default=32, help="side of the images, pixels")
     parser.add_argument("--batch", type=int, default=8)

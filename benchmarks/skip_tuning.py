@@ -32,6 +32,7 @@ from mmskip.train.evaluation.generation.image_sampler import (
     reference_features,
 )
 from mmskip.train.metrics.feature_nets import open_feature_net
+from mmskip.utils.command import CommandParser
 from mmskip.utils.files import whole
 from mmskip.utils.results import ResumableResults
 
@@ -234,18 +235,18 @@ def picture(by_nfe: dict[int, dict[str, Any]], path: Path) -> None:
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="as for evaluate.py fid")
     add_drawing_arguments(parser)
     parser.add_argument("--name", default="skip_tuning", help="of the result files")
     parser.add_argument("--nfe", type=int, nargs="+", default=[5, 7, 9, 13])
     parser.add_argument("--samples", type=int, default=600, help="images per distance (default 600)")
-    parser.add_argument("--search-seed", type=int, default=100)
+    parser.add_argument("--search_seed", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="reported, never searched")
     parser.add_argument("--grid", type=float, nargs="+", default=[0.6, 0.7, 0.8, 0.9, 1.0, 1.1], help="even values")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--randoms", type=int, default=4, help="random scales of equal size, in pairs (default 4)")
-    parser.add_argument("--cache-nfe", type=int, nargs="*", default=[9, 25], help="for step caching; none: left out")
+    parser.add_argument("--cache_nfe", type=int, nargs="*", default=[9, 25], help="for step caching; none: left out")
     parser.add_argument("--intervals", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--depths", type=int, nargs="+", default=[1])
     parser.add_argument("--timed", type=int, default=32, help="images per timed batch (default 32)")
@@ -253,7 +254,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=_measure.RESULTS, help="folder of the results")
     parsed = parser.parse_args(given)
     if parsed.search_seed in parsed.seeds or len(parsed.seeds) < 3:
-        parser.error("give at least three --seeds, --search-seed not among them")
+        parser.error("give at least three --seeds, --search_seed not among them")
     return parsed
 
 

@@ -25,6 +25,7 @@ from common.stream_exactness import Comparison, compare
 from mmskip.models.common.fp32_head import fp32_linear
 from mmskip.models.video_llm.streaming.engine import StreamSettings
 from mmskip.train.load_run import find_run, load_data, load_model
+from mmskip.utils.command import CommandParser
 from mmskip.utils.files import write_json
 
 KINDS = {"float32": ("float32", False), "bfloat16": ("bfloat16", False), "bfloat16, rounded": ("bfloat16", True)}
@@ -70,7 +71,7 @@ def told(total: Comparison) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="folder of a run, or a checkpoint file")
     parser.add_argument("--split", default="test", help="of the run's data (default test)")
     parser.add_argument("--samples", type=int, default=30, help="videos (default 30)")

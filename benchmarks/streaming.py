@@ -37,6 +37,7 @@ from common.measure import LLAMA_8B, RESULTS, Decoder, emit, environment, interl
 from mmskip.models.video_llm.module import VideoLLM
 from mmskip.models.video_llm.speaking import TokenIds
 from mmskip.models.video_llm.streaming.engine import StreamEngine, StreamSettings
+from mmskip.utils.command import CommandParser
 from mmskip.utils.files import write_json
 from mmskip.viz.figure import HIGHLIGHT, INK, LINE, RAN, save_png
 
@@ -460,7 +461,7 @@ def _median_cell(result: dict[str, Any]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     parts = ["position", "flat", "prefill", "grid"]
     add("--shape", default="claim", choices=SHAPES)

@@ -29,6 +29,7 @@ from common.measure import ROOT, environment
 from mmskip import LayerPlanConfig
 from mmskip.models.common.pretrained import build_llm, llm_config
 from mmskip.train.evaluation.language_model.perplexity import perplexity, text_windows
+from mmskip.utils.command import CommandParser
 from mmskip.utils.files import write_json
 
 DATA = ROOT.parent / "shared" / "data"
@@ -153,7 +154,7 @@ def make(arguments: argparse.Namespace) -> Path:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(description=__doc__)
+    made = CommandParser(description=__doc__)
     made.add_argument("--variant", choices=tuple(VARIANTS), default="plain")
     made.add_argument("--steps", type=int, help="default: 1800 (plain) or 2600 (skipped)")
     made.add_argument("--rows", type=int, default=4)

@@ -1,6 +1,5 @@
 """`evaluate.py coco --checkpoint` and `snli_ve`: sweeps of exits on a trained captioner, resumed, refused."""
 
-import argparse
 import json
 import shutil
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from mmskip.train.cli.train import main as train
 from mmskip.train.evaluation.captioner.exit_sweep import add_exit_arguments, plan
 from mmskip.train.evaluation.captioner.generation import said_length
 from mmskip.train.load_run import find_run, load_captioner
+from mmskip.utils.command import CommandParser
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +120,8 @@ def test_files_of_ones_own_are_evaluated(run, tmp_path, capsys):
         ("coco", ["--annotations", "x.json"], "belong together"),
         ("snli_ve", ["--decoder", "0.9", "--min-layers", "3"], "leaves no exit"),
         ("snli_ve", ["--split", "dev"], "no pairs for split 'dev'"),
-        ("snli_ve", ["--pairs-timed", "1"], "--pairs-timed 1"),
-        ("coco", ["--encoder", "0.9", "--max-layers", "2"], "--max-layers is 2, which needs thresholds of the decoder"),
+        ("snli_ve", ["--pairs-timed", "1"], "--pairs_timed 1"),
+        ("coco", ["--encoder", "0.9", "--max-layers", "2"], "--max_layers is 2, which needs thresholds of the decoder"),
     ],
 )
 def test_bad_arguments_are_one_line(run, tmp_path, capsys, command, options, told):
@@ -163,7 +163,7 @@ def test_a_caption_ends_at_its_eos():
 
 
 def test_settings_share_no_folder_and_no_checkpoint_brings_learned_heads(capsys):
-    parser = argparse.ArgumentParser()
+    parser = CommandParser()
     add_exit_arguments(parser)
     names = []
     for given in (

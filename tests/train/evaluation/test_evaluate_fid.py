@@ -132,7 +132,7 @@ def test_a_feature_network_that_does_not_fit_is_refused(net, message, run, nets,
         (["--guidance", "2"], "label_dropout > 0"),
         (["--real", "nowhere"], "neither a folder nor an .npz"),
         (["--methods", "nowhere.json"], "holds no method"),
-        (["--real-count", "1"], "real-count is 1"),
+        (["--real-count", "1"], "real_count is 1"),
     ],
 )
 def test_bad_arguments_are_one_clear_line(more, message, run, nets, tmp_path, capsys):
