@@ -59,6 +59,10 @@ class Meter:
         """What a call of `module` cost that turned `inputs` into `output`; None where that is not computed here."""
         return None
 
+    def measure_dense(self, module: nn.Module, inputs: Any, output: Any) -> Tally | None:
+        """What the same call costs in the dense model; None where it runs the same."""
+        return None
+
     def forward_cost(self, forward: ForwardRecord, trace: Sequence[ForwardRecord]) -> ForwardCost:
         """Count one forward of a trace, whose others may tell what the dense model would cost.
 
@@ -138,7 +142,8 @@ class CountingMeter(Meter):
 
 
 def _is_full(layer: LayerRecord) -> bool:
-    return layer.ran == layer.tokens and not layer.filled and not layer.reused and layer.pairs is None
+    joint = layer.pairs in (None, layer.dense_pairs)
+    return layer.ran == layer.tokens and not layer.filled and not layer.reused and joint
 
 
 def _scaled(layer: LayerRecord, counted: Tally) -> Tally:
@@ -165,15 +170,21 @@ def _owners(view: Any) -> list[nn.Module]:
 
 class ConvMeter(Meter):
     """Computes the cost of convolutions and linear layers from their sizes. A mask saves nothing: hidden positions
-    are computed too, and what fills them in is not counted."""
+    are computed too, and what fills them in is not counted.
 
-    def __init__(self, view: Any) -> None:
+    Args:
+        replaced: sites at which another module stands than in the dense network, with the original one.
+    """
+
+    def __init__(self, view: Any, replaced: Sequence[tuple[Any, nn.Module]] = ()) -> None:
         super().__init__(view)
         convs = {id(site.module) for site in self.sites}
+        self.sites += tuple(site for site, _ in replaced if id(site.module) not in convs)
+        self._originals = {id(site.module): original for site, original in replaced}
         self.outside = tuple(
             module
             for module in view.root.modules()
-            if isinstance(module, nn.Linear | _ConvNd) and id(module) not in convs
+            if isinstance(module, nn.Linear | _ConvNd) and id(module) not in {*convs, *self._originals}
         )
 
     def measure(self, module: nn.Module, inputs: Any, output: Any) -> Tally | None:
@@ -190,12 +201,18 @@ class ConvMeter(Meter):
             places = written // module.out_channels
         return Tally(2.0 * places * weight.numel(), 0.0, weight.element_size() * (read + written))
 
+    def measure_dense(self, module: nn.Module, inputs: Any, output: Any) -> Tally | None:
+        """The cost of the original of a module that was replaced."""
+        original = self._originals.get(id(module))
+        return None if original is None else self.measure(original, inputs, output)
+
     def forward_cost(self, forward: ForwardRecord, trace: Sequence[ForwardRecord]) -> ForwardCost:
-        """Add the layers up; the dense network runs the same ones."""
-        tallies = [layer.flops for layer in forward.layers if layer.flops is not None]
-        flops = forward.outside.flops + sum(tally.flops for tally in tallies)
-        held = sum(tally.activation_bytes for tally in tallies)
-        return ForwardCost(flops, flops, held, held)
+        """Add the layers up; the dense network runs the same ones, but for those that were replaced."""
+        ran = [layer.flops or Tally() for layer in forward.layers]
+        dense = [layer.dense or layer.flops or Tally() for layer in forward.layers]
+        flops, dense_flops = (forward.outside.flops + sum(tally.flops for tally in part) for part in (ran, dense))
+        held, dense_held = (sum(tally.activation_bytes for tally in part) for part in (ran, dense))
+        return ForwardCost(flops, dense_flops, held, dense_held)
 
 
 def _size(x: Tensor) -> int:

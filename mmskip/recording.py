@@ -35,6 +35,7 @@ class LayerRecord:
         reused: the output came from an earlier forward.
         visible: share of the positions that a keep mask leaves visible, in [0, 1]; None: no mask.
         flops: counted while the site ran; None where the family's meter computes them from the numbers above.
+        dense: the same for the dense model, where a meter knows it at once; None: it is found by comparison.
     """
 
     site: str
@@ -53,6 +54,7 @@ class LayerRecord:
     reused: bool = False
     visible: float | None = None
     flops: Tally | None = None
+    dense: Tally | None = None
 
 
 @dataclass
@@ -151,10 +153,15 @@ class Recorder:
     """Takes what mechanisms say of the forward under way, and adds it to its record.
 
     A block that says nothing counts as run on all its tokens.
+
+    Attributes:
+        forward: the record of the forward under way; None between forwards.
+        deciding: whether `overhead` is calling a function.
     """
 
     def __init__(self) -> None:
         self.forward: ForwardRecord | None = None
+        self.deciding = False
         self._blocks: dict[int, list[Work]] = {}
         self._visits: dict[int, list[Work]] = {}
         self._layouts: dict[int, tuple[Tensor, Tensor | None]] = {}
@@ -185,9 +192,13 @@ class Recorder:
         """Call a function of a method and count its operations apart from those of the block it runs in."""
         if self.forward is None:
             return call(*args)
-        tally = self.forward.overhead
-        with OperationCounter(lambda: tally):
-            return call(*args)
+        tally, before = self.forward.overhead, self.deciding
+        self.deciding = True
+        try:
+            with OperationCounter(lambda: tally):
+                return call(*args)
+        finally:
+            self.deciding = before
 
     def begin(self, forward: ForwardRecord) -> None:
         """Start the record of a forward."""

@@ -108,7 +108,7 @@ class _Session:
             stack.enter_context(OperationCounter(self._tally))
 
     def _tally(self) -> Tally | None:
-        return self._tallies[-1] if self._tallies else None
+        return self._tallies[-1] if self._tallies and not self.recorder.deciding else None
 
     def _open(self, entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._entered is not None and entry is not self._meter.entries[0]:
@@ -149,6 +149,7 @@ class _Session:
             layer.dense_pairs = slots * length if site.kind == "block" else None
             layer.visible = _visible(hidden)
             layer.flops = counted if self._meter.counts else self._meter.measure(module, args, hidden)
+            layer.dense = self._meter.measure_dense(module, args, hidden)
             self.recorder.add(module, layer)
 
         return hook

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmskip.families.base import View
+from mmskip.families.base import Site, View
 from mmskip.meters import ConvMeter
+from mmskip.swap import Replacement, state_of
 
 _ATTENTION = ("qkv", "q_proj", "to_qkv", "in_proj_weight", "relative_position_bias_table")
 
@@ -33,7 +34,12 @@ class CNNView(View):
 
     def meter(self) -> ConvMeter:
         """Return what counts the convolutions."""
-        return ConvMeter(self)
+        found = [item for item in self.root.named_modules() if isinstance(item[1], Replacement)]
+        replaced = [
+            (Site(f"conv.{name}", "conv", module, index), state_of(module, Replacement).original)
+            for index, (name, module) in enumerate(found)
+        ]
+        return ConvMeter(self, replaced)
 
     @property
     def joins_parallel_branches(self) -> bool:

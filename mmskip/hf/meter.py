@@ -99,11 +99,11 @@ class DecoderMeter(Meter):
             return 0, 0, 0
         # a plan keeps some entries short or empty: a dense block would store what another of its kind does
         total, window = max(int(cache.get_seq_length(i)) for i in held), self.view.windows[index]
-        entry = cache.layers[index if index in held else held[0]]
+        entry, own = cache.layers[index if index in held else held[0]], index in held
         past = total - length if window is None else min(total - length, window - 1)
         stored = total if window is None else min(total, window - 1)
         per_slot = (entry.keys[:, :, :1].numel() + entry.values[:, :, :1].numel()) * entry.keys.element_size()
-        return past + length, per_slot * entry.keys.shape[-2], per_slot * stored
+        return past + length, per_slot * entry.keys.shape[-2] * own, per_slot * stored
 
     def forward_cost(self, forward: ForwardRecord, trace: Sequence[ForwardRecord]) -> ForwardCost:
         """Count the blocks by what they ran, and the output head by its rows."""

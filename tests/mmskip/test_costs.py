@@ -1,5 +1,7 @@
 """Counted costs agree with torch's own counter: the dense model's, and what ran of it under a method."""
 
+import dataclasses
+
 import open_clip
 import pytest
 import timm
@@ -16,6 +18,8 @@ from mmskip.costs import torch_flops
 from mmskip.families import family
 from mmskip.families.base import View
 from mmskip.meters import Meter
+from mmskip.registry import register
+from mmskip.swap import replace
 
 LAYOUT = stream_layout(6, lead=0).expand(2, -1)
 IDS = torch.randint(3, VOCAB, LAYOUT.shape, generator=torch.Generator().manual_seed(0))
@@ -238,6 +242,30 @@ def test_a_layer_mask_saves_nothing():
         model(IMAGES)
     cost = mmskip.cost(model, trace)
     assert cost.flops == cost.dense_flops == dense and cost.ideal_speedup == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Pooled:
+    """Depthwise convolutions give way to max-pools."""
+
+
+@torch.no_grad()
+def test_a_replaced_convolution_saves_what_it_cost(monkeypatch):
+    monkeypatch.setattr("mmskip.registry._HANDLERS", {})
+
+    @register(Pooled, "cnn")
+    def pool(config, view):
+        convs = [site for site in view.sites("conv") if site.module.groups == site.module.in_channels > 1]
+        pools = [nn.MaxPool2d(c.module.kernel_size, c.module.stride, c.module.padding) for c in convs]
+        return [replace(site, pool, view.root) for site, pool in zip(convs, pools, strict=True)]
+
+    model = timm.create_model("mobilenetv3_small_050", num_classes=7).eval()
+    dense = counted(lambda: model(IMAGES))
+    mmskip.apply_(model, Pooled())
+    with mmskip.trace(model) as trace:
+        ran = counted(lambda: model(IMAGES))
+    cost = mmskip.cost(model, trace)
+    assert cost.flops == ran < cost.dense_flops == dense
 
 
 # --- families from outside -------------------------------------------------------------------------------------------
