@@ -1,7 +1,7 @@
-"""Recording which tokens were processed, and running a model again under that selection.
+"""Record which tokens were processed, and run a model again under that selection.
 
-In half precision two ways of computing the same thing (frame by frame, or all at once) round differently, so that a
-few close scores change their order. Under recorded selections the rest can be compared exactly.
+In half precision two ways of computing the same values (frame by frame, or all frames at once) round differently, so
+that a few close scores change their order. Under recorded selections everything else can be compared.
 
 Shape suffixes: B rows, T tokens, G groups (frames), N tokens of the largest group.
 """
@@ -23,7 +23,7 @@ _active: ContextVar["Replay | None"] = ContextVar("mmskip_replay", default=None)
 
 @dataclass
 class Selections:
-    """What each block kept of each frame.
+    """The tokens that each block kept of each frame.
 
     Attributes:
         kept: by site, then by (row, frame id): BoolTensor with one entry per vision token of the frame.
@@ -33,10 +33,10 @@ class Selections:
 
     @classmethod
     def of(cls, trace: Trace) -> "Selections":
-        """From the forwards of a trace; of a frame that ran twice the later one counts.
+        """Read the forwards of a trace; of a frame that ran twice the later run counts.
 
         Raises:
-            ValueError: nothing routes tokens in it.
+            ValueError: no method routes tokens in it.
         """
         found = cls()
         for forward in trace.forwards:
@@ -53,7 +53,7 @@ class Selections:
         return found
 
     def of_row(self, row: int) -> "Selections":
-        """Those of one row, for a batch of this row alone."""
+        """Return the selections of one row, for a batch of this row alone."""
         return Selections(
             {
                 site: {(0, frame): mask for (number, frame), mask in kept.items() if number == row}
@@ -67,8 +67,9 @@ class Replay:
     """A model running under recorded selections.
 
     Attributes:
-        selections: the recorded ones.
-        compared, flipped: kept vision tokens of the record, and how many of them the model would not have kept itself.
+        selections: the recorded selections.
+        compared: number of kept vision tokens of the record.
+        flipped: how many of them the model itself would not have kept.
     """
 
     selections: Selections
@@ -77,13 +78,13 @@ class Replay:
 
     @property
     def flipped_share(self) -> float:
-        """Share of the recorded selections that the model itself would have made differently."""
+        """Share of the recorded tokens that the model itself would not have kept, in [0, 1]."""
         return self.flipped / self.compared if self.compared else 0.0
 
 
 @contextmanager
 def replaying(selections: Selections) -> Iterator[Replay]:
-    """While open, routed blocks process what was recorded; their gates stay their own."""
+    """Let routed blocks process the recorded tokens in forwards inside; gates are computed as usual."""
     replay = Replay(selections)
     token = _active.set(replay)
     try:
@@ -93,28 +94,28 @@ def replaying(selections: Selections) -> Iterator[Replay]:
 
 
 def replayed(site: str, selection: Selection, groups: TokenGroups) -> Selection:
-    """Called by a routed block: the recorded selection in place of its own, if one is being replayed.
+    """Return the recorded selection in place of a routed block's `selection`, inside `replaying`; else `selection`.
 
     Raises:
-        ValueError: the record does not hold a frame of the call, or kept another number of its tokens.
+        ValueError: the record lacks a frame of the call, or kept another number of its tokens.
     """
     replay = None if torch.compiler.is_compiling() else _active.get()
     if replay is None or not groups.has_vision:
         return selection
     recorded = replay.selections.kept.get(site, {})
     layout, keep_BT = groups.layout_BT.cpu(), (groups.layout_BT == TEXT).cpu() & selection.keep_BT.cpu()
-    own_BT = selection.keep_BT.cpu()
+    chosen_BT = selection.keep_BT.cpu()
     for row, line in enumerate(layout):
         for frame in line[line != TEXT].unique().tolist():
             places, kept = line == frame, recorded.get((row, frame))
-            if kept is None or len(kept) != int(places.sum()) or kept.sum() != own_BT[row, places].sum():
+            if kept is None or len(kept) != int(places.sum()) or kept.sum() != chosen_BT[row, places].sum():
                 raise ValueError(
                     f"{site}: the record has no selection that fits frame {frame} of row {row}; record and replay the "
                     "same frames with the same keep."
                 )
             keep_BT[row, places] = kept
             replay.compared += int(kept.sum())
-            replay.flipped += int((kept & ~own_BT[row, places]).sum())
+            replay.flipped += int((kept & ~chosen_BT[row, places]).sum())
     rows = None if selection.valid_BS is None else selection.valid_BS.sum(1)
     again = compact(keep_BT.to(selection.keep_BT.device), selection.index_BS.shape[1], rows)
     return replace(again, kept_G=selection.kept_G, kept_B=selection.kept_B)

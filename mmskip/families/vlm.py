@@ -15,7 +15,7 @@ from mmskip.hf.routing.vlm import MASKED
 
 @dataclass(frozen=True)
 class VlmView(DecoderView):
-    """The decoder of a VLM, and the module around it.
+    """The decoder of a VLM and the module around it.
 
     Attributes:
         outer: the module that merges vision features into the embeddings and calls the decoder.

@@ -42,8 +42,8 @@ class OverrideState:
     """State of an overridden attention.
 
     Attributes:
-        config: what it reads in place of the model's config.
-        probe: what its attention function reports to, see `mmskip.hf.probes.attention`; None: nothing.
+        config: the view that it reads in place of the model's config.
+        probe: receives the scores of its attention function, see `mmskip.hf.probes.attention`; None: no scores.
     """
 
     config: ConfigView
@@ -75,7 +75,7 @@ def override_config(config: Any, blocks: Iterable[nn.Module], implementation: st
     """Return the config of blocks with another attention implementation; None: the model's.
 
     Raises:
-        ValueError: an implementation other than `mmskip_ragged`, or one that lacks what the model needs.
+        ValueError: an implementation other than `mmskip_ragged`, or the model needs soft-capped scores or sinks.
     """
     if implementation is None:
         return config
@@ -95,7 +95,14 @@ def override_config(config: Any, blocks: Iterable[nn.Module], implementation: st
 
 
 def override_change(block: Site, config: ConfigView, probe: Any = None) -> Change:
-    """Let the attention of a block read `config`."""
+    """Let the attention of a block read `config`.
+
+    Args:
+        probe: see `OverrideState`.
+
+    Raises:
+        ValueError: see `configured_attention`.
+    """
     attention = configured_attention(block.module)
     site = Site(f"{block.name}.attn", "attn", attention, block.index, block.stack)
     return around(site, OverriddenAttention, OverrideState(config, probe), aspect="attn")

@@ -1,4 +1,4 @@
-"""Calls of transformers: the names of their arguments, and what modules around a call tell the modules inside."""
+"""Calls of transformers: the names of their arguments, checks, and values scoped to the calls of one module."""
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping

@@ -43,7 +43,7 @@ class TokenReductionConfig(MethodConfig):
             max(1, round(keep * n)).
         after_layer: number of blocks that process every token, >= 0; at least 1 for `score="attention"`. FastV's K.
             With 0 the tokens are chosen before the first block, from the features of vision tower and connector.
-        score: how the tokens of a frame are ranked: `"attention"` (what text pays to them in block `after_layer - 1`,
+        score: how the tokens of a frame are ranked: `"attention"` (that text pays to them in block `after_layer - 1`,
             mean over the heads), `"norm"` (largest hidden states), the controls `"random"` and `"uniform"` (evenly
             spaced), or `"similarity"`: nothing is dropped, the most similar tokens of a frame are merged into their
             mean, which takes the place and position of one of them (ToMe's matching; without its weighting of
@@ -151,7 +151,7 @@ class ReductionPolicy:
         if self.config.query == "last" and block.training:
             raise ValueError(
                 "score='attention' with query='last' ranks by the last token of a row, in training one of the answer, "
-                "which would choose what its own prediction sees; train with query='next'."
+                "so that a target would select the tokens that its prediction sees; train with query='next'."
             )
         scores: Tensor | None = groups.shared.get(ATTENTION_SCORES)
         if scores is None:

@@ -139,7 +139,7 @@ def _attend(
         bound["attention_mask"] = None
         return key.shape[1]
     if backend == RAGGED and host is not None and host_key is not None:
-        # the packing leaves padding out
+        # the packing drops padding
         allowed = None if causal else _allowed(state, query, key, None, segments, blocks)
         bound["attention_mask"] = call.packings.mask(host, host_key, query.device, allowed)
         return key.shape[1]

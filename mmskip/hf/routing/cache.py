@@ -26,7 +26,7 @@ class SlotCacheLayer(CacheLayerMixin):
 
     A *slot* is the index of a token in its (padded) row, counted from the start of the stream; windows and
     `crop` are measured in slots, never in stored entries. Lengths reported to transformers are those of the
-    stream, as a dense layer would report them; `keys.shape[-2]` is what is stored.
+    stream, as a dense layer would report them; `keys.shape[-2]` entries are stored.
 
     Attributes:
         keys, values: [B, H, K, E]
@@ -57,7 +57,7 @@ class SlotCacheLayer(CacheLayerMixin):
         self.cropped = False
         self.total = 0
         self.all_valid = True
-        # (entries, end) of each update, and the end of the last one dropped, so that the host knows what is stored
+        # (entries, end) of each update, and the end of the last one dropped: the host knows the stored entries
         self._chunks: list[tuple[int, int]] = []
         self._floor = 0
         self._pending: tuple[Tensor, Tensor, int, bool, Tensor | None, np.ndarray | None] | None = None

@@ -1,4 +1,4 @@
-"""What modules around a decoder know of a call, and what the decoder hands its routed blocks.
+"""The context of a decoder's call, and the data that the decoder passes to its routed blocks.
 
 Shape suffixes: B batch, T tokens of a call.
 """
@@ -34,14 +34,14 @@ class Bidirectional:
 
 @dataclass(frozen=True)
 class CallContext:
-    """What `generate` and the module around a decoder know of the decoder's next call.
+    """Facts about a decoder's next call from `generate` and the module around the decoder.
 
     Attributes:
         prompt: layout of the prompt of the running `generate`, LongTensor [B, T of the prompt]; None outside of it.
         layout: layout of the call, LongTensor [B, T]; None where the decoder has to work it out.
         builds_masks: whether the module around the decoder builds the masks; `padding_mask` is then the one it got.
         padding_mask: Tensor [B, past + T], 1 on real tokens; None: no padding.
-        bidirectional: what the masks of that module allow beyond causal order.
+        bidirectional: the pairs of tokens that see each other in those masks despite causal order; None: none.
     """
 
     prompt: Tensor | None = None
@@ -58,7 +58,7 @@ NO_CONTEXT = CallContext()
 
 
 class RoutedCall:
-    """What a decoder hands its routed blocks in one forward.
+    """Data that a decoder passes to its routed blocks in one forward.
 
     Attributes:
         groups: the vision tokens of the call.

@@ -75,7 +75,7 @@ def _read_call(
     if tuple(layout.shape) != (batch, length):
         raise ValueError(
             f"layout has shape {tuple(layout.shape)}; expected {(batch, length)}, one entry per token of this call. "
-            "(Virtual tokens of peft's prompt tuning stand in front and count as text: pad the layout with -1 there.)"
+            "(Virtual tokens of peft's prompt tuning come first and count as text: pad the layout with -1 there.)"
         )
     mask = known.padding_mask if known.builds_masks else bound.get("attention_mask")
     real = _real_tokens(mask, batch, length)
@@ -89,9 +89,9 @@ def _read_call(
 
 
 def _read_stream(state: LayoutRootState, cache: StreamCache, layout: Tensor | None, device: torch.device) -> RoutedCall:
-    """Read a call of running streams: the cache knows what is padding and where each stream stands."""
+    """Read a call of running streams: the cache knows the padding and the position of each stream."""
     if layout is None:
-        raise ValueError("a call of running streams needs the layout it was announced with; pass layout=.")
+        raise ValueError("a call of running streams needs the layout that was announced for it; pass layout=.")
     groups = token_groups(layout, cache.real_BT).to(device)
     for policy in state.policies.values():
         policy.prepare(groups)
@@ -117,9 +117,9 @@ def _implied_layout(
     if length == 1 and _slots(cache, state) is not None:
         return torch.full((batch, 1), TEXT, device=device)
     raise ValueError(
-        "mmskip needs a layout to tell vision tokens from text: pass layout=, an integer tensor [batch, tokens] with "
-        "the frame id of each vision token and -1 for text (all -1 for pure text). Trainer of transformers drops a "
-        "column 'layout' of the dataset unless TrainingArguments(remove_unused_columns=False)."
+        "mmskip needs a layout to distinguish vision tokens from text: pass layout=, an integer tensor [batch, tokens] "
+        "with the frame id of each vision token and -1 for text (all -1 for pure text). Trainer of transformers drops "
+        "a column 'layout' of the dataset unless TrainingArguments(remove_unused_columns=False)."
     )
 
 

@@ -1,5 +1,5 @@
-"""The module around the decoder of a vision-language model: reads the layout of a call from its pictures and, where it
-builds the masks itself, tells the decoder what they allow.
+"""The module around the decoder of a vision-language model: reads the layout of a call from its pictures and, if it
+builds the masks, passes their bidirectional blocks to the decoder.
 
 Shape suffixes: B batch, T tokens of a call.
 """
@@ -94,7 +94,7 @@ def _bidirectional(outer: Any, bound: dict[str, Any], start: int) -> Bidirection
     if tuple(types.shape) != (batch, start + length) or (start and kind == "paligemma"):
         raise ValueError(
             f"token_type_ids has shape {tuple(types.shape)} for {length} tokens after {start} cached ones; expected "
-            f"{(batch, start + length)}, from the start of the prompt (PaliGemma: the whole prompt in one call)."
+            f"{(batch, start + length)}, from the start of the prompt (PaliGemma: the complete prompt in one call)."
         )
     if kind == "paligemma":
         return Bidirectional((types != 0).long().neg(), MASKED[kind])

@@ -1,8 +1,8 @@
 """The KV cache of running streams: several in one batch, each at its own position, optionally bounded by a window.
 
 Every layer stores the tokens it processed and nothing else: no padding, no skipped token. Under a window a token sees
-the last `window` positions, its own included, and the first `sinks` positions of its stream, whatever a layer stores of
-them.
+the last `window` positions, itself included, and the first `sinks` positions of its stream, whichever of them a layer
+stores.
 
 Shape suffixes: B streams, T tokens of a call, S tokens a layer processes, K keys it sees, H heads, E head width.
 """
@@ -202,15 +202,15 @@ class StreamCache(Cache):
         super().__init__(layers=list(self._own))
 
     def _ledger(self, index: int) -> SlotLedger:
-        own = self.view.windows[index]
-        limits = [limit for limit in (own, self.window) if limit is not None]
-        sinks = self.sinks if own is None else 0
+        sliding = self.view.windows[index]
+        limits = [limit for limit in (sliding, self.window) if limit is not None]
+        sinks = self.sinks if sliding is None else 0
         return SlotLedger(len(self.totals), min(limits, default=None), sinks, self.device)
 
     # --- one call -----------------------------------------------------------------------------------------------
 
     def base_of(self, position: int) -> int:
-        """Return what is subtracted from the positions of a unit whose last token is at `position` of its stream."""
+        """Return the offset subtracted from the positions of a unit whose last token is at `position` of its stream."""
         if self.roll is None or self.range is None or position < self.range:
             return 0
         return ((position - self.range) // self.roll + 1) * self.roll
@@ -251,10 +251,10 @@ class StreamCache(Cache):
         for kind, ledger in self._dense.items():
             pieces = [pieces_of(runs, _all_of(runs), ledger.sinks) for runs in call.runs]
             ledger.announce(call.positions_BT, pieces, call.starts, call.turns)
-            own = next(w for w, t in zip(self.view.windows, self.view.attention_types(), strict=True) if t == kind)
-            masks[f"{kind}_attention"] = (
-                None if plain else self._mask(self.view.config, call.positions_BT, ledger.positions_BK(), own, dtype)
-            )
+            sliding = next(w for w, t in zip(self.view.windows, self.view.attention_types(), strict=True) if t == kind)
+            keys_BK = ledger.positions_BK()
+            mask = None if plain else self._mask(self.view.config, call.positions_BT, keys_BK, sliding, dtype)
+            masks[f"{kind}_attention"] = mask
         bases_B1 = torch.tensor(bases, device=self.device)[:, None]
         return {
             "attention_mask": masks if len(masks) > 1 else next(iter(masks.values())),
@@ -299,15 +299,15 @@ class StreamCache(Cache):
         keys_BK = ledger.positions_BK().to(x_BSD.device)
         return self._mask(config, positions_BS, keys_BK, self.view.windows[index], x_BSD.dtype), plan.length
 
-    def _mask(self, config: Any, query_BS: Tensor, key_BK: Tensor, own: int | None, dtype: torch.dtype) -> Any:
+    def _mask(self, config: Any, query_BS: Tensor, key_BK: Tensor, sliding: int | None, dtype: torch.dtype) -> Any:
         """Build the mask: a query sees entries at or before its own position, in the window or among the sinks."""
         window, sinks = self.window, self.sinks
 
         def allowed(b: Any, h: Any, q: Any, k: Any) -> Any:
             query, key = query_BS[b, q], key_BK[b, k]
             seen = key <= query
-            if own is not None:
-                seen = seen & (query - key < own)
+            if sliding is not None:
+                seen = seen & (query - key < sliding)
             if window is not None:
                 seen = seen & ((query - key < window) | (key < sinks))
             return seen

@@ -55,7 +55,7 @@ class StorePlan:
     Attributes:
         number: of the call.
         turn_BK: LongTensor, by how many positions the stored keys are rotated back; None: not at all.
-        moves: per stream, what is copied into new buffers; None: the buffers stay.
+        moves: per stream, the entries copied into new buffers; None: the buffers stay.
         capacity: C, entries of the buffers (one more column takes padding).
         column: first column of the new entries, where it is the same for all streams.
         columns_BS: LongTensor, the columns of the new entries where streams differ; else None.
@@ -215,7 +215,7 @@ class SlotLedger:
         return 0, torch.from_numpy(columns).to(self.positions_BC.device)
 
     def state(self) -> dict[str, Any]:
-        """Return what `restore` needs besides the positions, JSON-ready."""
+        """Return the state that `restore` needs besides the positions, JSON-ready."""
         return {
             "counts": self.counts,
             "pinned": self.pinned,

@@ -34,7 +34,7 @@ def test_a_frame_in_two_calls_is_refused():
     ids, layout = example(1, lead=0)
     cache = DynamicCache(config=model.config)
     model(ids[:, :5], layout=layout[:, :5], past_key_values=cache)
-    with pytest.raises(ValueError, match="frame 0 of row 0 goes on"):
+    with pytest.raises(ValueError, match="frame 0 of row 0 continues from an earlier call"):
         model(ids[:, 5:], layout=layout[:, 5:], past_key_values=cache)
 
 
