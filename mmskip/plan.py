@@ -26,8 +26,8 @@ class DepthPlan:
     Attributes:
         visits: in the order they run.
         phase: `both`, `prefill` (tokens of the prompt) or `decode` (tokens after it); in the other phase the model
-            runs as it was.
-        fill: whether keys and values are stored for blocks and attentions that are left out.
+            runs unchanged.
+        fill: whether keys and values are recomputed and stored for blocks and attentions that are left out.
     """
 
     visits: tuple[Visit, ...]

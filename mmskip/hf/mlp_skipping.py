@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmskip.families.base import Site
-from mmskip.hf.calls import given_cache
+from mmskip.hf.calls import given_cache, inputs_of
 from mmskip.hf.structure import added_by
 from mmskip.protocols import STATE, MlpRule, VoidRule
 from mmskip.recording import Work, recorder, stored_bytes
@@ -55,12 +55,7 @@ class MlpSkippingRoot(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         rule: MlpRule = state_of(self, MlpSkippingRoot)
         bound = bind(self, args, kwargs)
-        inputs = bound.get("inputs_embeds")
-        inputs = bound.get("input_ids") if inputs is None else inputs
-        if inputs is None:
-            raise ValueError("forward got neither input_ids nor inputs_embeds.")
-        cache = given_cache(bound)
-        place_BT = _places(inputs, cache, bound, rule.warmup)
+        place_BT = _places(inputs_of(bound), given_cache(bound), bound, rule.warmup)
         return super().forward(*args, **kwargs, **{CALL_KEY: MlpCall(place_BT >= rule.warmup)})
 
 

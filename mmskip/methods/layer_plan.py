@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, ClassVar, Self
 
 from torch import nn
 
@@ -76,6 +76,8 @@ class LayerPlanConfig(MethodConfig):
         True
     """
 
+    VERSION: ClassVar[int] = 2
+
     drop: Sequence[int] = ()
     drop_attn: Sequence[int] = ()
     drop_mlp: Sequence[int] = ()
@@ -106,6 +108,12 @@ class LayerPlanConfig(MethodConfig):
         if both:
             raise ValueError(f"order holds {sorted(both)}, which drop leaves out; name them in one.")
         self._check_rule()
+
+    @classmethod
+    def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
+        """Drop what version 1 allowed and ignored: fields that only another rule reads."""
+        rule = values.get("rule")
+        return {name: value for name, value in values.items() if name not in _OF_RULE or _OF_RULE[name][0] == rule}
 
     def _check_rule(self) -> None:
         """Raise ValueError for a field of another rule than the one chosen."""

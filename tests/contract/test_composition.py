@@ -19,17 +19,19 @@ from torch import nn
 import mmskip
 from mmskip import (
     EarlyExitConfig,
+    FFNSkipConfig,
     FreeUConfig,
+    LACConfig,
     LayerBitsConfig,
     LayerPlanConfig,
     MoDConfig,
     SelfSpeculationConfig,
-    SkipPolicyConfig,
     SkipScaleConfig,
     StepCacheConfig,
     TokenReductionConfig,
     composition,
 )
+from mmskip.calibration import ffn_threshold
 
 LAYOUT = stream_layout(2)[None]
 IDS = torch.randint(3, VOCAB, LAYOUT.shape, generator=torch.Generator().manual_seed(0))
@@ -42,8 +44,8 @@ def decoder() -> Any:
     return model
 
 
-def ffn_skip() -> SkipPolicyConfig:
-    return replace(SkipPolicyConfig.calibrated(decoder(), [IDS]), cold_first=2)
+def ffn_skip() -> FFNSkipConfig:
+    return replace(ffn_threshold(decoder(), [IDS]), cold_first=2)
 
 
 DECODER = {
@@ -56,7 +58,7 @@ DECODER = {
     "plan 5, decoding": LayerPlanConfig(drop=(5,), phase="decode"),
     "repeat": LayerPlanConfig(order=(0, 1, 2, 3, 2, 3, 4, 5)),
     "ffn skip": ffn_skip(),
-    "lac": SkipPolicyConfig(policy="lac"),
+    "lac": LACConfig(),
     "bits": LayerBitsConfig(bits=(16, 8, 16, 16, 4, 4)),
     "draft": SelfSpeculationConfig(skip_attn=(2,), skip_mlp=(2,)),
 }
@@ -146,7 +148,7 @@ def test_pairs_on_a_decoder(pair):
     found = decoded(applied(decoder(), first, second))
     assert_equal(decoded(applied(decoder(), second, first)), found)
     for name, other in (pair, pair[::-1]):
-        calibrated = isinstance(DECODER[other], SkipPolicyConfig) and DECODER[other].made_for
+        calibrated = isinstance(DECODER[other], FFNSkipConfig)
         if name in BY_HAND and not (calibrated and name == "plan 5") and other != "bits":
             model = applied(BY_HAND[name](decoder()), DECODER[other])
             torch.testing.assert_close(decoded(model)[0], found[0], atol=1e-4, rtol=1e-4)

@@ -11,7 +11,6 @@ Shape suffixes: B batch, T tokens of a call, D width.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +18,15 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
-from mmskip.hf.calls import StoredError, generate_arguments, given_cache, only_new_tokens
+from mmskip.hf.calls import (
+    Scoped,
+    StoredError,
+    check_ran,
+    generate_arguments,
+    given_cache,
+    inputs_of,
+    only_new_tokens,
+)
 from mmskip.hf.plans.cache_entries import check_plan, entries_of
 from mmskip.hf.plans.parts import (
     DROP,
@@ -39,17 +46,14 @@ from mmskip.recording import Work, recorder, stored_bytes
 from mmskip.swap import Change, around, bind, bind_call, state_of, states_of
 
 PLAN_KEY = "mmskip_plan"
-_decode_start: ContextVar[tuple[nn.Module, int] | None] = ContextVar("mmskip_decode_start", default=None)
+_decode_start: Scoped[int] = Scoped("mmskip_decode_start")
 
 
 @contextmanager
 def decode_from(root: nn.Module, start: int) -> Iterator[None]:
     """Treat tokens from cache slot `start` on as decoded, those before as prompt, in calls of `root` inside."""
-    token = _decode_start.set((root, start))
-    try:
+    with _decode_start.given(root, start):
         yield
-    finally:
-        _decode_start.reset(token)
 
 
 @dataclass(frozen=True)
@@ -110,32 +114,25 @@ class PlannedRoot(nn.Module):
         state: PlanRootState = state_of(self, PlannedRoot)
         call = _read_call(self, state, bind(self, args, kwargs))
         output = super().forward(*args, **kwargs, **{PLAN_KEY: call})
-        missing = state.claimed - call.ran
-        if missing and not state.checked:
-            raise RuntimeError(
-                f"blocks {sorted(missing)} of {type(self).__name__} were claimed by mmskip but did not run; something "
-                "replaced or bypassed them after apply_."
-            )
+        if not state.checked:
+            check_ran(self, state.claimed, call.ran)
         state.checked = True
         return output
 
 
 def _read_call(root: nn.Module, state: PlanRootState, bound: dict[str, Any]) -> PlanCall:
-    inputs = bound.get("inputs_embeds")
-    inputs = bound.get("input_ids") if inputs is None else inputs
-    if inputs is None:
-        raise ValueError("forward got neither input_ids nor inputs_embeds.")
-    cache = given_cache(bound)
+    """Find which tokens of a call the plan holds for."""
+    inputs, cache = inputs_of(bound), given_cache(bound)
     _check_cache(cache, state)
     start = cache.get_seq_length() if cache is not None else 0
     length, phase = inputs.shape[1], state.plan.phase
     if phase == "both":
         return PlanCall(start, length, True, None)
-    given = _decode_start.get()
-    if given is None or given[0] is not root:
+    given = _decode_start.of(root)
+    if given is None:
         decoding = length == 1 and cache is not None and bool(start > 0)
         return PlanCall(start, length, decoding == (phase == "decode"), None)
-    first = given[1] - int(start)
+    first = given - int(start)
     if 0 < first < length:
         decoded_T = torch.arange(length, device=inputs.device) >= first
         return PlanCall(start, length, True, decoded_T if phase == "decode" else ~decoded_T)
@@ -210,16 +207,16 @@ def _visit(
     moved = entry is not None and entry != visit.block
     arguments = with_entry(bound, entry) if moved and entry is not None else bound
     y_BTD = _run(block, state, call, arguments, x_BTD, visit)
-    whole = call.planned_T is not None
-    fills = state.fills and cache is not None and not (visit.attn or whole)
-    _record(block, x_BTD, visit.attn or whole, visit.mlp or whole, fills, cache, entry)
+    mixed = call.planned_T is not None
+    fills = state.fills and cache is not None and not (visit.attn or mixed)
+    _record(block, x_BTD, visit.attn or mixed, visit.mlp or mixed, fills, cache, entry)
     return y_BTD
 
 
 def _record(
     block: nn.Module, x_BTD: Tensor, attn: bool, mlp: bool, filled: bool, cache: Any, entry: int | None
 ) -> None:
-    """Tell the trace under way which parts of a block ran in a visit that stored in `entry` of the cache."""
+    """Tell the current trace which parts of a block ran in a visit that stored in `entry` of the cache."""
     if (recording := recorder()) is None:
         return
     slots = x_BTD.shape[0] * x_BTD.shape[1]
@@ -231,7 +228,7 @@ def _record(
 def _run(
     block: nn.Module, state: SlotState, call: PlanCall, bound: dict[str, Any], x_BTD: Tensor, visit: Visit
 ) -> Tensor:
-    """The block's own forward, without the parts that the visit leaves out."""
+    """Run the original forward of the block without the parts that the visit leaves out."""
     parts = [
         (state_of(module, PlannedPart), runs)
         for module, runs in zip(parts_of(block), (visit.attn, visit.mlp), strict=True)
@@ -348,9 +345,10 @@ def _part_changes(view: Any, plan: DepthPlan) -> list[Change]:
     for kind, sites in part_sites(view).items():
         for index in sorted({visit.block for visit in plan.visits if not getattr(visit, kind)}):
             if index not in sites:
+                part = "attention" if kind == "attn" else "MLP"
                 raise ValueError(
-                    f"{view.site(index)} ({type(view.blocks[index]).__name__}) has no single module for its "
-                    f"{'attention' if kind == 'attn' else 'MLP'}, so it cannot be left out alone; drop the whole block."
+                    f"{view.site(index)} ({type(view.blocks[index]).__name__}) has no single module for its {part}, so "
+                    "it cannot be left out alone; drop the entire block."
                 )
             changes.append(around(sites[index], PlannedPart, part_state(sites[index]), "parts"))
     return changes

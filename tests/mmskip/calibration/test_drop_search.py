@@ -94,7 +94,7 @@ def test_parts_that_cannot_go_are_no_candidates_and_the_model_is_left_as_it_was(
     with pytest.raises(ValueError, match=r"n is 4, but only 3 of kind 'block' can be left out: .*nothing to run"):
         greedy_drops(model, [IDS], 4)
     assert [type(m) for m in model.modules()] == classes and model.training
-    with pytest.raises(ValueError, match=r"n is 1, but only 0 of kind 'mlp'.*drop the whole block"):
+    with pytest.raises(ValueError, match=r"n is 1, but only 0 of kind 'mlp'.*drop the entire block"):
         greedy_drops(tiny_decoder("opt"), [IDS], 1, "mlp")
     for data, message in (([], "data is empty"), ([IDS[:, :1]], "no token to predict")):
         with pytest.raises(ValueError, match=message):
