@@ -1,11 +1,12 @@
-# make train | test | check | bench      (needs Python 3.11 or newer, git and make; everything else goes into .venv)
+# make train | test | check | docs | bench      (needs Python 3.11 or newer, git and make; everything else goes into .venv)
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.mmskip-ready
+DOCS_READY := $(VENV)/.mmskip-docs-ready
 
-.PHONY: train test check bench env clean
+.PHONY: train test check docs bench env clean
 
 train: $(READY)
 	$(BIN)/python train.py --config videollm_mod.yaml $(ARGS)
@@ -18,6 +19,11 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(DOCS_READY)
+	$(BIN)/python docs/tables.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open site/index.html; with search: $(BIN)/python -m http.server --directory site"
 
 bench: $(READY)
 	set -e; for script in $$(grep -L "Old name of" benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
@@ -32,5 +38,9 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install -e '.[dev]'
 	touch $@
 
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
