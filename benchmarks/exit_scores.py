@@ -22,6 +22,7 @@ from common.measure import emit, interleaved_ratio
 from common.mue import CLOCKS
 from mmskip import EarlyExitConfig
 from mmskip.costs import torch_flops
+from mmskip.exits.settings import ExitAt, FixedExit
 from mmskip.utils.command import CommandParser
 
 LAYERS, WIDTH, WORDS = 6, 768, 51289
@@ -86,14 +87,14 @@ def measure(model: Any, options: argparse.Namespace) -> dict[str, Any]:
         return found
 
     counted = _flops(base)
-    one = against(EarlyExitConfig(depth=1, kv="copy"))
-    mmskip.apply_(other, EarlyExitConfig(depth=1, kv="copy"))
+    one = against(EarlyExitConfig(FixedExit(1), cache_policy="copy"))
+    mmskip.apply_(other, EarlyExitConfig(FixedExit(1), cache_policy="copy"))
     counted /= _flops(Steps(other, options.rows, options.memory, options.prefix))
     mmskip.remove_(other)
     layer = one.base_s * (1 - 1 / one.median) / (depth - 1)
     scores = {}
     for criterion, threshold in OUT_OF_REACH.items():
-        found = against(EarlyExitConfig(decoder=threshold, criterion=criterion))
+        found = against(EarlyExitConfig(ExitAt(threshold, criterion)))
         scores[criterion] = 1000 * found.base_s * (1 / found.median - 1) / (depth - 1)
     return {
         "step_ms": 1000 * one.base_s,

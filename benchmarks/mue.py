@@ -46,6 +46,7 @@ from common.mue import (
 from common.mue_observed import observed
 from mmskip import EarlyExitConfig, viz
 from mmskip.datasets.captioning.module import CaptionData
+from mmskip.exits.settings import ExitAt, FixedExit
 from mmskip.models.captioner.module import Captioner
 from mmskip.train.cli.train import main as train_cli
 from mmskip.train.evaluation.captioner.exit_sweep import depths
@@ -118,7 +119,7 @@ class Search:
         share = TASKS[task][1]
         self.goal = (1 - MARGIN * (1 - share)) * self.full["quality"]
         depth = len(self.model.view.decoder)
-        self.fixed = [self.tried(Setting("fixed", EarlyExitConfig(depth=number))) for number in range(1, depth)]
+        self.fixed = [self.tried(Setting("fixed", EarlyExitConfig(FixedExit(number)))) for number in range(1, depth)]
         # no token needs to go beyond the first layer that is good enough for all of them, with or without the margin
         levels = (self.goal, share * self.full["quality"])
         enough = {next((n for n, t in enumerate(self.fixed, 1) if t["quality"] >= level), None) for level in levels}
@@ -195,19 +196,23 @@ def _setting(
     most: int | None = None,
     **fields: Any,
 ) -> Setting:
-    return Setting(way, EarlyExitConfig(**encoder, decoder=decoder, points=points, max_layers=most, **fields))
+    exits = ExitAt(decoder, exit_layers=points, max_layers=most, **fields)
+    return Setting(way, EarlyExitConfig(exits, **encoder))
 
 
 def _encoder(tried: Tried) -> dict[str, Any]:
     """How a setting leaves the encoder."""
-    return {part: tried["config"][part] for part in ("image", "text")}
+    config = Setting.from_dict(tried).config
+    return {part: getattr(config, part) for part in ("image", "text")}
 
 
 def front(tried: Sequence[Tried]) -> list[Tried]:
     """Those that no other beats in both quality and layers, fewest layers first; of equals the one of fewest points."""
 
     def points(one: Tried) -> int:
-        return len(one["config"]["points"] or range(100))
+        config = Setting.from_dict(one).config
+        exits = None if config is None else config.decoder
+        return len((exits.exit_layers if isinstance(exits, ExitAt) else None) or range(100))
 
     kept: list[Tried] = []
     for one in sorted(tried, key=lambda t: (t["layers"], -t["quality"], points(t))):

@@ -168,8 +168,10 @@ def current(cls: type, values: dict[str, Any]) -> dict[str, Any]:
         given[today] = value
     found = [key for key in old if key in given]
     if found and convert is not None:
-        _warn(cls.__name__, f"{', '.join(found)} {'is' if len(found) == 1 else 'are'} spelt differently now")
-        given = convert(given)
+        today = convert(dict(given))
+        spelt = ", ".join(f"{key}={value!r}" for key, value in today.items() if key not in given or given[key] != value)
+        _warn(cls.__name__, f"{', '.join(found)} {'is' if len(found) == 1 else 'are'} now spelt {spelt}")
+        given = today
     return given
 
 

@@ -14,6 +14,7 @@ from mmskip import EarlyExitConfig
 from mmskip.datasets.captioning.module import CaptionCollate, CaptionData, PictureDataset
 from mmskip.datasets.synthetic.captions import SceneCaptionsConfig
 from mmskip.exits.criteria import Saturation
+from mmskip.exits.settings import ExitAt, FixedExit
 from mmskip.methods.early_exit import exit_heads
 from mmskip.models.captioner.metrics import score_captions
 from mmskip.models.captioner.module import Captioner
@@ -27,7 +28,7 @@ PARTS = {"image": "image", "text": "prompt", "decoder": "decoder"}
 """What leaves, and what the records of a sample call it."""
 SCORED = EarlyExitConfig(image=0.99, text=0.99, decoder=0.99)
 """A score behind every layer; see `_never`."""
-ONE_LAYER = EarlyExitConfig(encoder_depth=1, depth=1)
+ONE_LAYER = EarlyExitConfig(encoder=FixedExit(1), decoder=FixedExit(1))
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Call = Callable[[Captioner], Any]
 Odds = dict[str, list[float]]
@@ -86,10 +87,12 @@ def at_random(rows: Sequence[dict[str, Any]], model: Captioner, like: EarlyExitC
         left = torch.stack([(told == layer).sum() for layer in range(1, depth)])
         there = torch.stack([(told >= layer).sum() for layer in range(1, depth)])
         odds[part] = (left / there.clamp(min=1)).tolist()
-    learned = dict.fromkeys(("criterion", "encoder_criterion"), "learned")
-    half = dict.fromkeys(("image", "text", "decoder"), 0.5)
-    same = {name: getattr(like, name) for name in ("points", "encoder_points", "max_layers", "encoder_max_layers")}
-    return Setting("random", EarlyExitConfig(**half, **learned, **same), odds)
+    exits = {}
+    for part in PARTS:
+        given = getattr(like, part)
+        given = given if isinstance(given, ExitAt) else ExitAt(0.5)
+        exits[part] = ExitAt(0.5, "learned", exit_layers=given.exit_layers, max_layers=given.max_layers)
+    return Setting("random", EarlyExitConfig(**exits), odds)
 
 
 def draw_lots(llm: Any, setting: Setting) -> None:

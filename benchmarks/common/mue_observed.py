@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmskip.datasets.common.labels import IGNORE
 from mmskip.exits.criteria import SampleScores, TokenScores
+from mmskip.hf.exits.heads import exit_head
 from mmskip.models.captioner.module import Captioner
 from mmskip.train.evaluation.captioner.task import Batch, encoded
 
@@ -113,7 +114,7 @@ def observed(model: Captioner, batches: Sequence[Batch], task: str) -> Observed:
         first[:, 0] = True
         asked = (at & first)[at] if task == "entailment" else at[at]  # of a verdict the word, not its end
         for criterion in ("saturation", "entropy"):
-            token = TokenScores(criterion, model.view.head())
+            token = TokenScores(criterion, exit_head(model.view))
             for layer, (before, after) in zip(found[criterion], pairwise(runs[0]), strict=False):
                 layer += token(after, before)[at][asked].tolist()
         said = torch.stack([of.argmax(-1)[asked] for of in logits])

@@ -21,6 +21,7 @@ from mmskip.exits.criteria import (
     saturation,
 )
 from mmskip.exits.heads import ExitHead, TiedHead
+from mmskip.exits.settings import ExitAt, FixedExit
 
 __all__ = [
     "CRITERIA",
@@ -28,7 +29,9 @@ __all__ = [
     "LEARNED",
     "SAMPLE_CRITERIA",
     "STATE_CRITERIA",
+    "ExitAt",
     "ExitHead",
+    "FixedExit",
     "SampleScores",
     "Saturation",
     "StateNorm",

@@ -1,12 +1,14 @@
 """Exit heads: turn a hidden state into an output where a model stops early."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 class TiedHead:
-    """The model's own output as the head of every exit: final norm, then output projection.
+    """The model's output as the head of every exit: final norm, then output projection.
 
     Args:
         norm: applied to the last layer's states; None: the model has none.
@@ -18,13 +20,13 @@ class TiedHead:
         self.norm, self.projection, self.scale = norm, projection, scale
 
     def __call__(self, x_BTD: Tensor) -> Tensor:
-        """Logits [B, T, V]."""
+        """Return the logits [B, T, V]."""
         x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
         return self.projection(x_BTD * self.scale if self.scale != 1.0 else x_BTD)
 
 
 class ExitHead(nn.Module):
-    """A head of an exit's own: layer norm and a linear map, to classes or (with one output) to a learned score.
+    """A new head for one exit: layer norm and a linear map, to classes or (with one output) to a learned score.
 
     Args:
         width: D.
@@ -40,10 +42,29 @@ class ExitHead(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Logits [B, T, V]."""
+        """Return the logits [B, T, V]."""
         x_BTD = F.layer_norm(x_BTD, x_BTD.shape[-1:], self.norm_weight.to(x_BTD), self.norm_bias.to(x_BTD))
         return F.linear(x_BTD, self.weight.to(x_BTD), self.bias.to(x_BTD))
 
     def score(self, x_BTD: Tensor) -> Tensor:
-        """The learned criterion of a head with one output: the probability, [B, T], that stopping here is right."""
+        """Return the learned criterion of a head with one output: the probability, [B, T], that stopping is right."""
         return self(x_BTD)[..., 0].float().sigmoid()
+
+
+def new_heads(exit_layers: Sequence[int], blocks: Sequence[nn.Module]) -> tuple[ExitHead, ...]:
+    """Return a head with one output per exit layer (counted from 1), of the width and on the device of its block.
+
+    Raises:
+        ValueError: a block has no norm with weights, which give the width.
+    """
+    found = []
+    for block in (blocks[layer - 1] for layer in exit_layers):
+        norms = [m.weight for m in block.modules() if "norm" in type(m).__name__.lower()]
+        widths = [weight.numel() for weight in norms if isinstance(weight, Tensor)]
+        if not widths:
+            raise ValueError(
+                f"{type(block).__name__} has no norm with weights, which would give the width of a learned head; "
+                "choose another criterion."
+            )
+        found.append(ExitHead(max(widths), 1).to(next(block.parameters()).device))
+    return tuple(found)

@@ -44,7 +44,7 @@ def exit_report(record: Applied, model: nn.Module) -> ExitReport:
     layers, depth = {}, {}
     for claim in record.claims:
         for state in states(claim.module):
-            for name, run in getattr(state, "told", {}).items():
+            for name, run in getattr(state, "exit_runs", {}).items():
                 if run.exits is not None:
                     layers[name], depth[name] = run.exits, run.depth
     return ExitReport(layers, depth)

@@ -6,10 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmskip.exits.heads import TiedHead
 from mmskip.families.base import View
-from mmskip.hf.exits.block import ExitRule
-from mmskip.hf.exits.decoder import exit_changes, tied_head
 from mmskip.hf.meter import DecoderMeter
 from mmskip.hf.routing.block import RoutedBlock
 from mmskip.hf.structure import (
@@ -20,7 +17,6 @@ from mmskip.hf.structure import (
     windows,
     without_attention,
 )
-from mmskip.swap import Change
 
 
 @dataclass(frozen=True)
@@ -83,22 +79,6 @@ class DecoderView(View):
     def meter(self) -> DecoderMeter:
         """Return what counts the blocks."""
         return DecoderMeter(self)
-
-    def exit_changes(self, rule: ExitRule) -> list[Change]:
-        """The changes by which tokens leave the decoder early.
-
-        Raises:
-            ValueError: layers that cannot be left.
-        """
-        return exit_changes(self, rule)
-
-    def head(self) -> TiedHead:
-        """The tied exit head.
-
-        Raises:
-            ValueError: the output is more than a norm and a projection, or missing.
-        """
-        return tied_head(self)
 
 
 def match(model: nn.Module, causal: bool = True) -> tuple[DecoderView | None, str]:

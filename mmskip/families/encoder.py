@@ -1,5 +1,5 @@
 """Family `encoder`: transformer encoders of transformers, timm and open_clip, alone or as two towers, found by
-structure, whose layers samples can leave early.
+structure.
 
 Shape suffixes: B batch, T tokens, D width.
 """
@@ -12,8 +12,7 @@ from torch import nn
 
 from mmskip.families.base import View
 from mmskip.hf.calls import CACHE_ARGUMENTS
-from mmskip.hf.exits.block import BlockState, EncoderExit, ExitRule, Run
-from mmskip.swap import Change
+from mmskip.hf.structure import mlp_among
 
 _INPUTS = ("hidden_states", "x", "q_x")
 _IMAGE = ("vis", "image", "pixel")
@@ -38,22 +37,22 @@ class EncoderView(View):
         return tuple(block for blocks in self.stacks.values() for block in blocks)
 
     def site(self, index: int) -> str:
-        """The site name of a layer."""
+        """Return the site name of a layer."""
         names = [f"{name}.{i}" for name, blocks in self.stacks.items() for i in range(len(blocks))]
         return names[index]
 
-    def exit_changes(self, name: str, rule: ExitRule) -> list[Change]:
-        """The changes by which samples leave a stack early."""
-        blocks = self.stacks[name]
-        run, first = Run(len(blocks)), _first_argument(blocks[0])
-        return [
-            Change(f"{name}.{index}", block, EncoderExit, BlockState(index, rule, run, x_name=first), aspect="exit")
-            for index, block in enumerate(blocks)
-        ]
+    def hidden_argument(self, block: nn.Module) -> str:
+        """Return the argument of a block's `forward` that carries the hidden states."""
+        return _first_argument(block)
+
+    def parts(self, block: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+        """Return the attention and the MLP of a block, None for a part that is no module of its own."""
+        attentions = _attentions(block)
+        return attentions[0], mlp_among(child for child in block.children() if child not in attentions)
 
 
 def match(model: nn.Module) -> tuple[EncoderView | None, str]:
-    """The view of `model`, or None and the reason why it does not fit."""
+    """Return the view of `model`, or None and the reason why it does not fit."""
     found = {
         name: (parent, tuple(stack.children()))
         for parent_name, parent in model.named_modules()
@@ -96,10 +95,14 @@ def _first_argument(block: nn.Module) -> str:
 def _attends(block: nn.Module) -> bool:
     """Whether a layer has one attention, over all tokens of its input at once."""
     arguments = inspect.signature(type(block).forward).parameters
-    # layers of BERT are written for both; those of a decoder keep keys and values, which nobody would fill for samples
-    # that have left
+    # layers of BERT are written for both; those of a decoder keep keys and values, which exited samples would lack
     caches = any(name in arguments for name in CACHE_ARGUMENTS) and "encoder_hidden_states" not in arguments
     if caches or getattr(block, "is_decoder", False) or any(getattr(m, "is_causal", False) for m in block.modules()):
         return False
-    named = [name.lower() for name, child in block.named_children() if any(True for _ in child.parameters())]
-    return sum("att" in name and "norm" not in name for name in named) == 1
+    return len(_attentions(block)) == 1
+
+
+def _attentions(block: nn.Module) -> list[nn.Module]:
+    """Return the children of a layer that are attentions, by their names."""
+    named = [(name.lower(), child) for name, child in block.named_children() if any(True for _ in child.parameters())]
+    return [child for name, child in named if "att" in name and "norm" not in name]

@@ -1,39 +1,16 @@
-"""Family `encoder_decoder`: encoder-decoders of transformers, found by structure, whose layers can be left early.
+"""Family `encoder_decoder`: encoder-decoders of transformers, found by structure."""
 
-Shape suffixes: B batch, T tokens, D width, V vocabulary.
-"""
-
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from mmskip.exits.heads import TiedHead
 from mmskip.families.base import View
 from mmskip.hf.calls import CACHE_NAME, argument_names
-from mmskip.hf.exits.block import BlockState, DecoderExit, EncoderExit, ExitRule, Run
-from mmskip.hf.exits.decoder import check_output, final_norm
-from mmskip.hf.exits.modalities import split_changes
 from mmskip.hf.meter import EncoderDecoderMeter
-from mmskip.swap import Change
+from mmskip.hf.structure import final_norm, mlp_among
 
 _DECODER_ARGUMENTS = {"hidden_states", "attention_mask", "encoder_hidden_states", CACHE_NAME}
-
-
-class ModelHead(TiedHead):
-    """The model's own output, with the scale and the bias that some put behind the final norm and the projection."""
-
-    def __init__(self, norm: nn.Module | None, generator: Any) -> None:
-        scaled = getattr(generator.config, "scale_decoder_outputs", False)
-        super().__init__(norm, nn.Identity(), generator.config.d_model**-0.5 if scaled else 1.0)
-        self.generator = generator
-
-    def __call__(self, x_BTD: Tensor) -> Tensor:
-        """Logits [B, T, V]."""
-        logits_BTV = self.generator.get_output_embeddings()(super().__call__(x_BTD))
-        bias = getattr(self.generator, "final_logits_bias", None)
-        return logits_BTV if bias is None else logits_BTV + bias
 
 
 @dataclass(frozen=True)
@@ -43,7 +20,7 @@ class EncoderDecoderView(View):
     Attributes:
         root: the model.
         encoder, decoder: their layers in order.
-        norm: behind the decoder's last layer, or None.
+        norm: after the decoder's last layer, or None.
         generator: the module with the output projection, or None.
     """
 
@@ -56,7 +33,7 @@ class EncoderDecoderView(View):
 
     @property
     def stacks(self) -> dict[str, tuple[nn.Module, ...]]:  # type: ignore[override]
-        """The layers of both."""
+        """The layers of both, by name."""
         return {"encoder": self.encoder, "decoder": self.decoder}
 
     @property
@@ -64,63 +41,35 @@ class EncoderDecoderView(View):
         """All layers: the encoder's, then the decoder's."""
         return self.encoder + self.decoder
 
+    def site(self, index: int) -> str:
+        """Return the site name of a layer."""
+        depth = len(self.encoder)
+        return f"encoder.{index}" if index < depth else f"decoder.{index - depth}"
+
     def meter(self) -> EncoderDecoderMeter:
         """Return what counts the layers and the caches."""
         return EncoderDecoderMeter(self)
 
-    def site(self, index: int) -> str:
-        """The site name of a layer."""
-        depth = len(self.encoder)
-        return f"encoder.{index}" if index < depth else f"decoder.{index - depth}"
+    def hidden_argument(self, block: nn.Module) -> str:
+        """Return the argument of a block's `forward` that carries the hidden states."""
+        return "hidden_states"
 
-    def head(self) -> ModelHead:
-        """The tied exit head of the decoder.
+    def parts(self, block: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+        """Return the self-attention and the MLP of a block, None for a part that is no module of its own."""
+        named = [(name.rpartition(".")[2].lower(), module) for name, module in block.named_modules()]
+        attention = next((module for name, module in named if _is_self_attention(name)), None)
+        # layers of T5 hold their parts in a list, each with its norm and its residual
+        lists = [child for child in block.children() if isinstance(child, nn.ModuleList)]
+        holder = list(lists[0].children())[-1] if lists else block
+        return attention, mlp_among(child for name, child in holder.named_children() if "att" not in name.lower())
 
-        Raises:
-            ValueError: the model's output is more than a norm and a projection, or missing.
-        """
-        self.check_generates()
-        block = self.decoder[0]
-        holders = [
-            m for m in self.root.modules() if hasattr(m, "config") and any(part is block for part in m.modules())
-        ]
-        check_output(type(self.root).__name__, self.generator, block, [m.config for m in holders])
-        return ModelHead(self.norm, self.generator)
 
-    def check_generates(self) -> None:
-        """Raise ValueError if the model has no output projection."""
-        if self.generator is None:
-            raise ValueError(
-                f"{type(self.root).__name__} has no output projection for exit heads; apply to the model that has it "
-                "(...ForConditionalGeneration), or use criterion 'saturation' or 'state_norm'."
-            )
-
-    def exit_changes(self, module: str, rule: ExitRule) -> list[Change]:
-        """The changes by which "encoder" or "decoder" is left early."""
-        blocks: Sequence[nn.Module] = getattr(self, module)
-        run, mixin = Run(len(blocks)), EncoderExit if module == "encoder" else DecoderExit
-        return [
-            Change(f"{module}.{index}", block, mixin, BlockState(index, rule, run), aspect="exit")
-            for index, block in enumerate(blocks)
-        ]
-
-    def split_changes(self, rules: dict[str, ExitRule]) -> list[Change]:
-        """The changes by which image and text tokens run the encoder apart, each leaving it by a rule.
-
-        Raises:
-            ValueError: a block of the encoder reads more than its tokens and their mask.
-        """
-        more = set(argument_names(self.encoder[0])) - {"self", "hidden_states", "attention_mask", "kwargs"}
-        if more:
-            raise ValueError(
-                f"{type(self.encoder[0]).__name__} takes {', '.join(sorted(more))}, so that image and text tokens "
-                "cannot run it apart; use encoder instead of image and text."
-            )
-        return split_changes(self.root, self.encoder, rules)
+def _is_self_attention(name: str) -> bool:
+    return "att" in name and not any(word in name for word in ("norm", "enc", "cross"))
 
 
 def match(model: nn.Module) -> tuple[EncoderDecoderView | None, str]:
-    """The view of `model`, or None and the reason why it does not fit."""
+    """Return the view of `model`, or None and the reason why it does not fit."""
     from transformers import PreTrainedModel
 
     root: Any = next(
@@ -153,7 +102,7 @@ def match(model: nn.Module) -> tuple[EncoderDecoderView | None, str]:
 
 
 def _decoder(root: Any) -> Any:
-    """The decoder; some models name the encoder-decoder inside of them first."""
+    """Return the decoder; some models return the encoder-decoder inside of them first."""
     part = root.get_decoder()
     while part is not None and len(_stacks(part)) > 1 and part.get_decoder() is not part:
         part = part.get_decoder()
@@ -161,7 +110,7 @@ def _decoder(root: Any) -> Any:
 
 
 def _stacks(part: nn.Module) -> list[tuple[nn.Module, tuple[nn.Module, ...]]]:
-    """Lists of layers that take `hidden_states`, with the module that holds them."""
+    """Return the lists of layers that take `hidden_states`, with the modules that hold them."""
     return [
         (module, tuple(child.children()))
         for module in part.modules()

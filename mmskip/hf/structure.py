@@ -4,7 +4,7 @@ subset of the tokens exactly."""
 import ast
 import inspect
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -179,15 +179,20 @@ def _block_calls(loop: ast.For, lists: set[str]) -> list[ast.Call]:
 def parts_of(block: nn.Module) -> tuple[Any, Any]:
     """Return the attention and the MLP module of a block; None for a part that is not a module."""
     attention = attention_of(block, causal=False)
+    others = [c for c in block.children() if c is not attention and getattr(c, "layer_idx", None) is None]
+    return attention, mlp_among(others)
+
+
+def mlp_among(children: Iterable[nn.Module]) -> nn.Module | None:
+    """Return the MLP among the children of a block that are no attention: the only one that holds matrices, none of
+    them directly; None where no single child is one."""
     found = [
         child
-        for child in block.children()
-        if child is not attention
-        and not any(True for p in child._parameters.values() if p is not None and p.dim() > 1)
+        for child in children
+        if not any(True for p in child._parameters.values() if p is not None and p.dim() > 1)
         and any(p.dim() > 1 for p in child.parameters())
-        and getattr(child, "layer_idx", None) is None
     ]
-    return attention, found[0] if len(found) == 1 else None
+    return found[0] if len(found) == 1 else None
 
 
 def added_by(block: nn.Module) -> Any:
@@ -228,3 +233,13 @@ def returned_values(module: nn.Module) -> int:
     if len(counts) != 1:
         raise ValueError(f"{base.__name__} cannot be left out alone: it returns values of different numbers.")
     return counts.pop()
+
+
+_FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "layer_norm", "layernorm")
+
+
+def final_norm(root: nn.Module) -> nn.Module | None:
+    """Return the norm after the last layer of the stack that `root` holds, or None."""
+    return next(
+        (getattr(root, name) for name in _FINAL_NORMS if isinstance(getattr(root, name, None), nn.Module)), None
+    )

@@ -1,128 +1,113 @@
-"""Early exit of encoder-decoders, decoders and encoders: a sample leaves the encoder, a token the decoder, where it is
-settled.
+"""Early exit: a sample exits an encoder, a token exits a decoder, after the first layer where its output is settled.
 
-MuE (arXiv 2211.11152): a state exits where the cosine with the state one layer below exceeds a threshold. Other
-criteria and CALM's threshold for generated tokens, strict at first, are those of `mmskip.exits`. In training all layers
-run.
+MuE (arXiv 2211.11152): a state exits where the cosine with the state one layer below exceeds a threshold. Further
+criteria, and CALM's threshold that is strict for the first generated tokens, are in `mmskip.exits`. In training all
+layers run.
 
     mmskip.apply_(model, mmskip.EarlyExitConfig(encoder=0.95, decoder=0.99))
     model.generate(**inputs)
-    exit_layers(model)   # layers that ran, per sample and per token of the latest forward
+    mmskip.report(model)["EarlyExitConfig"].layers  # layers run, per sample and per token of the latest forward
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from mmskip.config import MethodConfig, check_choice
-from mmskip.exits.criteria import (
-    CRITERIA,
-    HEAD_CRITERIA,
-    LEARNED,
-    SAMPLE_CRITERIA,
-    SampleScores,
-    TokenScores,
-    check_threshold,
-    decayed,
-    is_single,
-    never_fires,
-)
-from mmskip.exits.heads import ExitHead
+from mmskip.cache_policy import ALIASES
+from mmskip.config import MethodConfig, check_choice, check_number, renamed
+from mmskip.exits.criteria import HEAD_CRITERIA, LEARNED, SAMPLE_CRITERIA, never_fires
+from mmskip.exits.flat_settings import DEFAULT, FLAT, nested
+from mmskip.exits.heads import ExitHead, new_heads
 from mmskip.exits.report import exit_report
-from mmskip.families.encoder import EncoderView
-from mmskip.families.encoder_decoder import EncoderDecoderView
-from mmskip.hf.exits.block import POLICIES, Decide, ExitRule
-from mmskip.hf.exits.modalities import MODALITIES, telling
+from mmskip.exits.rules import (
+    COMPACT,
+    MODALITIES,
+    Compaction,
+    Decay,
+    ExitRule,
+    FixedRule,
+    SampleRule,
+    TokenRule,
+)
+from mmskip.exits.settings import ExitAt, FixedExit, parse_exit, short_repr
 from mmskip.registry import register
 from mmskip.reporting import register_report
 from mmskip.swap import Change, states
 
-COMPACT = ("auto", "never", "always")
+CACHE_POLICIES = ("recompute", "copy", "mask")
+_DECODER = ExitAt(DEFAULT)
+_STACKS = ("decoder", "encoder", "image", "text")
 
 
-@dataclass(frozen=True)
+@renamed(values={"cache_policy": ALIASES}, convert=nested, old=FLAT)
+@dataclass(frozen=True, repr=False)
 class EarlyExitConfig(MethodConfig):
-    """Early exit of an encoder-decoder, a causal decoder, or an encoder alone or two of them.
+    """Early exit of an encoder-decoder, of a causal decoder, or of one encoder or two.
+
+    >>> import mmskip
+    >>> from mmskip.exits import ExitAt, FixedExit
+    >>> config = mmskip.EarlyExitConfig(decoder=ExitAt(0.9, criterion="entropy", exit_layers=(2, 4)), encoder=0.95)
+    >>> config.encoder == ExitAt(0.95)  # a number is the threshold of a saturation
+    True
+    >>> mmskip.EarlyExitConfig(decoder=FixedExit(3), cache_policy="copy")
+    EarlyExitConfig(decoder=FixedExit(layer=3), cache_policy='copy')
+
+    Names of version 0.1 (`criterion`, `points`, `kv`, `depth`, `once`, ...) are read with a FutureWarning.
 
     Attributes:
-        decoder: threshold of a token's score, in the range of `criterion` (see `mmskip.exits`); the range's upper end
-            never fires (unless it decays); None: the decoder is left as it is. With `depth` leave it out: its default
-            gives way to that.
-        encoder: the same for a sample in the encoder.
-        image, text: the same for its image tokens and its text tokens, which then run the encoder apart, with the same
-            weights (MuE); both or none, instead of `encoder`. A model that puts image features among its tokens says
-            where they are; else `image_tokens` does.
-        depth, encoder_depth: instead of a threshold: every state leaves behind so many layers, >= 1. Nothing is decided
-            while the model runs, which then compiles as a whole.
-        once: whether a sample's first decoder token decides, behind the first point, for all of its tokens: they leave
-            there, or run on. Of encoder-decoders, as `decay`: those of a decoder alone begin with the prompt.
-        criterion: of the decoder: `saturation`, `state_norm`, `confidence`, `margin`, `entropy`, `patience` or
-            `learned`: new weights behind each exit point, see `exit_heads`.
-        encoder_criterion: of the encoder: `saturation`, `state_norm` or `learned`.
-        kv: keys and values of an exited token in the layers above: `project`, `copy` or `hole`.
-        min_layers, encoder_min_layers: layers that always run, at least 1.
-        max_layers, encoder_max_layers: layers that run at most, whatever the scores; None: all.
-        points, encoder_points: numbers of the layers (from 1) behind which an exit is possible; None: every one.
-        decay: share beta, in (0, 1], of the constant part of the decoder's threshold (CALM); None: it is constant.
-        decay_speed: tau, > 0.
-        decay_steps: tokens generated at most, the unit of the decay.
+        decoder: exits of tokens; None: every layer of the decoder runs.
+        encoder: exits of samples; criteria `saturation`, `state_norm` or `learned`. Of two encoders it serves both.
+        image, text: the same for image tokens and for text tokens, which then run the encoder apart, with the same
+            weights (MuE); both or none, instead of `encoder`. A model that places image features among its tokens
+            knows where they are; for others see `image_tokens`.
+        cache_policy: keys and values of an exited token in later layers: `recompute` (the layer's own, of the state at
+            the exit, computed when the layer next runs), `copy` (of the last layer that ran) or `mask` (none); see
+            `mmskip.cache_policy`.
         compact: whether a layer that only some rows of a batch still need runs on those rows alone: `always`, `never`,
-            or `auto`: where that pays by `Compaction`.
-        compact_overhead: what taking rows out and putting them back costs, as a share of the layer's time for all rows,
-            in [0, 1].
+            or `auto`: where that pays, see `mmskip.exits.rules.Compaction`.
+        compact_overhead: cost of removing and restoring rows, as a share of the layer's time for all rows, in [0, 1].
     """
 
-    decoder: float | None = 0.99
-    encoder: float | None = None
-    criterion: str = "saturation"
-    encoder_criterion: str = "saturation"
-    kv: str = "project"
-    min_layers: int = 1
-    encoder_min_layers: int = 1
-    points: tuple[int, ...] | None = None
-    encoder_points: tuple[int, ...] | None = None
-    decay: float | None = None
-    decay_speed: float = 1.0
-    decay_steps: int = 16
+    decoder: float | ExitAt | FixedExit | None = _DECODER
+    encoder: float | ExitAt | FixedExit | None = None
+    image: float | ExitAt | FixedExit | None = None
+    text: float | ExitAt | FixedExit | None = None
+    cache_policy: str = "recompute"
     compact: str = "auto"
     compact_overhead: float = 0.25
-    image: float | None = None
-    text: float | None = None
-    depth: int | None = None
-    encoder_depth: int | None = None
-    once: bool = False
-    max_layers: int | None = None
-    encoder_max_layers: int | None = None
 
     def __post_init__(self) -> None:
-        check_choice("criterion", self.criterion, CRITERIA)
-        check_choice("encoder_criterion", self.encoder_criterion, SAMPLE_CRITERIA)
-        check_choice("kv", self.kv, POLICIES)
+        for name in _STACKS:
+            object.__setattr__(self, name, parse_exit(name, getattr(self, name)))
+        if all(getattr(self, name) is None for name in _STACKS):
+            raise ValueError("decoder and encoder are both None; give a threshold for at least one of them.")
+        if (self.image is None) != (self.text is None):
+            raise ValueError(f"image is {self.image!r} and text {self.text!r}; expected both or none.")
+        if self.encoder is not None and self.image is not None:
+            raise ValueError(f"encoder is {self.encoder!r} and image {self.image!r}; choose one of them.")
+        for name in ("encoder", "image", "text"):
+            found = getattr(self, name)
+            if isinstance(found, ExitAt):
+                check_choice(f"{name}: criterion", found.criterion, SAMPLE_CRITERIA)
+                for setting in ("decay", "decide_once"):
+                    if getattr(found, setting):
+                        raise ValueError(f"{name}: {setting} is {getattr(found, setting)!r}; it serves decoders only.")
+        check_choice("cache_policy", self.cache_policy, CACHE_POLICIES)
         check_choice("compact", self.compact, COMPACT)
-        if not _is_number(self.compact_overhead) or not 0 <= self.compact_overhead <= 1:
-            raise ValueError(f"compact_overhead is {self.compact_overhead!r}; expected a number in [0, 1].")
-        self._check_exits()
-        for name in ("min_layers", "encoder_min_layers"):
-            if not _is_count(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected an integer >= 1.")
-        self._check_most()
-        for name in ("points", "encoder_points"):
-            given = getattr(self, name)
-            if given is not None and not (given and all(map(_is_count, given)) and len(set(given)) == len(given)):
-                raise ValueError(f"{name} is {given!r}; expected different layer numbers >= 1, or None.")
-            object.__setattr__(self, name, None if given is None else tuple(sorted(given)))
-        self._check_decay()
+        check_number("compact_overhead", self.compact_overhead, 0, 1)
+
+    def __repr__(self) -> str:
+        return short_repr(self, always=("decoder",))
 
     @classmethod
     def grid(cls, **settings: Any) -> list["EarlyExitConfig"]:
-        """One config per combination of the values given, a list or a single value per field; for `mmskip.calibrate`
-        with `scout`.
+        """Return one config per combination of the values given, a list or a single value per field; for
+        `mmskip.calibrate` with `scout`.
 
         Raises:
             ValueError: an unknown field, or a value out of range.
@@ -131,324 +116,168 @@ class EarlyExitConfig(MethodConfig):
         values = [value if isinstance(value, list) else [value] for value in settings.values()]
         return [cls.from_dict(dict(zip(names, chosen, strict=True))) for chosen in itertools.product(*values)]
 
-    def _check_exits(self) -> None:
-        if self.depth is not None and self.decoder == type(self).decoder:
-            object.__setattr__(self, "decoder", None)
-        ways = ("decoder", "encoder", "image", "depth", "encoder_depth")
-        if all(getattr(self, name) is None for name in ways):
-            raise ValueError("decoder and encoder are both None; give a threshold for at least one of them.")
-        if (self.image is None) != (self.text is None):
-            raise ValueError(f"image is {self.image!r} and text {self.text!r}; expected both or none.")
-        for first, second in (("decoder", "depth"), ("encoder", "encoder_depth"), ("encoder", "image"),
-                              ("encoder_depth", "image")):  # fmt: skip
-            if getattr(self, first) is not None and getattr(self, second) is not None:
-                raise ValueError(
-                    f"{first} is {getattr(self, first)!r} and {second} {getattr(self, second)!r}; choose one of them."
-                )
-        for name in ("decoder", "encoder", "image", "text"):
-            if getattr(self, name) is not None:
-                criterion = self.criterion if name == "decoder" else self.encoder_criterion
-                check_threshold(name, criterion, getattr(self, name))
-        for name in ("depth", "encoder_depth"):
-            if getattr(self, name) is not None and not _is_count(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected an integer >= 1, or None.")
-        if self.once and (self.decoder is None or self.decay is not None):
-            raise ValueError("once is True, which needs a threshold of the decoder that does not decay.")
 
-    def _check_most(self) -> None:
-        for part, thresholds in (("", ("decoder",)), ("encoder_", ("encoder", "image"))):
-            most, least = getattr(self, f"{part}max_layers"), getattr(self, f"{part}min_layers")
-            if most is None:
-                continue
-            if not _is_count(most) or most < least:
-                raise ValueError(
-                    f"{part}max_layers is {most!r}; expected an integer >= {part}min_layers ({least}), or None."
-                )
-            if getattr(self, f"{part}depth") is not None:
-                depth = getattr(self, f"{part}depth")
-                raise ValueError(f"{part}max_layers is {most} and {part}depth {depth}; choose one of them.")
-            if all(getattr(self, name) is None for name in thresholds):
-                raise ValueError(
-                    f"{part}max_layers is {most}, and nothing is decided below it: give a threshold, or use "
-                    f"{part}depth={most} instead."
-                )
+@register(EarlyExitConfig, "encoder_decoder")
+def early_exit_encoder_decoder(config: EarlyExitConfig, view: Any) -> list[Change]:
+    """Return the changes by which samples exit an encoder and tokens its decoder."""
+    from mmskip.hf.exits.block import exit_changes
+    from mmskip.hf.exits.modalities import split_changes
 
-    def _check_decay(self) -> None:
-        if self.decay is not None and self.criterion in ("patience", "state_norm"):
-            raise ValueError(f"decay is for thresholds in [0, 1]; criterion is {self.criterion!r}.")
-        for name, high in (("decay", 1.0), ("decay_speed", float("inf"))):
-            value = getattr(self, name)
-            if value is not None and not (_is_number(value) and 0 < value <= high):
-                raise ValueError(f"{name} is {value!r}; expected a number in (0, {high:g}].")
-        if not _is_count(self.decay_steps):
-            raise ValueError(f"decay_steps is {self.decay_steps!r}; expected an integer >= 1.")
+    changes, blocks = list[Change](), view.stacks["encoder"]
+    if config.encoder is not None:
+        rule = _sample_rule(config, config.encoder, "encoder", "encoder", blocks)
+        changes += exit_changes(view, "encoder", rule, _heads_of({"": rule}))
+    elif config.image is not None:
+        rules = {name: _sample_rule(config, getattr(config, name), name, name, blocks) for name in MODALITIES}
+        changes += split_changes(view, rules, _heads_of({f"_{name}": rule for name, rule in rules.items()}))
+    return changes + _decoder_changes(config, view, "decoder")
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+@register(EarlyExitConfig, "vlm", "decoder")
+def early_exit_decoder(config: EarlyExitConfig, view: Any) -> list[Change]:
+    """Return the changes by which tokens exit a causal decoder."""
+    for name in ("encoder", "image"):
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"{name} is {getattr(config, name)!r}; {type(view.root).__name__} has a decoder only: set decoder, and "
+                "leave encoder, image and text out."
+            )
+    exit_ = config.decoder
+    if isinstance(exit_, ExitAt) and (exit_.decide_once or exit_.decay is not None):
+        given = "decide_once is True" if exit_.decide_once else f"decay is {exit_.decay!r}"
+        raise ValueError(
+            f"decoder: {given}; the first tokens of {type(view.root).__name__} are those of the prompt, padding "
+            "included, and not the first generated ones: decide_once and decay serve encoder-decoders only, leave them "
+            "out."
+        )
+    return _decoder_changes(config, view, "block")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+@register(EarlyExitConfig, "encoder")
+def early_exit_encoder(config: EarlyExitConfig, view: Any) -> list[Change]:
+    """Return the changes by which samples exit one encoder or two."""
+    from mmskip.hf.exits.block import exit_changes
+
+    name = type(view.root).__name__
+    if config.decoder is not None:
+        raise ValueError(f"{name} has no decoder; set decoder=None, and encoder instead.")
+    if config.image is not None and "image" not in view.stacks:
+        raise ValueError(f"image is {config.image!r}; {name} has one encoder, not two towers: use encoder instead.")
+    changes = list[Change]()
+    for stack, blocks in view.stacks.items():
+        exit_, part = (config.encoder, "encoder") if config.image is None else (getattr(config, stack), stack)
+        rule = _sample_rule(config, exit_, part, stack, blocks)
+        changes += exit_changes(view, stack, rule, _heads_of({"": rule}))
+    return changes
 
 
-@dataclass(frozen=True)
-class Compaction:
-    """When rows that have exited are taken out of a layer. The layer's time is taken to grow with its rows, and the
-    taking out and putting back to cost `overhead` of the layer's time for all rows: it pays where left / rows +
-    overhead < 1."""
+def _decoder_changes(config: EarlyExitConfig, view: Any, stack: str) -> list[Change]:
+    """Return the changes by which tokens exit a stack of decoder blocks."""
+    from mmskip.hf.exits.block import exit_changes
+    from mmskip.hf.exits.heads import exit_head
 
-    mode: str
-    overhead: float
-
-    def __call__(self, left: int, rows: int) -> bool:
-        """Whether a layer runs on the `left` of `rows` rows that need it."""
-        return self.mode == "always" or (self.mode == "auto" and left / rows + self.overhead < 1)
-
-
-@dataclass(frozen=True)
-class TokenRule:
-    """When a token leaves the decoder."""
-
-    config: EarlyExitConfig
-    points: tuple[int, ...]
-    head: Callable[[Tensor], Tensor] | None
-    compacts: Compaction
-    leaves: str = "decoder"
-    heads: tuple[ExitHead, ...] = ()
-    last: int | None = None
-
-    @property
-    def policy(self) -> str | None:
-        """What becomes of an exited token's keys and values."""
-        return self.config.kv
-
-    @property
-    def remembers(self) -> bool:
-        """Whether decisions about the first token hold for its row."""
-        return self.config.once and bool(self.points)
-
-    def begin(self, mask_BT: Tensor | None, past: int, memory: Any) -> Decide:
-        """Decisions [B, T] of one forward."""
-        scores, config = TokenScores(self.config.criterion, self.head, self.heads), self.config
-        assert config.decoder is not None
-        threshold = config.decoder
-
-        def decide(after_BTD: Tensor, before_BTD: Tensor) -> Tensor | bool:
-            batch, count = after_BTD.shape[:2]
-            one = is_single(after_BTD, batch * count)
-            score: Any = (scores.single if one else scores)(after_BTD, before_BTD)
-            if config.criterion == "patience":
-                return score >= threshold
-            if config.decay is None:
-                return score > threshold
-            position_T = torch.arange(past, past + count, device=after_BTD.device)
-            limit_T = decayed(threshold, config.decay, config.decay_speed, config.decay_steps, position_T)
-            return score > (limit_T.item() if one else limit_T)
-
-        return partial(_decide_once, decide, memory) if config.once else decide
+    exit_, blocks = config.decoder, view.stacks[stack]
+    if exit_ is None:
+        return []
+    if isinstance(exit_, FixedExit):
+        layer = _fixed_layer("decoder", exit_, len(blocks))
+        return exit_changes(view, stack, FixedRule(layer, "decoder", config.cache_policy))
+    assert isinstance(exit_, ExitAt)
+    layers = _exit_layers("decoder", exit_, len(blocks))
+    layers = layers[:1] if exit_.decide_once else layers
+    scored = layers if exit_.decay is not None else _scored(layers, exit_)
+    rule = TokenRule(
+        exit_.criterion,
+        exit_.threshold,
+        scored,
+        config.cache_policy,
+        Compaction(config.compact, config.compact_overhead),
+        head=exit_head(view) if exit_.criterion in HEAD_CRITERIA else None,
+        heads=new_heads(layers, blocks) if exit_.criterion == LEARNED else (),
+        last_layer=exit_.max_layers,
+        decay=None if exit_.decay is None else Decay(exit_.decay, exit_.decay_speed, exit_.decay_steps),
+        decides_once=exit_.decide_once and bool(scored),
+    )
+    return exit_changes(view, stack, rule, _heads_of({"": rule}))
 
 
-def _decide_once(decide: Decide, memory: Any, after_BTD: Tensor, before_BTD: Tensor) -> Tensor | bool:
-    """Decisions [B, T] that the first token of each row makes; `memory` holds them for later calls."""
-    known, leaves_B = (None, None) if memory is None else (memory.all_leave, memory.leaves)
-    if leaves_B is None:
-        first = decide(after_BTD[:, :1], before_BTD[:, :1])
-        leaves_B = torch.as_tensor(first, device=after_BTD.device).view(-1)
-        known = bool(leaves_B.all()) if bool((leaves_B == leaves_B[0]).all()) else None
-        if memory is not None:
-            memory.leaves, memory.all_leave = leaves_B, known
-    return leaves_B[:, None].expand(after_BTD.shape[:2]) if known is None else known
+def _sample_rule(
+    config: EarlyExitConfig, exit_: float | ExitAt | FixedExit | None, part: str, name: str, blocks: Sequence[nn.Module]
+) -> ExitRule:
+    """Return the rule by which samples exit a stack.
+
+    Args:
+        part: the setting that `exit_` is, for errors.
+        name: of the stack.
+    """
+    if isinstance(exit_, FixedExit):
+        return FixedRule(_fixed_layer(part, exit_, len(blocks)), name)
+    assert isinstance(exit_, ExitAt)
+    layers = _exit_layers(part, exit_, len(blocks))
+    return SampleRule(
+        exit_.criterion,
+        exit_.threshold,
+        _scored(layers, exit_),
+        Compaction(config.compact, config.compact_overhead),
+        heads=new_heads(layers, blocks) if exit_.criterion == LEARNED else (),
+        last_layer=exit_.max_layers,
+        name=name,
+    )
 
 
-@dataclass(frozen=True)
-class SampleRule:
-    """When a sample, or one modality of it, leaves the encoder."""
-
-    criterion: str
-    threshold: float
-    points: tuple[int, ...]
-    compacts: Compaction
-    leaves: str = "encoder"
-    heads: tuple[ExitHead, ...] = ()
-    last: int | None = None
-    policy: str | None = None
-    remembers: bool = False
-
-    def begin(self, mask_BT: Tensor | None, past: int, memory: Any) -> Decide:
-        """Decisions [B] of one forward."""
-        scores = SampleScores(self.criterion, mask_BT, self.heads)
-
-        def decide(after_BTD: Tensor, before_BTD: Tensor) -> Tensor | bool:
-            one = is_single(after_BTD, len(after_BTD))
-            score: Any = (scores.single if one else scores)(after_BTD, before_BTD)
-            return score > self.threshold
-
-        return decide
-
-
-@dataclass(frozen=True)
-class DepthRule:
-    """Every state leaves behind the same layer."""
-
-    last: int
-    leaves: str
-    points: tuple[int, ...] = ()
-    policy: str | None = None
-    remembers: bool = False
-
-    def begin(self, mask_BT: Tensor | None, past: int, memory: Any) -> Decide:
-        """Never asked."""
-        return lambda after_BTD, before_BTD: False
-
-    def compacts(self, left: int, rows: int) -> bool:
-        """Rows never differ."""
-        return False
-
-
-def _points(config: EarlyExitConfig, part: str, depth: int) -> tuple[int, ...]:
-    """The exit points of a stack, of whose settings `part` is the prefix.
+def _exit_layers(part: str, exit_: ExitAt, depth: int) -> tuple[int, ...]:
+    """Return the layers of a stack after which an exit is decided.
 
     Raises:
-        ValueError: one of them does not exist, or none is left.
+        ValueError: one of them does not exist, or none remains.
     """
-    given, least, most = (getattr(config, part + name) for name in ("points", "min_layers", "max_layers"))
-    wrong = [point for point in given or () if point > depth]
+    given, least, most = exit_.exit_layers, exit_.min_layers, exit_.max_layers
+    wrong = [layer for layer in given or () if layer > depth]
     if wrong:
         raise ValueError(
-            f"{part}points has {wrong[0]}, and there are {depth} layers; expected numbers from 1 to {depth}."
+            f"{part}: exit_layers has {wrong[0]}, and there are {depth} layers; expected numbers from 1 to {depth}."
         )
     if most is not None and most >= depth:
-        raise ValueError(f"{part}max_layers is {most}, and there are {depth} layers; expected a number below that.")
-    found = tuple(p for p in (range(1, depth) if given is None else given) if least <= p < (most or depth))
+        raise ValueError(f"{part}: max_layers is {most}, and there are {depth} layers; expected a number below that.")
+    found = tuple(n for n in (range(1, depth) if given is None else given) if least <= n < (most or depth))
     if not found and (most is None or given is not None):
-        named = f" and {part}points {given}" if given is not None else ""
+        named = f" and exit_layers {given}" if given is not None else ""
         raise ValueError(
-            f"{part}min_layers is {least}{named}, which leaves no exit: expected points from {part}min_layers to "
+            f"{part}: min_layers is {least}{named}, which leaves no exit: expected exit_layers from min_layers to "
             f"{(most or depth) - 1} of {depth} layers."
         )
     return found
 
 
-@register(EarlyExitConfig, "encoder_decoder")
-def _changes(config: EarlyExitConfig, view: EncoderDecoderView) -> list[Change]:
-    changes: list[Change] = []
-    blocks = view.encoder
-    if config.encoder is not None:
-        rule, heads = _sample_rule(config, "encoder", blocks)
-        changes += _with_heads(view.exit_changes("encoder", rule), heads)
-    elif config.image is not None:
-        found = {name: _sample_rule(config, name, blocks) for name in MODALITIES}
-        changes += view.split_changes({name: rule for name, (rule, _) in found.items()})
-        for name, (_, heads) in found.items():
-            changes = _with_heads(changes, heads, f"_{name}")
-    elif config.encoder_depth is not None:
-        depth = _depth("encoder_depth", config.encoder_depth, len(blocks))
-        changes += view.exit_changes("encoder", DepthRule(depth, "encoder"))
-    return changes + _leave_decoder(config, view.decoder, view.head, partial(view.exit_changes, "decoder"))
+def _fixed_layer(part: str, exit_: FixedExit, depth: int) -> int:
+    if exit_.layer >= depth:
+        raise ValueError(f"{part}: layer is {exit_.layer}, and there are {depth} layers; expected a number below that.")
+    return exit_.layer
 
 
-@register(EarlyExitConfig, "vlm", "decoder")
-def _decoder_changes(config: EarlyExitConfig, view: Any) -> list[Change]:
-    for name in ("encoder", "image", "encoder_depth"):
-        if getattr(config, name) is not None:
-            raise ValueError(
-                f"{name} is {getattr(config, name)!r}; {type(view.root).__name__} has a decoder only: set decoder or "
-                "depth, and leave encoder, image, text and encoder_depth out."
-            )
-    if config.once or config.decay is not None:
-        given = "once is True" if config.once else f"decay is {config.decay!r}"
-        raise ValueError(
-            f"{given}; the first tokens of {type(view.root).__name__} are those of the prompt, padding included, and "
-            "not the first generated ones: once and decay serve encoder-decoders only, leave them out."
-        )
-    return _leave_decoder(config, view.blocks, view.head, view.exit_changes)
+def _scored(layers: tuple[int, ...], exit_: ExitAt) -> tuple[int, ...]:
+    """Return the layers whose score may exceed the threshold; learned heads, which are to be fitted, keep theirs."""
+    return () if never_fires(exit_.criterion, exit_.threshold) and exit_.criterion != LEARNED else layers
 
 
-@register(EarlyExitConfig, "encoder")
-def _encoder_changes(config: EarlyExitConfig, view: EncoderView) -> list[Change]:
-    name = type(view.root).__name__
-    if config.decoder is not None or config.depth is not None:
-        raise ValueError(f"{name} has no decoder; set decoder=None, and encoder (or encoder_depth) instead.")
-    if config.image is not None and "image" not in view.stacks:
-        raise ValueError(f"image is {config.image!r}; {name} has one encoder, not two towers: use encoder instead.")
-    changes: list[Change] = []
-    for stack, blocks in view.stacks.items():
-        if config.encoder_depth is not None:
-            rule: ExitRule = DepthRule(_depth("encoder_depth", config.encoder_depth, len(blocks)), stack)
-            changes += view.exit_changes(stack, rule)
-        else:
-            rule, heads = _sample_rule(config, stack, blocks)
-            changes += _with_heads(view.exit_changes(stack, rule), heads)
-    return changes
-
-
-def _sample_rule(config: EarlyExitConfig, name: str, blocks: Sequence[nn.Module]) -> tuple[SampleRule, dict[int, Any]]:
-    """The rule by which samples leave a stack, and the new head of each exit point."""
-    points = _points(config, "encoder_", len(blocks))
-    threshold = config.encoder if config.encoder is not None else getattr(config, name)
-    heads = _new_heads(points, blocks) if config.encoder_criterion == LEARNED else {}
-    compacts = Compaction(config.compact, config.compact_overhead)
-    points = _scored(points, config.encoder_criterion, threshold)
-    found = tuple(heads.values())
-    return SampleRule(
-        config.encoder_criterion, threshold, points, compacts, name, found, config.encoder_max_layers
-    ), heads
-
-
-def _leave_decoder(config: EarlyExitConfig, blocks: Sequence[nn.Module], head: Any, changes: Any) -> list[Change]:
-    """The changes of a decoder; `head` makes its exit head, `changes` turns a rule into them."""
-    if config.decoder is not None:
-        points = _points(config, "", len(blocks))
-        points = points[:1] if config.once else points
-        made = head() if config.criterion in HEAD_CRITERIA else None
-        heads = _new_heads(points, blocks) if config.criterion == LEARNED else {}
-        compacts = Compaction(config.compact, config.compact_overhead)
-        points = points if config.decay is not None else _scored(points, config.criterion, config.decoder)
-        rule = TokenRule(config, points, made, compacts, heads=tuple(heads.values()), last=config.max_layers)
-        return _with_heads(changes(rule), heads)
-    if config.depth is not None:
-        fixed = DepthRule(_depth("depth", config.depth, len(blocks)), "decoder", policy=config.kv)
-        found: list[Change] = changes(fixed)
-        return found
-    return []
-
-
-def _scored(points: tuple[int, ...], criterion: str, threshold: float) -> tuple[int, ...]:
-    """Points whose score may be above the threshold; heads to be fitted keep theirs."""
-    return () if never_fires(criterion, threshold) and criterion != LEARNED else points
-
-
-def _new_heads(points: tuple[int, ...], blocks: Sequence[nn.Module]) -> dict[int, ExitHead]:
-    """A head with one output behind each exit point."""
-    found = {}
-    for point in points:
-        norms = [m.weight for m in blocks[point - 1].modules() if "norm" in type(m).__name__.lower()]
-        widths = [weight.numel() for weight in norms if isinstance(weight, Tensor)]
-        if not widths:
-            raise ValueError(
-                f"{type(blocks[point - 1]).__name__} has no norm with weights, by which the width of a learned head is "
-                "told; choose another criterion."
-            )
-        found[point] = ExitHead(max(widths), 1).to(next(blocks[point - 1].parameters()).device)
+def _heads_of(rules: Mapping[str, ExitRule]) -> dict[int, dict[str, nn.Module]]:
+    """Return the learned heads of rules by block index and by the name of the new child; rules by suffix of that."""
+    found: dict[int, dict[str, nn.Module]] = {}
+    for suffix, rule in rules.items():
+        for layer, head in zip(rule.exit_layers, getattr(rule, "heads", ()), strict=False):
+            found.setdefault(layer - 1, {})[f"mmskip_exit{suffix}"] = head
     return found
 
 
-def _with_heads(changes: list[Change], heads: dict[int, ExitHead], suffix: str = "") -> list[Change]:
-    """The changes of a stack's blocks, with the heads as new children."""
-    added = {index: {f"mmskip_exit{suffix}": heads[index + 1]} for index in range(len(changes)) if index + 1 in heads}
-    return [replace(c, children={**c.children, **added.get(index, {})}) for index, c in enumerate(changes)]
-
-
 def exit_heads(model: nn.Module) -> dict[str, dict[int, ExitHead]]:
-    """The new heads of the criterion `learned`, by what leaves and by the number of layers that have run.
+    """Return the new heads of the criterion `learned`, by stack and by the number of layers that have run.
 
     `score` of the states [B, T, D] there (of an encoder: of their mean over a sample's tokens, [B, 1, D]) is the
-    probability that stopping is right. All layers run in training; fit the heads to whatever "right" means, for
-    instance that the model's own head says the same there as at its end.
+    probability that stopping is right. All layers run in training; fit the heads to any definition of "right", for
+    instance that the model's own head gives the same token there as at its end.
     """
     rules = [rule for state in states(model) for rule in _rules(state)]
-    return {rule.leaves: dict(zip(rule.points, rule.heads, strict=True)) for rule in rules if rule.heads}
+    return {rule.name: dict(zip(rule.exit_layers, rule.heads, strict=True)) for rule in rules if rule.heads}
 
 
 def _rules(state: Any) -> list[Any]:
@@ -456,24 +285,17 @@ def _rules(state: Any) -> list[Any]:
     return [rule for rule in found if isinstance(rule, TokenRule | SampleRule)]
 
 
-def _depth(name: str, given: int, layers: int) -> int:
-    if given >= layers:
-        raise ValueError(f"{name} is {given}, and there are {layers} layers; expected a number below that.")
-    return given
-
-
 @contextmanager
 def image_tokens(model: nn.Module, mask_BT: Tensor) -> Iterator[None]:
-    """Encodings of `model` inside have image tokens where `mask_BT`, boolean [B, T], is True: for models that do not
-    say so themselves, and for calls of an encoder alone.
+    """Within the context, the image tokens of every encoding of `model` are where `mask_BT`, boolean [B, T], is True:
+    for models that do not place image features themselves, and for calls of an encoder alone.
 
     Raises:
         ValueError: no EarlyExitConfig with `image` and `text` is applied to `model`.
     """
-    modalities = next((state.modalities for state in states(model) if hasattr(state, "modalities")), None)
-    if modalities is None:
-        raise ValueError("nothing runs the modalities apart: apply an EarlyExitConfig(image=..., text=...) first.")
-    with telling(modalities, mask_BT):
+    from mmskip.hf.exits.modalities import image_mask
+
+    with image_mask(model, mask_BT):
         yield
 
 
@@ -481,17 +303,19 @@ register_report(EarlyExitConfig)(exit_report)
 
 
 def exit_layers(model: nn.Module) -> dict[str, Tensor]:
-    """Layers that ran for each state in the latest forward: `encoder` [B] (or `image` and `text`, where these run
-    apart), `decoder` [B, T].
+    """Return the layers that ran for each state in the latest forward, by stack. Deprecated: use `mmskip.report`.
 
     Raises:
         ValueError: the model has no early exit, did not run yet, or ran in training mode, where nothing exits.
     """
-    found = {}
-    for state in states(model):
-        for name, run in getattr(state, "told", {}).items():
-            if run.exits is not None:
-                found[name] = run.exits
+    from mmskip.exits.runs import layers_run
+
+    warnings.warn(
+        "exit_layers(model) is deprecated; use mmskip.report(model)['EarlyExitConfig'].layers.",
+        FutureWarning,
+        stacklevel=2,
+    )
+    found = {name: layers for name, layers in layers_run(model).items() if layers is not None}
     if not found:
-        raise ValueError("no exits to tell: apply an EarlyExitConfig and run the model in evaluation mode first.")
+        raise ValueError("no exits to report: apply an EarlyExitConfig and run the model in evaluation mode first.")
     return found

@@ -40,7 +40,7 @@ MOVED = {
     "families.hf_blocks": "hf.structure",
     "families.hf_cache": "hf.routing.cache",
     "families.hf_decoder": "families.decoder",
-    "families.hf_decoder_exits": "hf.exits.decoder",
+    "families.hf_decoder_exits": "hf.exits.heads",
     "families.hf_encoder_decoder": "families.encoder_decoder",
     "families.hf_exit_cache": "hf.exits.cache",
     "families.hf_exit_speculate": "hf.speculation.early_exit_draft",

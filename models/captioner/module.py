@@ -18,6 +18,7 @@ from mmskip.datasets.captioning.module import Texts
 from mmskip.datasets.common.labels import IGNORE
 from mmskip.datasets.video.tower import VisionTower, check_tower_name
 from mmskip.families.encoder_decoder import EncoderDecoderView
+from mmskip.hf.exits.heads import exit_head
 from mmskip.hf.exits.modalities import SplitEncoder
 from mmskip.methods.early_exit import image_tokens
 from mmskip.models.captioner.build import (
@@ -262,7 +263,7 @@ class Captioner(StepLossModule):
     def layer_logits(self, states: Tensor, mask: Tensor, labels: Tensor, wanted: list[int]) -> tuple[list[Tensor], Any]:
         """Logits [P, V] at the labelled positions, of the decoder layers whose number (from 1) is wanted, and the
         labels [P]."""
-        found, head = self._layer_states(states, mask, labels), self.view.head()
+        found, head = self._layer_states(states, mask, labels), exit_head(self.view)
         return [head(found[number - 1]) for number in wanted], labels[labels != IGNORE]
 
     def _layer_states(self, states: Tensor, mask: Tensor, labels: Tensor, depth: Tensor | None = None) -> list[Tensor]:
@@ -323,7 +324,7 @@ class Captioner(StepLossModule):
         share = self.hparams["random_token_exits"] if self.training else 0.0
         depth = drawn(share, texts.labels.shape, len(weights), self.device)
         states = self._layer_states(*self.encode(seen, texts), texts.labels, depth)
-        labels, head = texts.labels[at], self.view.head()
+        labels, head = texts.labels[at], exit_head(self.view)
         logits = {n: head(states[n - 1]) for n, weight in enumerate(weights, 1) if weight or settle}
         total = settle * moved(states, list(logits.values()), labels) if settle else labels.new_zeros(()).float()
         for number, of in logits.items():

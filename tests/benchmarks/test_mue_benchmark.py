@@ -8,6 +8,7 @@ from captioning import TEXTS, captioner, data
 from locations import ROOT
 
 from mmskip import EarlyExitConfig
+from mmskip.exits.settings import ExitAt
 
 
 @pytest.mark.slow
@@ -62,7 +63,7 @@ def test_random_exits_leave_where_they_are_told_to(tmp_path, monkeypatch):
     model = captioner("mbart", given).eval()
     batches = [{**given.collate()([given.dataset("test")[n] for n in range(4)]), "caption": None}] * 12
     told = [{"image": 1 + n % 2, "prompt": 2, "decoder": 3} for n in range(10)]
-    setting = _mue.at_random(told, model, EarlyExitConfig(points=(1, 2, 3)))
+    setting = _mue.at_random(told, model, EarlyExitConfig(decoder=ExitAt(0.99, exit_layers=(1, 2, 3))))
     assert setting.odds == {"image": pytest.approx([0.5, 1.0]), "text": [0.0, 1.0], "decoder": [0.0, 0.0]}
     assert _mue.Setting.from_dict(json.loads(json.dumps(setting.to_dict()))) == setting
     rows = _mue.records(model, "entailment", batches, setting, given.tokenizer)

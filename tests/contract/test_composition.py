@@ -32,6 +32,7 @@ from mmskip import (
     composition,
 )
 from mmskip.calibration import ffn_threshold
+from mmskip.exits.settings import ExitAt
 
 LAYOUT = stream_layout(2)[None]
 IDS = torch.randint(3, VOCAB, LAYOUT.shape, generator=torch.Generator().manual_seed(0))
@@ -52,7 +53,7 @@ DECODER = {
     "mod 1": MoDConfig(layers=(1,), keep=0.3, gate="sigmoid"),
     "mod 4": MoDConfig(layers=(4,), keep=0.3, gate="sigmoid"),
     "reduction": TokenReductionConfig(after_layer=2, keep=0.5, score="norm"),
-    "exit": EarlyExitConfig(decoder=0.03, points=(2, 4)),
+    "exit": EarlyExitConfig(decoder=ExitAt(0.03, exit_layers=(2, 4))),
     "plan 3": LayerPlanConfig(drop_attn=(3,)),
     "plan 5": LayerPlanConfig(drop=(5,)),
     "plan 5, decoding": LayerPlanConfig(drop=(5,), phase="decode"),

@@ -107,7 +107,7 @@ def test_old_names_values_and_groups_are_read_with_a_warning(make):
         assert make({"after": 5}) == ToyConfig(after_layer=5)
     with pytest.warns(FutureWarning, match="gate='own' is now 'separate'"):
         assert make({"gate": "own"}).gate == "separate"
-    with pytest.warns(FutureWarning, match="threshold is spelt differently"):
+    with pytest.warns(FutureWarning, match=r"threshold is now spelt decoder="):
         assert make({"threshold": 0.3}) == ToyConfig(decoder=ExitAt(0.3))
     with pytest.raises(ValueError, match="after is the old name of after_layer"), pytest.warns(FutureWarning):
         make({"after": 5, "after_layer": 5})

@@ -11,6 +11,7 @@ from torch import nn
 
 import mmskip
 from mmskip import registry
+from mmskip.exits.settings import FixedExit
 from mmskip.families import family
 from mmskip.families.base import View
 from mmskip.reporting import AppliedReport, register_report
@@ -80,7 +81,9 @@ def test_every_method_reports_before_and_after_a_forward(config, build, call):
 
 
 def test_exits_are_reported_by_stack():
-    model = mmskip.apply_(tiny_seq2seq.build("bart").eval(), mmskip.EarlyExitConfig(encoder_depth=3, depth=2))
+    model = mmskip.apply_(
+        tiny_seq2seq.build("bart").eval(), mmskip.EarlyExitConfig(encoder=FixedExit(3), decoder=FixedExit(2))
+    )
     report = mmskip.report(model)["EarlyExitConfig"]
     assert not report.ran and "did not run" in str(report) and report.to_dict() == {"layers": {}, "depth": {}}
     with torch.no_grad():

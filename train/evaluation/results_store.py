@@ -1,7 +1,7 @@
 """Results of single samples, written as they come, so that an interrupted evaluation resumes where it stopped."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,21 @@ class ResultsStore:
         samples: by uid, what the result of a single sample depends on. A stored result with another such text is
             dropped: the sample has changed.
         group: the processes.
+        current: spells stored settings of an older version as today's.
 
     Raises:
         ValueError: the folder holds results of other settings.
     """
 
     def __init__(
-        self, folder: Path, settings: Mapping[str, Any], samples: Mapping[str, str], group: ProcessGroup
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        samples: Mapping[str, str],
+        group: ProcessGroup,
+        current: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     ) -> None:
-        self.folder, self.samples, self.group = folder, samples, group
+        self.folder, self.samples, self.group, self._current = folder, samples, group, current
         refusal, records = group.share(self._open(settings) if group.first else None)
         if refusal:
             raise ValueError(refusal)
@@ -42,7 +48,7 @@ class ResultsStore:
         """Merge what earlier runs left into one file; returns an error message, or the results so far."""
         path = self.folder / SETTINGS
         settings = json.loads(json.dumps(settings))
-        if path.exists() and (others := differences(json.loads(path.read_text()), settings)):
+        if path.exists() and (others := differences(self._current(json.loads(path.read_text())), settings)):
             return f"{self.folder} holds another evaluation ({others}); give another --out, or delete it", {}
         write_json(settings, path)
         parts = sorted(self.folder.glob("samples-*.jsonl"))

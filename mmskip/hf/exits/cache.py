@@ -1,4 +1,4 @@
-"""Cache entries of blocks that some tokens pass over, and of blocks that run on some rows of a batch.
+"""Cache entries of blocks that exited tokens skip, and of blocks that run on some rows of a batch.
 
 Shape suffixes: B batch, N rows that run, H heads, T tokens of the call, S stored tokens, E head width, D width.
 """
@@ -16,52 +16,51 @@ PerToken = dict[str, Any]
 
 
 class ExitLayer(DynamicLayer):
-    """Cache layer of a block that exited tokens pass over: they may get other keys and values, none, or theirs later.
+    """Cache layer of a block that exited tokens skip: their entries are copied, masked, or computed later.
 
     Attributes:
-        valid: boolean [B, S], False for holes; None: there are none.
-        swap: where to take the keys and values of exited tokens of the call under way from: which tokens are no such
-            ones, [B, T], and the layer below.
-        leaves: which rows leave early for good, boolean [B]; None: not decided. all_leave: what the host knows of it,
-            whether all or none do; None: they differ.
-        owed: states [B, T, D] of the latest tokens, whose keys and values nobody has asked for yet, with the block's
+        valid: boolean [B, S], False for masked entries; None: there are none.
+        copy_from: source of the entries of exited tokens in the call under way: the active tokens [B, T], and the
+            layer below; None: nothing is copied.
+        row_exits, all_exit: decisions that hold for a row, see `mmskip.exits.rules.Memory`.
+        deferred: states [B, T, D] of the latest tokens, whose keys and values are not computed yet, with the block's
             arguments per token.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.valid: Tensor | None = None
-        self.swap: tuple[Tensor, DynamicLayer] | None = None
-        self.leaves: Tensor | None = None
-        self.all_leave: bool | None = None
-        self.owed: list[tuple[Tensor, PerToken]] = []
+        self.copy_from: tuple[Tensor, DynamicLayer] | None = None
+        self.row_exits: Tensor | None = None
+        self.all_exit: bool | None = None
+        self.deferred: list[tuple[Tensor, PerToken]] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append entries; those of exited tokens come from the layer below if `swap` says so."""
-        if self.swap is not None:
-            active_B1T1 = self.swap[0][:, None, :, None]
-            below = last_entries(self.swap[1], key_states.shape[-2])
+        """Append entries; those of exited tokens come from `copy_from`, if given."""
+        if self.copy_from is not None:
+            active_B1T1 = self.copy_from[0][:, None, :, None]
+            below = last_entries(self.copy_from[1], key_states.shape[-2])
             key_states = torch.where(active_B1T1, key_states, below[0])
             value_states = torch.where(active_B1T1, value_states, below[1])
         return super().update(key_states, value_states, *args, **kwargs)
 
-    def owe(self, x_BTD: Tensor, per_token: PerToken) -> None:
-        """Note tokens whose keys and values are stored when the block runs again, if it ever does."""
-        self.owed.append((x_BTD, per_token))
+    def defer(self, x_BTD: Tensor, per_token: PerToken) -> None:
+        """Keep states whose keys and values are computed when the block runs again, if it ever does."""
+        self.deferred.append((x_BTD, per_token))
 
-    def debts(self) -> tuple[Tensor, PerToken]:
-        """All states that are owed for, [B, T, D], and their arguments per token; they are owed for no longer."""
-        owed, self.owed = self.owed, []
-        if len(owed) == 1:
-            return owed[0]
-        states, arguments = zip(*owed, strict=True)
+    def pop_deferred(self) -> tuple[Tensor, PerToken]:
+        """Return all deferred states [B, T, D] with their arguments per token, and forget them."""
+        deferred, self.deferred = self.deferred, []
+        if len(deferred) == 1:
+            return deferred[0]
+        states, arguments = zip(*deferred, strict=True)
         return torch.cat(states, 1), {name: _join([given[name] for given in arguments]) for name in arguments[0]}
 
     def get_seq_length(self) -> int:
-        return super().get_seq_length() + sum(x_BTD.shape[1] for x_BTD, _ in self.owed)
+        return super().get_seq_length() + sum(x_BTD.shape[1] for x_BTD, _ in self.deferred)
 
     def mark(self, active_BT: Tensor | None, count: int, batch: int, device: torch.device) -> None:
-        """Note which of the `count` entries that come next are no holes."""
+        """Note which of the next `count` entries are active."""
         if active_BT is None and self.valid is None:
             return
         stored = self.get_seq_length()
@@ -73,20 +72,20 @@ class ExitLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.valid, self.leaves, self.owed = None, None, []
+        self.valid, self.row_exits, self.deferred = None, None, []
 
     def crop(self, tokens_to_remove: int) -> None:
-        # in some versions a positive number is the length that is left
+        # in some versions a positive number is the length to keep
         cut = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.get_seq_length() - tokens_to_remove)
         if self.valid is not None and cut:
             self.valid = self.valid[:, :-cut]
-        while cut and self.owed:
-            (x_BTD, per_token) = self.owed.pop()
+        while cut and self.deferred:
+            (x_BTD, per_token) = self.deferred.pop()
             kept = max(0, x_BTD.shape[1] - cut)
             cut -= x_BTD.shape[1] - kept
             if kept:
-                self.owed.append((x_BTD[:, :kept], _map(per_token, lambda t, kept=kept: t[:, :kept])))
-        if cut:  # some versions take 0 as the length that is left
+                self.deferred.append((x_BTD[:, :kept], _map(per_token, lambda t, kept=kept: t[:, :kept])))
+        if cut:  # some versions take 0 as the length to keep
             super().crop(-cut)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -99,17 +98,17 @@ class ExitLayer(DynamicLayer):
         self._permute(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def _permute(self, pick: Any) -> None:
-        """Change the rows of everything that is held."""
+        """Apply `pick` to the rows of all tensors."""
         if super().get_seq_length():
             assert self.keys is not None and self.values is not None
             self.keys, self.values = pick(self.keys), pick(self.values)
         if self.valid is not None:
             self.valid = pick(self.valid)
-        if self.leaves is not None:
-            self.leaves = pick(self.leaves)
-        if self.owed:
-            x_BTD, per_token = self.debts()
-            self.owe(pick(x_BTD), _map(per_token, pick))
+        if self.row_exits is not None:
+            self.row_exits = pick(self.row_exits)
+        if self.deferred:
+            x_BTD, per_token = self.pop_deferred()
+            self.defer(pick(x_BTD), _map(per_token, pick))
 
 
 def _join(values: list[Any]) -> Any:
@@ -126,13 +125,13 @@ def _map(per_token: PerToken, change: Any) -> PerToken:
 
 
 def last_entries(layer: DynamicLayer, count: int) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, H, count, E] that were stored last."""
+    """Return the keys and values [B, H, count, E] that were stored last."""
     assert layer.keys is not None and layer.values is not None
     return layer.keys[..., -count:, :], layer.values[..., -count:, :]
 
 
 def exit_layer(cache: Any, index: int) -> DynamicLayer:
-    """The self-attention entry of a block, as an `ExitLayer` above the first block.
+    """Return the self-attention entry of a block, an `ExitLayer` except for the first block.
 
     Raises:
         ValueError: a cache whose entries cannot differ from token to token.
@@ -173,8 +172,8 @@ class _Capture(DynamicLayer):
 
 
 def capture(cache: Any, index: int) -> tuple[Any, DynamicLayer]:
-    """A cache of the kind of `cache` that stops block `index` at its update, and the layer that then holds what it
-    would have stored."""
+    """Return a cache of the type of `cache` that stops block `index` at its update, and the layer that then holds the
+    block's keys and values."""
     layer = _Capture()
     own = DynamicCache()
     own.layers = [*[DynamicLayer() for _ in range(index)], layer]
@@ -182,12 +181,12 @@ def capture(cache: Any, index: int) -> tuple[Any, DynamicLayer]:
 
 
 class _RowLayer(DynamicLayer):
-    """Stands for the entry of all rows in a call of some rows.
+    """Replaces the entry of all rows in a call of some rows.
 
     Args:
         entry: of all rows.
-        rows: indices [N] of those of the call.
-        others: indices of the others, and their keys and values; None: what they get does not matter.
+        rows: indices [N] of the rows of the call.
+        others: indices of the other rows, and their keys and values; None: zeros, which nothing reads.
     """
 
     def __init__(self, entry: DynamicLayer, rows: Tensor, others: tuple[Tensor, Tensor, Tensor] | None) -> None:
@@ -198,23 +197,23 @@ class _RowLayer(DynamicLayer):
         return self._entry.get_seq_length()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store entries of all rows; returns those [N, H, S, E] of the rows of the call."""
+        """Store entries of all rows; return those [N, H, S, E] of the rows of the call."""
         assert self._entry.keys is not None
-        whole = []
+        stored = []
         for position, part in enumerate((key_states, value_states)):
             all_BHTE = part.new_zeros(self._entry.keys.shape[0], *part.shape[1:])
             all_BHTE[self._rows] = part
             if self._others is not None:
                 all_BHTE[self._others[0]] = self._others[1 + position]
-            whole.append(all_BHTE)
-        keys, values = self._entry.update(*whole)
+            stored.append(all_BHTE)
+        keys, values = self._entry.update(*stored)
         return keys[self._rows], values[self._rows]
 
 
 def row_cache(
     cache: Any, entry: DynamicLayer, index: int, rows: Tensor, others: tuple[Tensor, Tensor, Tensor] | None
 ) -> Any:
-    """A cache of the kind of `cache` with which block `index` runs on some rows. Arguments as `_RowLayer`."""
+    """Return a cache of the type of `cache` with which block `index` runs on some rows; arguments as `_RowLayer`."""
     own = DynamicCache()
     own.layers = [*[DynamicLayer() for _ in range(index)], _RowLayer(entry, rows, others)]
     if not isinstance(cache, EncoderDecoderCache):
@@ -229,8 +228,8 @@ def row_cache(
 
 
 def serves_rows(cache: Any, entry: DynamicLayer | None, index: int) -> bool:
-    """Whether block `index` can run on some rows of a batch: every row has its entries, also those of what is attended
-    to across."""
+    """Whether block `index` can run on some rows of a batch: all rows have entries, those of cross-attention
+    included."""
     if cache is None:
         return True
     if isinstance(cache, EncoderDecoderCache) and not cache.is_updated.get(index):

@@ -1,12 +1,12 @@
-"""An encoder that runs image and text tokens apart, with the same weights, each leaving it on their own (MuE).
+"""Run image and text tokens apart through an encoder, with the same weights, each exiting on its own (MuE).
 
 Every block runs once per modality, on its tokens alone, so that they never attend to each other in the encoder. Tokens
-keep the embeddings, positions included, that the model gave them in the whole sequence.
+keep the embeddings, positions included, that they have in the full sequence.
 
 Shape suffixes: B batch, T tokens, D width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmskip.hf.exits.block import ExitRule, Run, encode
-from mmskip.swap import Change, bind, state_of
-
-MODALITIES = ("image", "text")
+from mmskip.exits.rules import MODALITIES, ExitRule
+from mmskip.exits.runs import Run
+from mmskip.hf.calls import argument_names
+from mmskip.hf.exits.block import encode
+from mmskip.swap import Change, around, bind, state_of, states
 
 
 @dataclass
@@ -25,9 +26,9 @@ class Modalities:
     """Which tokens of an encoder's input are image tokens.
 
     Attributes:
-        pending: boolean [B, T], told by the model for its next encoding; None: nothing.
-        given: the same for all encodings, told from outside.
-        places: of the forward under way, the indices [B, N] of each modality's tokens; None: it has them all.
+        pending: boolean [B, T], set by the model for its next encoding; None: not set.
+        given: the same for all encodings, set by `image_mask`.
+        places: of the forward under way, the indices [B, N] of each modality's tokens; None: all tokens are its.
     """
 
     pending: Tensor | None = None
@@ -56,7 +57,7 @@ class Modalities:
                 f"rows have {counts.tolist()} image tokens; images that run the encoder apart need equally many in "
                 "every row of a batch."
             )
-        if count in (0, x_BTD.shape[1]):  # a call of one modality alone is not taken apart
+        if count in (0, x_BTD.shape[1]):  # a call of one modality alone is not split
             self.places = {"image" if count else "text": None}
             return
         order_BT = torch.sort((~mask_BT).to(torch.uint8), dim=1, stable=True).indices
@@ -69,7 +70,7 @@ class SplitState:
 
     index: int
     rules: dict[str, ExitRule]
-    told: dict[str, Run]
+    exit_runs: dict[str, Run]
     modalities: Modalities
 
 
@@ -83,7 +84,7 @@ class SplitEncoder:
         if state.index == 0:
             state.modalities.start(x_BTD)
         y_BTD, places = x_BTD, state.modalities.places
-        for name, run in state.told.items():
+        for name, run in state.exit_runs.items():
             if name not in places:
                 run.exits = None
                 continue
@@ -95,7 +96,7 @@ class SplitEncoder:
             if self.training:  # type: ignore[attr-defined]
                 run.exits = None
                 found = super().forward(**part)  # type: ignore[misc]
-            elif state.index and not run.left:
+            elif state.index and not run.num_active:
                 found = part["hidden_states"]
             else:
                 found = encode(super().forward, run, rule, state.index, part)  # type: ignore[misc]
@@ -106,7 +107,7 @@ class SplitEncoder:
 
 
 def _mask_of(mask: Tensor | None, places_BN: Tensor) -> Tensor | None:
-    """The attention mask [B, 1, N, N] of some tokens.
+    """Return the attention mask [B, 1, N, N] of some tokens.
 
     Raises:
         ValueError: a mask of another kind.
@@ -126,7 +127,7 @@ def _mask_of(mask: Tensor | None, places_BN: Tensor) -> Tensor | None:
 
 
 class ImagePlaces(nn.Module):
-    """Mixin of a module that finds the places of image features among the tokens: notes them for the encoder."""
+    """Mixin of the module that places image features among the tokens: passes their places to the encoder."""
 
     def get_placeholder_mask(self, *args: Any, **kwargs: Any) -> Tensor:
         mask: Tensor = super().get_placeholder_mask(*args, **kwargs)  # type: ignore[misc]
@@ -136,8 +137,15 @@ class ImagePlaces(nn.Module):
 
 
 @contextmanager
-def telling(modalities: Modalities, mask_BT: Tensor) -> Iterator[None]:
-    """Encodings inside have their image tokens where `mask_BT` is True."""
+def image_mask(model: nn.Module, mask_BT: Tensor) -> Iterator[None]:
+    """Within the context, the image tokens of every encoding of `model` are where `mask_BT`, boolean [B, T], is True.
+
+    Raises:
+        ValueError: the modalities of `model` do not run apart.
+    """
+    modalities = next((state.modalities for state in states(model) if hasattr(state, "modalities")), None)
+    if modalities is None:
+        raise ValueError("image and text tokens do not run apart: apply an EarlyExitConfig(image=..., text=...) first.")
     before, modalities.given = modalities.given, mask_BT
     try:
         yield
@@ -145,12 +153,36 @@ def telling(modalities: Modalities, mask_BT: Tensor) -> Iterator[None]:
         modalities.given = before
 
 
-def split_changes(root: nn.Module, blocks: tuple[nn.Module, ...], rules: dict[str, ExitRule]) -> list[Change]:
-    """The changes by which the modalities run an encoder apart."""
-    modalities, runs = Modalities(), {name: Run(len(blocks)) for name in MODALITIES}
+def split_changes(
+    view: Any, rules: dict[str, ExitRule], children: Mapping[int, Mapping[str, nn.Module]] | None = None
+) -> list[Change]:
+    """Return the changes by which image and text tokens run the encoder apart and exit it early.
+
+    Args:
+        view: of an encoder-decoder.
+        rules: by modality, see `MODALITIES`.
+        children: new modules of blocks, by index and name (`mmskip_...`).
+
+    Raises:
+        ValueError: a block of the encoder reads more than its tokens and their mask.
+    """
+    sites = [site for site in view.sites("block") if site.stack == "encoder"]
+    more = set(argument_names(sites[0].module)) - {"self", "hidden_states", "attention_mask", "kwargs"}
+    if more:
+        raise ValueError(
+            f"{type(sites[0].module).__name__} takes {', '.join(sorted(more))}, so that image and text tokens cannot "
+            "run it apart; use encoder instead of image and text."
+        )
+    modalities, runs = Modalities(), {name: Run(len(sites)) for name in MODALITIES}
     changes = [
-        Change(f"encoder.{index}", block, SplitEncoder, SplitState(index, rules, runs, modalities), aspect="exit")
-        for index, block in enumerate(blocks)
+        around(
+            site,
+            SplitEncoder,
+            SplitState(site.index, rules, runs, modalities),
+            "exit",
+            (children or {}).get(site.index),
+        )
+        for site in sites
     ]
-    holders = [module for module in root.modules() if hasattr(module, "get_placeholder_mask")]
+    holders = [module for module in view.root.modules() if hasattr(module, "get_placeholder_mask")]
     return changes + [Change("image_places", module, ImagePlaces, modalities) for module in holders[-1:]]

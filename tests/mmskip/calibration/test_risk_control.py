@@ -1,6 +1,7 @@
 """Calibration keeps its promise over many calibrations, and says when there are too few samples for one."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import mmskip
 from mmskip.calibration import risk_control
 from mmskip.calibration.risk_control import choose, p_value, samples_needed
+from mmskip.exits.settings import ExitAt
 
 RISKS = (0.0, 0.02, 0.05, 0.08, 0.11, 0.16, 0.3)
 """True risk of each setting, safest first."""
@@ -114,8 +116,8 @@ class _Coupled(torch.nn.Module):
 
 
 def test_coupled_thresholds_are_ordered_on_samples_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    configs = mmskip.EarlyExitConfig.grid(image=[1.0, 0.9], text=[1.0, 0.8], decoder=[0.99, 0.9], kv="copy")
-    assert len(configs) == 8 and {c.kv for c in configs} == {"copy"}
+    configs = mmskip.EarlyExitConfig.grid(image=[1.0, 0.9], text=[1.0, 0.8], decoder=[0.99, 0.9], cache_policy="copy")
+    assert len(configs) == 8 and {c.cache_policy for c in configs} == {"copy"}
     risks = {(a, b, c): {1.0: 0.0, 0.9: 0.02}[a] + {1.0: 0.0, 0.8: 0.3}[b] + {0.99: 0.0, 0.9: 0.03}[c]
              for a in (1.0, 0.9) for b in (1.0, 0.8) for c in (0.99, 0.9)}  # fmt: skip
     applied: list[mmskip.EarlyExitConfig] = []
@@ -123,8 +125,9 @@ def test_coupled_thresholds_are_ordered_on_samples_of_their_own(monkeypatch: pyt
     monkeypatch.setattr(risk_control, "remove_", lambda model: None)
 
     def key(config: mmskip.EarlyExitConfig) -> tuple[float, float, float]:
-        assert config.image is not None and config.text is not None and config.decoder is not None
-        return config.image, config.text, config.decoder
+        exits = (config.image, config.text, config.decoder)
+        image, text, decoder = (exit_.threshold for exit_ in exits if isinstance(exit_, ExitAt))
+        return image, text, decoder
 
     def risk(model: torch.nn.Module, batch: torch.Tensor) -> list[float]:
         return (batch < risks[key(applied[-1])]).double().tolist()
@@ -134,10 +137,10 @@ def test_coupled_thresholds_are_ordered_on_samples_of_their_own(monkeypatch: pyt
 
     model, grid = _Coupled().eval(), torch.linspace(0.0005, 1, 1000)
     found = mmskip.calibrate(model, configs, [grid], risk, epsilon=0.1, scout=[grid[::2]], cost=cost)
-    assert found.config == mmskip.EarlyExitConfig(image=0.9, text=1.0, decoder=0.9, kv="copy")
+    assert found.config == mmskip.EarlyExitConfig(image=0.9, text=1.0, decoder=0.9, cache_policy="copy")
     assert configs[found.order[found.index or 0]] == found.config and found.risks[found.index or 0] < 0.06
     tested = [configs[i] for i in found.order]
-    assert tested[0] == configs[0] and mmskip.EarlyExitConfig(image=0.9, text=0.8, decoder=0.9, kv="copy") in tested
+    assert tested[0] == configs[0] and replace(found.config, text=0.8) in tested
     assert list(found.costs) == sorted(found.costs, reverse=True) and applied[8:] == tested
 
 
@@ -150,8 +153,9 @@ def test_a_latency_budget_takes_the_least_loss_within_it(monkeypatch: pytest.Mon
     monkeypatch.setattr(risk_control, "remove_", lambda model: None)
 
     def risk(model: torch.nn.Module, batch: int) -> list[float]:
-        threshold = applied[-1].decoder
-        assert threshold is not None
+        exits = applied[-1].decoder
+        assert isinstance(exits, ExitAt)
+        threshold = exits.threshold
         clock["now"] += threshold * (10 if batch == 2 else 1)  # one slow batch moves no median
         return [1 - threshold] * 4
 

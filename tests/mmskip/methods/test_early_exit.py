@@ -17,11 +17,15 @@ from transformers.modeling_outputs import BaseModelOutput
 import mmskip
 from mmskip import EarlyExitConfig
 from mmskip.exits.criteria import SampleScores, TokenScores
+from mmskip.exits.rules import Compaction
+from mmskip.exits.runs import layers_run
+from mmskip.exits.settings import ExitAt, FixedExit
 from mmskip.families.encoder_decoder import match
 from mmskip.hf.exits.cache import ExitLayer
-from mmskip.methods.early_exit import Compaction, exit_layers
+from mmskip.hf.exits.heads import exit_head
+from mmskip.methods.early_exit import exit_layers as deprecated_exit_layers
 
-POLICIES = ("project", "copy", "hole")
+POLICIES = ("recompute", "copy", "mask")
 TOKENS = torch.randint(4, 40, (2, 6), generator=torch.Generator().manual_seed(3))
 GENERATION: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -51,7 +55,7 @@ def mixing_threshold(name: str, module: str) -> float:
     for threshold in torch.linspace(-0.5, 0.95, 30).tolist():
         mmskip.apply_(model, EarlyExitConfig(**{"decoder": None, module: threshold}))
         logits(model, tiny.inputs(name), TOKENS)
-        kinds = exit_layers(model)[module].unique()
+        kinds = layers_run(model)[module].unique()
         best = max(best, (len(kinds) if kinds[0] < tiny.LAYERS else 0, threshold))
         mmskip.remove_(model)
     assert best[0] > 1 or (name.startswith("vit") and module == "encoder")
@@ -69,13 +73,13 @@ def stepwise(model: Any, inputs: dict[str, Tensor], tokens: Tensor) -> tuple[Ten
         outputs = outputs or BaseModelOutput(output.encoder_last_hidden_state)
         cache = output.past_key_values
         found.append(output.logits)
-        exits.append(exit_layers(model)["decoder"])
+        exits.append(layers_run(model)["decoder"])
     return torch.cat(found, 1), torch.cat(exits, 1)
 
 
 NEVER: tuple[dict[str, Any], ...] = (  # at the end of the range, which needs no score; and scored, out of reach
     {"encoder": 1.0, "decoder": 1.0},
-    {"encoder": 1e9, "decoder": 1e9, "criterion": "state_norm", "encoder_criterion": "state_norm"},
+    {"encoder": ExitAt(1e9, "state_norm"), "decoder": ExitAt(1e9, "state_norm")},
 )
 
 
@@ -86,11 +90,11 @@ def test_thresholds_that_never_fire_are_the_base_model_bit_for_bit(name: str, ne
     before = {kind: generate(model, inputs, **settings) for kind, settings in GENERATION.items()}
     plain, keys = logits(model, inputs, TOKENS), list(model.state_dict())
     for kv in POLICIES:
-        mmskip.apply_(model, EarlyExitConfig(**never, kv=kv))
+        mmskip.apply_(model, EarlyExitConfig(**never, cache_policy=kv))
         assert torch.equal(logits(model, inputs, TOKENS, use_cache=False), plain)
         assert torch.equal(logits(model, inputs, TOKENS), plain)
-        assert (exit_layers(model)["decoder"] == tiny.LAYERS).all() and list(model.state_dict()) == keys
-        for kind, settings in GENERATION.items() if kv == "project" else [("greedy", {})]:
+        assert (layers_run(model)["decoder"] == tiny.LAYERS).all() and list(model.state_dict()) == keys
+        for kind, settings in GENERATION.items() if kv == "recompute" else [("greedy", {})]:
             assert torch.equal(generate(model, inputs, **settings), before[kind]), (kv, kind)
         mmskip.remove_(model)
     assert torch.equal(logits(model, inputs, TOKENS), plain) and mmskip.applied(model) == []
@@ -101,15 +105,15 @@ def test_a_threshold_out_of_reach_asks_for_no_score(monkeypatch: pytest.MonkeyPa
     for scores in (TokenScores, SampleScores):
         plain = scores.__call__
         monkeypatch.setattr(scores, "__call__", lambda *a, plain=plain: asked.append(a[0]) or plain(*a))
-    decays = {"decoder": 1.0, "decay": 0.5}  # which lowers it
+    decays = {"decoder": ExitAt(1.0, decay=0.5)}  # which lowers it
     for settings, kinds in (
         ({"encoder": 1.0, "decoder": 1.0}, set()),
-        ({"encoder": 1.0, "decoder": 1.0, "criterion": "entropy"}, set()),
-        ({"decoder": 1.0, "once": True}, set()),
-        ({"decoder": float("inf"), "criterion": "patience"}, set()),
+        ({"encoder": 1.0, "decoder": ExitAt(1.0, "entropy")}, set()),
+        ({"decoder": ExitAt(1.0, decide_once=True)}, set()),
+        ({"decoder": ExitAt(float("inf"), "patience")}, set()),
         (decays, {TokenScores}),
         ({"decoder": 1.0, "encoder": 0.9999}, {SampleScores}),
-        ({"decoder": 1.0, "criterion": "learned"}, {TokenScores}),  # heads that are still to be fitted
+        ({"decoder": ExitAt(1.0, "learned")}, {TokenScores}),  # heads that are still to be fitted
     ):
         mmskip.apply_(model, EarlyExitConfig(**settings))
         generate(model, tiny.inputs("bart"), max_new_tokens=3)
@@ -122,9 +126,9 @@ def test_a_threshold_out_of_reach_asks_for_no_score(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_cached_equals_uncached(name: str, kv: str) -> None:
     model, inputs = tiny.build(name), tiny.inputs(name)
-    mmskip.apply_(model, mixed(name, "decoder", kv=kv))
+    mmskip.apply_(model, mixed(name, "decoder", cache_policy=kv))
     whole = logits(model, inputs, TOKENS, use_cache=False)
-    exits = exit_layers(model)["decoder"]
+    exits = layers_run(model)["decoder"]
     assert exits.unique().numel() > 1 and exits.min() < tiny.LAYERS
     steps, step_exits = stepwise(model, inputs, TOKENS)
     assert torch.equal(step_exits, exits)
@@ -137,7 +141,7 @@ def test_cached_equals_uncached(name: str, kv: str) -> None:
 def reference_with_mask(
     model: Any, inputs: dict[str, Tensor], tokens: Tensor, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """Naive holes without a cache: every block runs on all tokens under a mask written out; final states and exits."""
+    """Masked entries without a cache: every block runs on all tokens under an explicit mask; final states and exits."""
     blocks = match(model)[0].decoder  # type: ignore[union-attr]
     given: dict[str, Any] = {}
 
@@ -170,19 +174,19 @@ def reference_with_mask(
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["t5", "bart", "mbart"])
-def test_holes_equal_a_reference_with_an_explicit_mask(name: str, attention: str) -> None:
+def test_masked_entries_equal_a_reference_with_an_explicit_mask(name: str, attention: str) -> None:
     model, inputs = tiny.build(name), tiny.inputs(name)
     model.set_attn_implementation(attention)
-    config = mixed(name, "decoder", kv="hole")
-    assert config.decoder is not None
-    states, exits = reference_with_mask(model, inputs, TOKENS, config.decoder)
-    expected = match(model)[0].head()(states)  # type: ignore[union-attr]
+    config = mixed(name, "decoder", cache_policy="mask")
+    assert isinstance(config.decoder, ExitAt)
+    states, exits = reference_with_mask(model, inputs, TOKENS, config.decoder.threshold)
+    expected = exit_head(match(model)[0])(states)  # type: ignore[union-attr]
     mmskip.apply_(model, config)
     found, found_exits = stepwise(model, inputs, TOKENS)
     assert torch.equal(found_exits, exits)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
     mmskip.remove_(model)
-    mmskip.apply_(model, EarlyExitConfig(decoder=config.decoder, kv="project"))
+    mmskip.apply_(model, EarlyExitConfig(decoder=config.decoder, cache_policy="recompute"))
     assert not torch.allclose(logits(model, inputs, TOKENS), expected, atol=1e-3)
 
 
@@ -192,10 +196,10 @@ def test_each_sample_of_a_batch_exits_as_alone(name: str) -> None:
     encoder, decoder = mixed(name, "encoder").encoder, mixed(name, "decoder").decoder
     mmskip.apply_(model, EarlyExitConfig(encoder=encoder, decoder=decoder))
     together = logits(model, inputs, TOKENS)
-    exits = exit_layers(model)
+    exits = layers_run(model)
     for row in range(2):
         alone = logits(model, tiny.inputs(name, row), TOKENS[row : row + 1])
-        told = exit_layers(model)
+        told = layers_run(model)
         assert torch.equal(told["encoder"], exits["encoder"][row : row + 1])
         assert torch.equal(told["decoder"], exits["decoder"][row : row + 1])
         torch.testing.assert_close(alone, together[row : row + 1], atol=2e-5, rtol=1e-5)
@@ -214,8 +218,8 @@ def test_the_tied_head_is_the_models_own_output_and_layers_left_out_do_not_run(n
     handles = [block.register_forward_hook(lambda m, a, o: states.append(o[0] if isinstance(o, tuple) else o))
                for block in view.decoder]  # fmt: skip
     plain = logits(model, inputs, TOKENS)
-    torch.testing.assert_close(view.head()(states[-1]), plain)
-    first = view.head()(states[0])
+    torch.testing.assert_close(exit_head(view)(states[-1]), plain)
+    first = exit_head(view)(states[0])
     for handle in handles:
         handle.remove()
     ran: list[str] = []
@@ -223,7 +227,7 @@ def test_the_tied_head_is_the_models_own_output_and_layers_left_out_do_not_run(n
         inner.register_forward_hook(lambda m, a, o, index=index: ran.append(index))
     mmskip.apply_(model, EarlyExitConfig(decoder=-1.0))
     torch.testing.assert_close(logits(model, inputs, TOKENS), first)
-    assert set(ran) == {0} and (exit_layers(model)["decoder"] == 1).all()
+    assert set(ran) == {0} and (layers_run(model)["decoder"] == 1).all()
 
 
 def feed_forwards(name: str, module: str, model: Any) -> list[Any]:
@@ -243,7 +247,7 @@ def test_rows_that_exited_are_taken_out_and_change_nothing(name: str, kv: str) -
         for module in ("encoder", "decoder"):
             for part in feed_forwards(name, module, model):
                 part.register_forward_hook(lambda m, a, o, seen=seen: seen.append(len(a[0])))
-        mmskip.apply_(model, EarlyExitConfig(encoder=encoder, decoder=decoder, kv=kv, compact=compact))
+        mmskip.apply_(model, EarlyExitConfig(encoder=encoder, decoder=decoder, cache_policy=kv, compact=compact))
         whole = logits(model, inputs, TOKENS, use_cache=False)
         found[compact] = (whole, *stepwise(model, inputs, TOKENS))
         said = [generate(model, inputs, num_beams=beams) for beams in (1, 3)]
@@ -277,21 +281,21 @@ def test_layers_that_no_later_token_reaches_store_nothing_and_rows_can_still_be_
     cache.crop(-1)
     assert layer.get_seq_length() == 3
     mmskip.remove_(model)
-    mmskip.apply_(model, EarlyExitConfig(decoder=-1.0, points=(2,)))
+    mmskip.apply_(model, EarlyExitConfig(decoder=ExitAt(-1.0, exit_layers=(2,))))
     flipped = {key: value.flip(0) for key, value in inputs.items()}
     mixed_exits = model(**flipped, decoder_input_ids=TOKENS[:, 3:4].flip(0), past_key_values=cache)
     assert mixed_exits.logits.isfinite().all() and layer.get_seq_length() == 4
 
 
-def test_cutting_what_is_owed_leaves_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
-    def older(layer: DynamicLayer, left: int) -> None:  # where 0 is the length that is left
+def test_cropping_deferred_tokens_keeps_the_stored_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    def older(layer: DynamicLayer, length: int) -> None:  # where 0 is the length to keep
         assert layer.keys is not None
-        layer.keys = layer.keys[..., :left, :]
+        layer.keys = layer.keys[..., :length, :]
 
     monkeypatch.setattr(DynamicLayer, "crop", older)
     layer, keys = ExitLayer(), torch.randn(2, 1, 3, 4)
     layer.update(keys, keys)
-    layer.owe(torch.randn(2, 2, 8), {})
+    layer.defer(torch.randn(2, 2, 8), {})
     layer.crop(-1)
     assert layer.get_seq_length() == 4 and torch.equal(layer.keys, keys)
     layer.crop(-2)
@@ -302,24 +306,28 @@ def test_cutting_what_is_owed_leaves_what_is_stored(monkeypatch: pytest.MonkeyPa
 def test_every_criterion_decides_per_token_and_agrees_with_the_cache(criterion: str) -> None:
     model, inputs = tiny.build("mbart"), tiny.inputs("mbart")
     threshold = {"patience": 1, "state_norm": 0.2, "entropy": 0.2, "margin": 0.05}.get(criterion, 0.3)
-    mmskip.apply_(model, EarlyExitConfig(decoder=threshold, criterion=criterion))
+    mmskip.apply_(model, EarlyExitConfig(decoder=ExitAt(threshold, criterion)))
     whole = logits(model, inputs, TOKENS, use_cache=False)
-    exits = exit_layers(model)["decoder"]
+    exits = layers_run(model)["decoder"]
     steps, step_exits = stepwise(model, inputs, TOKENS)
     assert exits.min() < tiny.LAYERS and torch.equal(step_exits, exits)
     torch.testing.assert_close(steps, whole, atol=2e-5, rtol=1e-5)
 
 
-def test_minimum_layers_points_and_decay_hold_exits_back() -> None:
+def test_minimum_layers_exit_layers_and_decay_delay_exits() -> None:
     model, inputs = tiny.build("t5"), tiny.inputs("t5")
-    for settings, expected in (({"min_layers": 2}, 2), ({"points": (3,)}, 3), ({"min_layers": 2, "points": (1, 3)}, 3)):
-        mmskip.apply_(model, EarlyExitConfig(decoder=-1.0, **settings))  # type: ignore[arg-type]
+    for exits, expected in (
+        (ExitAt(-1.0, min_layers=2), 2),
+        (ExitAt(-1.0, exit_layers=(3,)), 3),
+        (ExitAt(-1.0, min_layers=2, exit_layers=(1, 3)), 3),
+    ):
+        mmskip.apply_(model, EarlyExitConfig(decoder=exits))
         logits(model, inputs, TOKENS)
-        assert (exit_layers(model)["decoder"] == expected).all()
+        assert (layers_run(model)["decoder"] == expected).all()
         mmskip.remove_(model)
-    mmskip.apply_(model, EarlyExitConfig(decoder=0.0, decay=0.2, decay_speed=50.0, decay_steps=6))
+    mmskip.apply_(model, EarlyExitConfig(decoder=ExitAt(0.0, decay=0.2, decay_speed=50.0, decay_steps=6)))
     whole = logits(model, inputs, TOKENS, use_cache=False)
-    exits = exit_layers(model)["decoder"]
+    exits = layers_run(model)["decoder"]
     assert (exits[:, 0] == tiny.LAYERS).all() and (exits[:, 1:] < tiny.LAYERS).all()
     steps, step_exits = stepwise(model, inputs, TOKENS)
     assert torch.equal(step_exits, exits)
@@ -332,26 +340,27 @@ def test_most_layers_end_what_no_score_does(name: str, kv: str) -> None:
     model, inputs = tiny.build(name), tiny.inputs(name)
 
     def found(**settings: Any) -> tuple[Tensor, Tensor, Tensor]:
-        mmskip.apply_(model, EarlyExitConfig(**{"decoder": None, "kv": kv, **settings}))
+        mmskip.apply_(model, EarlyExitConfig(**{"decoder": None, "cache_policy": kv, **settings}))
         whole = logits(model, inputs, TOKENS, use_cache=False)
-        exits = exit_layers(model)
+        exits = layers_run(model)
         steps, step_exits = stepwise(model, inputs, TOKENS)
         torch.testing.assert_close(steps, whole, atol=2e-5, rtol=1e-5)
         assert torch.equal(step_exits, exits["decoder"])
         mmskip.remove_(model)
         return whole, exits["decoder"], exits.get("encoder", torch.tensor(0))
 
-    fixed, _, _ = found(depth=3, encoder_depth=2)
-    never, exits, encoder = found(decoder=1.0, max_layers=3, encoder=1.0, encoder_max_layers=2)
+    fixed, _, _ = found(decoder=FixedExit(3), encoder=FixedExit(2))
+    never, exits, encoder = found(decoder=ExitAt(1.0, max_layers=3), encoder=ExitAt(1.0, max_layers=2))
     assert torch.equal(never, fixed) and (exits == 3).all() and (encoder == 2).all()
     threshold = mixing_threshold(name, "decoder")
-    free, capped = found(decoder=threshold)[1], found(decoder=threshold, max_layers=2)[1]
+    free, capped = found(decoder=threshold)[1], found(decoder=ExitAt(threshold, max_layers=2))[1]
     assert torch.equal(capped, free.clamp(max=2))
-    always, never = (found(decoder=threshold, max_layers=3, compact=compact)[0] for compact in ("always", "never"))
+    three = ExitAt(threshold, max_layers=3)
+    always, never = (found(decoder=three, compact=compact)[0] for compact in ("always", "never"))
     torch.testing.assert_close(always, never, atol=2e-5, rtol=1e-5)
-    if name.startswith("vit") or kv == "hole":  # a sample decides at once, whatever the policy
+    if name.startswith("vit") or kv == "mask":  # a sample decides at once, whatever the policy
         return
-    once = found(decoder=threshold, max_layers=3, points=(1,), once=True)[1]
+    once = found(decoder=ExitAt(threshold, max_layers=3, exit_layers=(1,), decide_once=True))[1]
     assert set(once.unique().tolist()) <= {1, 3}
 
 
@@ -360,9 +369,12 @@ def test_training_runs_all_layers_and_copies_are_independent() -> None:
     mmskip.apply_(model, EarlyExitConfig(encoder=-1.0, decoder=-1.0))
     twin = copy.deepcopy(model)
     early = logits(twin, inputs, TOKENS)
-    assert (exit_layers(twin)["decoder"] == 1).all()
-    with pytest.raises(ValueError, match="no exits to tell"):
-        exit_layers(model)
+    assert (layers_run(twin)["decoder"] == 1).all()
+    assert layers_run(model) == {"encoder": None, "decoder": None}
+    with pytest.raises(ValueError, match="no exits to report"), pytest.warns(FutureWarning, match="mmskip.report"):
+        deprecated_exit_layers(model)
+    with pytest.warns(FutureWarning, match="mmskip.report"):
+        assert torch.equal(deprecated_exit_layers(twin)["decoder"], layers_run(twin)["decoder"])
     plain = mmskip.remove_(copy.deepcopy(model)).train()
     torch.manual_seed(0)
     expected = logits(plain, inputs, TOKENS)
@@ -377,17 +389,16 @@ def test_training_runs_all_layers_and_copies_are_independent() -> None:
         ({"decoder": 1.2}, "decoder is 1.2"),
         ({"encoder": "x"}, "encoder is 'x'"),
         ({"decoder": None}, "both None"),
-        ({"criterion": "luck"}, "criterion is 'luck'"),
-        ({"encoder_criterion": "margin"}, "encoder_criterion is 'margin'"),
-        ({"kv": "drop"}, "kv is 'drop'"),
-        ({"min_layers": 0}, "min_layers is 0"),
-        ({"points": ()}, "points is"),
-        ({"max_layers": 1, "min_layers": 2}, "max_layers is 1; expected an integer >= min_layers"),
-        ({"encoder_max_layers": 2}, "encoder_max_layers is 2, and nothing is decided below it"),
-        ({"depth": 3, "max_layers": 2}, "max_layers is 2 and depth 3; choose one"),
-        ({"decay": 1.5}, "decay is 1.5"),
-        ({"decay": 0.5, "criterion": "patience"}, "thresholds in"),
-        ({"decay_steps": 0}, "decay_steps is 0"),
+        ({"decoder": {"threshold": 1.2}}, "decoder: threshold is 1.2"),
+        ({"decoder": {"criterion": "margin"}}, "decoder: ExitAt lacks threshold"),
+        ({"decoder": {"threshold": 0.5, "layers": 3}}, "decoder: ExitAt has no layers"),
+        ({"decoder": {"layer": 0}}, "decoder: layer is 0"),
+        ({"decoder": {"threshold": 0.5, "criterion": "luck"}}, "decoder: criterion is 'luck'"),
+        ({"encoder": ExitAt(0.5, "margin")}, "encoder: criterion is 'margin'"),
+        ({"encoder": ExitAt(0.5, decay=0.5)}, "encoder: decay is 0.5"),
+        ({"image": 0.9, "text": ExitAt(0.9, decide_once=True)}, "text: decide_once is True"),
+        ({"cache_policy": "drop"}, "cache_policy is 'drop'"),
+        ({"cache_policy": "skip"}, "cache_policy is 'skip'"),
         ({"compact": "yes"}, "compact is 'yes'"),
         ({"compact_overhead": 1.5}, "compact_overhead is 1.5"),
     ],
@@ -397,11 +408,35 @@ def test_bad_settings_are_refused(settings: dict[str, Any], match_: str) -> None
         EarlyExitConfig(**settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "match_"),
+    [
+        ({"threshold": -2}, "threshold is -2"),
+        ({"criterion": "luck"}, "criterion is 'luck'"),
+        ({"min_layers": 0}, "min_layers is 0"),
+        ({"exit_layers": ()}, "exit_layers is"),
+        ({"exit_layers": (1, 1)}, "exit_layers is"),
+        ({"max_layers": 1, "min_layers": 2}, "max_layers is 1; expected an integer >= min_layers"),
+        ({"decay": 1.5}, "decay is 1.5"),
+        ({"decay": 0.5, "criterion": "patience"}, "thresholds in"),
+        ({"decay_speed": 0}, "decay_speed is 0"),
+        ({"decay_steps": 0}, "decay_steps is 0"),
+        ({"decide_once": True, "decay": 0.5}, "decide_once is True"),
+        ({"decide_once": 2}, "decide_once is 2"),
+    ],
+)
+def test_bad_settings_of_an_exit_are_refused(settings: dict[str, Any], match_: str) -> None:
+    with pytest.raises(ValueError, match=match_):
+        ExitAt(**{"threshold": 0.5, **settings})
+    with pytest.raises(ValueError, match="layer is 0"):
+        FixedExit(0)
+
+
 @pytest.mark.parametrize(("model", "told"), [("t5gemma", "final_logit_softcapping"), ("vit_bert", "Transform")])
 def test_exit_heads_that_are_not_the_models_output_are_refused(model: str, told: str) -> None:
     built = getattr(tiny, model)()
     with pytest.raises(ValueError, match=f"changes its logits by .*{told}"):
-        mmskip.apply_(built, EarlyExitConfig(decoder=0.5, criterion="confidence"))
+        mmskip.apply_(built, EarlyExitConfig(decoder=ExitAt(0.5, "confidence")))
     assert mmskip.applied(built) == []
     mmskip.apply_(built, EarlyExitConfig(decoder=0.5))
 
@@ -409,20 +444,23 @@ def test_exit_heads_that_are_not_the_models_output_are_refused(model: str, told:
 def test_what_a_model_cannot_do_is_refused_and_leaves_it_as_it_was(tmp_path: Path) -> None:
     model, inputs = tiny.build("bart"), tiny.inputs("bart")
     for settings, told in (
-        ({"points": (9,)}, "points has 9, and there are 4 layers"),
-        ({"min_layers": 4}, "min_layers is 4, which leaves no exit: expected points from min_layers to 3 of 4 layers"),
+        ({"exit_layers": (9,)}, "decoder: exit_layers has 9, and there are 4 layers"),
+        ({"min_layers": 4}, "min_layers is 4, which leaves no exit: expected exit_layers from min_layers to 3 of 4"),
         ({"max_layers": 4}, "max_layers is 4, and there are 4 layers"),
-        ({"max_layers": 2, "points": (3,)}, r"min_layers is 1 and points \(3,\), which leaves no exit: .* to 1 of 4"),
+        (
+            {"max_layers": 2, "exit_layers": (3,)},
+            r"min_layers is 1 and exit_layers \(3,\), which leaves no exit: .* to 1 of 4",
+        ),
     ):
         with pytest.raises(ValueError, match=told):
-            mmskip.apply_(model, EarlyExitConfig(**settings))  # type: ignore[arg-type]
+            mmskip.apply_(model, EarlyExitConfig(decoder=ExitAt(0.99, **settings)))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has no output projection"):
-        mmskip.apply_(model.model, EarlyExitConfig(decoder=0.5, criterion="margin"))
+        mmskip.apply_(model.model, EarlyExitConfig(decoder=ExitAt(0.5, "margin")))
     with pytest.raises(ValueError, match="holds no encoder-decoder"):
         mmskip.apply_(torch.nn.Linear(2, 2), EarlyExitConfig())
     assert mmskip.applied(model) == []
-    config = EarlyExitConfig(decoder=0.5, points=(3, 1))
-    assert EarlyExitConfig.from_dict(config.to_dict()) == config and config.points == (1, 3)
+    config = EarlyExitConfig(decoder=ExitAt(0.5, exit_layers=(3, 1)))
+    assert EarlyExitConfig.from_dict(config.to_dict()) == config and config.decoder.exit_layers == (1, 3)
     mmskip.apply_(model, config)
     mmskip.save(model, tmp_path / "adapter")
     twin = tiny.build("bart")

@@ -15,7 +15,8 @@ from transformers import DynamicCache
 
 import mmskip
 from mmskip import EarlyExitConfig
-from mmskip.methods.early_exit import exit_layers
+from mmskip.exits.runs import layers_run
+from mmskip.exits.settings import ExitAt, FixedExit
 
 NAMES = ("llama", "mixtral", "gpt2", "gpt_neox", "opt", "cohere")
 MORE = [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "mistral", "gemma", "phi", "qwen2", "olmo2")]
@@ -46,7 +47,7 @@ def mixing(name: str) -> float:
     for threshold in torch.linspace(-0.3, 0.95, 26).tolist():
         model = mmskip.apply_(build(name), EarlyExitConfig(decoder=threshold))
         logits(model)
-        kinds = exit_layers(model)["decoder"].unique()
+        kinds = layers_run(model)["decoder"].unique()
         best = max(best, (len(kinds) if kinds[0] < LAYERS else 0, threshold))
     assert best[0] > 1
     return best[1]
@@ -72,17 +73,17 @@ def stepwise(model: Any) -> Tensor:
 def test_never_firing_thresholds_are_the_base_model_and_exits_agree_everywhere(name: str) -> None:
     model = build(name)
     plain, said = logits(model, use_cache=False), model.generate(IDS, attention_mask=MASK, **SETTINGS)
-    scored = {"decoder": 1e9, "criterion": "state_norm"}
-    for kv, never in (("project", {"decoder": 1.0}), ("project", scored), ("copy", scored), ("hole", scored)):
-        mmskip.apply_(model, EarlyExitConfig(**never, kv=kv))
+    scored = {"decoder": ExitAt(1e9, "state_norm")}
+    for kv, never in (("recompute", {"decoder": 1.0}), ("recompute", scored), ("copy", scored), ("mask", scored)):
+        mmskip.apply_(model, EarlyExitConfig(**never, cache_policy=kv))
         assert torch.equal(logits(model, use_cache=False), plain)
         assert torch.equal(model.generate(IDS, attention_mask=MASK, **SETTINGS), said)
         mmskip.remove_(model)
     real = MASK.bool()
-    for kv in ("project", "copy", "hole"):
-        mmskip.apply_(model, EarlyExitConfig(decoder=mixing(name), kv=kv, compact="never"))
+    for kv in ("recompute", "copy", "mask"):
+        mmskip.apply_(model, EarlyExitConfig(decoder=mixing(name), cache_policy=kv, compact="never"))
         whole = logits(model, use_cache=False)
-        exits = exit_layers(model)["decoder"]
+        exits = layers_run(model)["decoder"]
         torch.testing.assert_close(stepwise(model)[real], whole[real], atol=3e-5, rtol=1e-5)
         for beams in (1, 2):
             call = {"attention_mask": MASK, "num_beams": beams, **SETTINGS}
@@ -90,9 +91,9 @@ def test_never_firing_thresholds_are_the_base_model_and_exits_agree_everywhere(n
             assert torch.equal(model.generate(IDS, use_cache=False, **call), tokens)
         alone = logits(model, IDS[1:2, 4:], MASK[1:2, 4:])
         torch.testing.assert_close(alone, whole[1:2, 4:], atol=3e-5, rtol=1e-5)
-        assert torch.equal(exit_layers(model)["decoder"], exits[1:2, 4:])
+        assert torch.equal(layers_run(model)["decoder"], exits[1:2, 4:])
         mmskip.remove_(model)
-        mmskip.apply_(model, EarlyExitConfig(decoder=mixing(name), kv=kv, compact="always"))
+        mmskip.apply_(model, EarlyExitConfig(decoder=mixing(name), cache_policy=kv, compact="always"))
         torch.testing.assert_close(stepwise(model)[real], whole[real], atol=3e-5, rtol=1e-5)
         assert torch.equal(model.generate(IDS, **call), tokens)
         mmskip.remove_(model)
@@ -105,14 +106,14 @@ def test_the_tied_head_is_the_models_own(criterion: str) -> None:
     shallow = build("llama")
     del shallow.model.layers[2:]
     expected = logits(shallow, use_cache=False)
-    mmskip.apply_(model, EarlyExitConfig(decoder=0.0, criterion=criterion, points=(2,)))
+    mmskip.apply_(model, EarlyExitConfig(decoder=ExitAt(0.0, criterion, exit_layers=(2,))))
     torch.testing.assert_close(logits(model, use_cache=False), expected)
     if criterion == "confidence":
         top = expected.softmax(-1).amax(-1)
         mmskip.remove_(model)
-        mmskip.apply_(model, EarlyExitConfig(decoder=top[0].median().item(), criterion=criterion, points=(2,)))
+        mmskip.apply_(model, EarlyExitConfig(decoder=ExitAt(top[0].median().item(), criterion, exit_layers=(2,))))
         logits(model)
-        assert torch.equal(exit_layers(model)["decoder"] == 2, top > top[0].median().item())
+        assert torch.equal(layers_run(model)["decoder"] == 2, top > top[0].median().item())
 
 
 def test_adapters_copies_training_and_saving(tmp_path: Path) -> None:
@@ -150,21 +151,21 @@ def test_the_decoder_of_a_vision_language_model_is_left_early() -> None:
     mmskip.apply_(model, EarlyExitConfig(decoder=1.0))
     assert torch.equal(model(input_ids=ids).logits, plain)
     mmskip.remove_(model)
-    mmskip.apply_(model, EarlyExitConfig(depth=1))
+    mmskip.apply_(model, EarlyExitConfig(decoder=FixedExit(1)))
     model(input_ids=ids)
-    assert (exit_layers(model)["decoder"] == 1).all()
+    assert (layers_run(model)["decoder"] == 1).all()
     tokens = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
     assert torch.equal(model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, use_cache=False), tokens)
 
 
-def test_what_cannot_be_left_is_refused() -> None:
+def test_what_cannot_exit_early_is_refused() -> None:
     for name, config, told in (
         ("mistral_window", EarlyExitConfig(decoder=0.9), "sliding attention"),
         ("llama", EarlyExitConfig(encoder=0.9), "has a decoder only"),
         ("gemma2", EarlyExitConfig(decoder=0.9), "sliding"),
-        ("granite", EarlyExitConfig(decoder=0.9, criterion="margin"), "logits_scaling"),
-        ("llama", EarlyExitConfig(decoder=0.9, once=True), "once is True; the first tokens"),
-        ("llama", EarlyExitConfig(decoder=0.9, decay=0.5), "decay is 0.5; the first tokens"),
+        ("granite", EarlyExitConfig(decoder=ExitAt(0.9, "margin")), "logits_scaling"),
+        ("llama", EarlyExitConfig(decoder=ExitAt(0.9, decide_once=True)), "decide_once is True; the first tokens"),
+        ("llama", EarlyExitConfig(decoder=ExitAt(0.9, decay=0.5)), "decay is 0.5; the first tokens"),
     ):
         model = tiny_decoder(name, **({"logits_scaling": 2.0} if name == "granite" else {}))
         with pytest.raises(ValueError, match=told):
@@ -173,3 +174,19 @@ def test_what_cannot_be_left_is_refused() -> None:
     model = mmskip.apply_(build("llama"), mmskip.LayerPlanConfig(drop=(1,)))
     with pytest.raises(ValueError, match=r"EarlyExit.* and LayerPlan.* do not compose: both claim block\.1\."):
         mmskip.apply_(model, EarlyExitConfig(decoder=0.9))
+
+
+def test_exits_and_bits_compose_exactly_in_both_orders() -> None:
+    bits = mmskip.LayerBitsConfig((8,) * LAYERS)
+    expected = mmskip.apply_(build("llama"), bits)
+    exits = EarlyExitConfig(decoder=FixedExit(LAYERS - 1))
+    found = []
+    for order in ((bits, exits), (exits, bits)):
+        model = build("llama")
+        for config in order:
+            mmskip.apply_(model, config)
+        found.append(logits(model, use_cache=False))
+        torch.testing.assert_close(stepwise(model)[MASK.bool()], found[-1][MASK.bool()], atol=3e-5, rtol=1e-5)
+    assert torch.equal(*found) and not torch.equal(found[0], logits(expected, use_cache=False))
+    del expected.model.layers[LAYERS - 1 :]
+    torch.testing.assert_close(found[0], logits(expected, use_cache=False))

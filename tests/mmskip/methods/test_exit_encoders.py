@@ -29,8 +29,10 @@ import mmskip
 from mmskip import EarlyExitConfig
 from mmskip.exits.criteria import SampleScores
 from mmskip.exits.heads import ExitHead
+from mmskip.exits.runs import layers_run
+from mmskip.exits.settings import ExitAt, FixedExit
 from mmskip.families.encoder import match
-from mmskip.methods.early_exit import exit_heads, exit_layers
+from mmskip.methods.early_exit import exit_heads
 
 LAYERS = 4
 _SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS,
@@ -101,22 +103,24 @@ def cosines(model: Any, call: Any) -> dict[str, Tensor]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", BUILDERS)
-def test_samples_leave_encoders_as_alone(name: str) -> None:
+def test_samples_exit_encoders_as_alone(name: str) -> None:
     model, call = build(name)
     plain, scores = call(model), cosines(model, call)
     keys = list(model.state_dict())
     for threshold, criterion in ((1.0, "saturation"), (1e9, "state_norm")):  # the second is scored
-        never = dict.fromkeys(("image", "text") if name in TOWERS else ("encoder",), threshold)
-        mmskip.apply_(model, EarlyExitConfig(decoder=None, encoder_criterion=criterion, **never))
+        parts = ("image", "text") if name in TOWERS else ("encoder",)
+        never = dict.fromkeys(parts, ExitAt(threshold, criterion))
+        mmskip.apply_(model, EarlyExitConfig(decoder=None, **never))
         assert torch.equal(call(model), plain) and list(model.state_dict()) == keys
         mmskip.remove_(model)
-    # behind the second layer, some samples of each stack and not all
+    # after the second layer, some samples of each stack and not all
     settings = {stack: scores[stack][0].sort().values[:2].mean().item() for stack in scores}
     found = []
     for compact in ("never", "always"):
-        mmskip.apply_(model, EarlyExitConfig(decoder=None, encoder_points=(2,), compact=compact, **settings))
+        second = {stack: ExitAt(threshold, exit_layers=(2,)) for stack, threshold in settings.items()}
+        mmskip.apply_(model, EarlyExitConfig(decoder=None, compact=compact, **second))
         found.append(call(model))
-        exits = exit_layers(model)
+        exits = layers_run(model)
         for stack, row in scores.items():
             assert torch.equal(exits[stack], torch.where(row[0] > settings[stack], 2, LAYERS))
             assert exits[stack].unique().numel() == 2
@@ -128,10 +132,10 @@ def test_samples_leave_encoders_as_alone(name: str) -> None:
     for blocks in match(shallow)[0].stacks.values():  # type: ignore[union-attr]
         stack = next(m for m in shallow.modules() if list(m.children()) == list(blocks))
         del stack[3:]  # type: ignore[attr-defined]
-    capped = {"image": 1.0, "text": 1.0} if name in TOWERS else {"encoder": 1.0}
+    capped = dict.fromkeys(("image", "text") if name in TOWERS else ("encoder",), ExitAt(1.0, max_layers=3))
     for config in (
-        EarlyExitConfig(decoder=None, encoder_depth=3),
-        EarlyExitConfig(decoder=None, encoder_max_layers=3, **capped),
+        EarlyExitConfig(decoder=None, encoder=FixedExit(3)),
+        EarlyExitConfig(decoder=None, **capped),
     ):
         mmskip.apply_(model, config)
         torch.testing.assert_close(call(model), call(shallow))
@@ -146,9 +150,9 @@ def test_the_image_encoder_of_blip_is_left_and_its_decoder_is_not() -> None:
     mmskip.apply_(model, EarlyExitConfig(decoder=None, encoder=1.0))
     assert torch.equal(model.generate(pixel_values=PIXELS, max_new_tokens=5), said)
     mmskip.remove_(model)
-    mmskip.apply_(model, EarlyExitConfig(decoder=None, encoder=-1.0, encoder_points=(2,)))
+    mmskip.apply_(model, EarlyExitConfig(decoder=None, encoder=ExitAt(-1.0, exit_layers=(2,))))
     model.generate(pixel_values=PIXELS, max_new_tokens=5)
-    assert exit_layers(model)["encoder"].tolist() == [2, 2, 2]
+    assert layers_run(model)["encoder"].tolist() == [2, 2, 2]
     mmskip.remove_(model)
     with pytest.raises(ValueError, match="has no decoder"):
         mmskip.apply_(model, EarlyExitConfig(decoder=0.9))
@@ -162,9 +166,9 @@ def test_padding_of_an_encoder_changes_no_exit() -> None:
     whole = cosines(model, lambda m: m(input_ids=IDS, attention_mask=mask))["encoder"][0, 0].item()
     real = cosines(model, lambda m: m(input_ids=IDS[:1, :4]))["encoder"][0, 0].item()
     assert abs(whole - real) > 1e-4
-    mmskip.apply_(model, EarlyExitConfig(decoder=None, encoder=(whole + real) / 2, encoder_points=(2,)))
+    mmskip.apply_(model, EarlyExitConfig(decoder=None, encoder=ExitAt((whole + real) / 2, exit_layers=(2,))))
     model(input_ids=IDS, attention_mask=mask)
-    assert exit_layers(model)["encoder"][0] == (2 if real > whole else LAYERS)
+    assert layers_run(model)["encoder"][0] == (2 if real > whole else LAYERS)
 
 
 @pytest.fixture
@@ -201,7 +205,7 @@ def test_padding_of_open_clip_is_told_by_its_mask_where_it_has_one(told: list[Te
     for compact in ("never", "always"):
         mmskip.apply_(model, EarlyExitConfig(decoder=None, encoder=score[1:].mean().item(), compact=compact))
         found.append(model(ids))
-        assert exit_layers(model)["encoder"].unique().numel() > 1
+        assert layers_run(model)["encoder"].unique().numel() > 1
         assert torch.equal(told[-1], nn.functional.pad(ids > 0, (0, 1), value=True))
         mmskip.remove_(model)
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
@@ -217,7 +221,7 @@ def scramble(model: nn.Module, seed: int) -> None:
 
 def test_learned_heads_decide_and_travel_with_the_adapter(tmp_path: Path) -> None:
     model, call = build("vit")
-    config = EarlyExitConfig(decoder=None, encoder=0.6, encoder_criterion="learned", encoder_points=(1, 3))
+    config = EarlyExitConfig(decoder=None, encoder=ExitAt(0.6, "learned", exit_layers=(1, 3)))
     mmskip.apply_(model, config)
     scramble(model, 3)
     heads = exit_heads(model)["encoder"]
@@ -232,7 +236,7 @@ def test_learned_heads_decide_and_travel_with_the_adapter(tmp_path: Path) -> Non
         call(plain)
         said = call(model)
         first, third = (heads[n].score(states[n - 1].mean(1, keepdim=True))[:, 0] > 0.6 for n in (1, 3))
-        assert torch.equal(exit_layers(model)["encoder"], torch.where(first, 1, torch.where(third, 3, LAYERS)))
+        assert torch.equal(layers_run(model)["encoder"], torch.where(first, 1, torch.where(third, 3, LAYERS)))
         mmskip.save(model, tmp_path)
         twin = mmskip.load_(build("vit")[0], tmp_path)
         assert torch.equal(call(twin), said)
@@ -246,8 +250,8 @@ def test_learned_heads_decide_and_travel_with_the_adapter(tmp_path: Path) -> Non
 def test_learned_heads_of_decoders_and_modalities(tmp_path: Path) -> None:
     tokens = torch.tensor([[3, 7, 9], [8, 9, 12]])
     for name, settings in (
-        ("florence2", {"image": 0.5, "text": 0.5, "encoder_criterion": "learned", "decoder": None}),
-        ("t5", {"decoder": 0.5, "criterion": "learned", "points": (1, 2)}),
+        ("florence2", {"image": ExitAt(0.5, "learned"), "text": ExitAt(0.5, "learned"), "decoder": None}),
+        ("t5", {"decoder": ExitAt(0.5, "learned", exit_layers=(1, 2))}),
     ):
         model, inputs = tiny.build(name), tiny.inputs(name)
         mmskip.apply_(model, EarlyExitConfig(**settings))  # type: ignore[arg-type]
@@ -259,7 +263,7 @@ def test_learned_heads_of_decoders_and_modalities(tmp_path: Path) -> None:
             twin = mmskip.load_(tiny.build(name), tmp_path / name)
             assert torch.equal(twin(**inputs, decoder_input_ids=tokens).logits, found)
         assert torch.equal(model.generate(**inputs), model.generate(**inputs, use_cache=False))
-    llama = mmskip.apply_(tiny_decoder("llama"), EarlyExitConfig(decoder=0.5, criterion="learned", points=(2,)))
+    llama = mmskip.apply_(tiny_decoder("llama"), EarlyExitConfig(decoder=ExitAt(0.5, "learned", exit_layers=(2,))))
     scramble(llama, 2)
     llama(input_ids=IDS, labels=IDS)
     mmskip.save(llama, tmp_path / "llama")
@@ -284,7 +288,7 @@ def test_what_encoders_lack_is_refused() -> None:
     for model, settings, told in (
         (vit, {"decoder": 0.9}, "has no decoder"),
         (vit, {"decoder": None, "image": 0.9, "text": 0.9}, "not two towers"),
-        (clip, {"decoder": None, "encoder": 0.9, "encoder_points": (7,)}, "encoder_points has 7"),
+        (clip, {"decoder": None, "encoder": ExitAt(0.9, exit_layers=(7,))}, "encoder: exit_layers has 7"),
         (timm.create_model("resnet10t"), {"decoder": None, "encoder": 0.9}, "has 0 stacks"),
         (decoding_bert, {"decoder": None, "encoder": 0.9}, "has 0 stacks"),
         (tiny_decoder("nemotron_h"), {"decoder": None, "encoder": 0.9}, "a decoder only"),

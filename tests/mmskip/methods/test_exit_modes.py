@@ -14,8 +14,11 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import mmskip
 from mmskip import EarlyExitConfig
+from mmskip.exits.criteria import TokenScores
+from mmskip.exits.runs import layers_run
+from mmskip.exits.settings import ExitAt, FixedExit
 from mmskip.families.encoder_decoder import match
-from mmskip.methods.early_exit import TokenScores, exit_layers, image_tokens
+from mmskip.methods.early_exit import image_tokens
 from mmskip.swap import states
 
 TOKENS = torch.randint(4, 40, (2, 6), generator=torch.Generator().manual_seed(3))
@@ -68,12 +71,12 @@ def test_image_and_text_run_the_encoder_apart(image: float, text: float, compact
         output = model(**inputs, decoder_input_ids=TOKENS)
     found = output.encoder_last_hidden_state
     torch.testing.assert_close(found[real], expected[real], atol=2e-5, rtol=1e-5)
-    told = exit_layers(model)
+    told = layers_run(model)
     assert torch.equal(told["image"], exits["image"]) and torch.equal(told["text"], exits["text"])
     said = model.generate(**inputs)
     for row in range(2):
         assert torch.equal(model.generate(**pictured(row))[0], said[row])
-        assert torch.equal(exit_layers(model)["image"], exits["image"][row : row + 1])
+        assert torch.equal(layers_run(model)["image"], exits["image"][row : row + 1])
     mmskip.remove_(model)
     outputs = BaseModelOutput(found)
     mmskip.apply_(model, EarlyExitConfig(decoder=0.6))
@@ -92,7 +95,7 @@ def test_modalities_can_be_told_and_are_apart_in_training() -> None:
     torch.testing.assert_close(alone[1, :4], plain[1][0])  # nothing is told: all of it is text
     with image_tokens(model, mask):
         early = encoder(**inputs)[0]
-        assert (exit_layers(model)["text"] == tiny.LAYERS).all() and len(exit_layers(model)["image"]) == 2
+        assert (layers_run(model)["text"] == tiny.LAYERS).all() and len(layers_run(model)["image"]) == 2
         before = encoder.train()(**inputs)[0]
         changed = {**inputs, "input_ids": inputs["input_ids"].masked_fill(mask, 9)}
         encoder.eval()
@@ -105,7 +108,7 @@ def test_modalities_can_be_told_and_are_apart_in_training() -> None:
             not row.any() for row, i in zip(seen, inputs["input_ids"][mask].tolist(), strict=True) if i not in others
         )
     mmskip.remove_(model)
-    with pytest.raises(ValueError, match="nothing runs the modalities apart"), image_tokens(model, mask):
+    with pytest.raises(ValueError, match="image and text tokens do not run apart"), image_tokens(model, mask):
         pass
     with pytest.raises(ValueError, match="position_bias, so that image"):
         mmskip.apply_(tiny.build("t5"), EarlyExitConfig(image=0.9, text=0.9))
@@ -124,21 +127,21 @@ def test_a_depth_is_a_model_of_fewer_layers(name: str) -> None:
         del stack[depth:]
     with torch.no_grad():
         expected = shallow(**inputs, decoder_input_ids=TOKENS, use_cache=False).logits
-    mmskip.apply_(model, EarlyExitConfig(encoder_depth=3, depth=2))
+    mmskip.apply_(model, EarlyExitConfig(encoder=FixedExit(3), decoder=FixedExit(2)))
     with torch.no_grad():
         found = model(**inputs, decoder_input_ids=TOKENS).logits
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
-    assert (exit_layers(model)["decoder"] == 2).all() and (exit_layers(model)["encoder"] == 3).all()
+    assert (layers_run(model)["decoder"] == 2).all() and (layers_run(model)["encoder"] == 3).all()
     assert torch.equal(model.generate(**inputs), model.generate(**inputs, use_cache=False))
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"encoder_depth": 3, "depth": 2},
-        {"encoder_depth": 3, "depth": 2, "kv": "copy"},
+        {"encoder": FixedExit(3), "decoder": FixedExit(2)},
+        {"encoder": FixedExit(3), "decoder": FixedExit(2), "cache_policy": "copy"},
         {"encoder": 1.0, "decoder": 1.0},
-        {"encoder": 1.0, "encoder_max_layers": 3, "decoder": 1.0, "max_layers": 2},
+        {"encoder": ExitAt(1.0, max_layers=3), "decoder": ExitAt(1.0, max_layers=2)},
     ],
     ids=str,
 )
@@ -170,7 +173,7 @@ def test_the_first_token_decides_for_its_sample(name: str, monkeypatch: pytest.M
     model, inputs = tiny.build(name), tiny.inputs(name)
     tokens = torch.tensor([[3, 7, 9, 11], [8, 9, 12, 5]])
     base = copy.deepcopy(model)
-    mmskip.apply_(base, EarlyExitConfig(decoder=0.9999, points=(1,)))
+    mmskip.apply_(base, EarlyExitConfig(decoder=ExitAt(0.9999, exit_layers=(1,))))
     scores: list[Tensor] = []
     plain = TokenScores.__call__
     monkeypatch.setattr(TokenScores, "__call__", lambda s, a, b: scores.append(plain(s, a, b)) or scores[-1])
@@ -178,10 +181,10 @@ def test_the_first_token_decides_for_its_sample(name: str, monkeypatch: pytest.M
         base(**inputs, decoder_input_ids=tokens)
     low, high = sorted(scores[0][:, 0].tolist())
     assert low < high
-    mmskip.apply_(model, EarlyExitConfig(decoder=(low + high) / 2, points=(1,), once=True))
+    mmskip.apply_(model, EarlyExitConfig(decoder=ExitAt((low + high) / 2, exit_layers=(1,), decide_once=True)))
     with torch.no_grad():
         whole = model(**inputs, decoder_input_ids=tokens, use_cache=False).logits
-        exits = exit_layers(model)["decoder"]
+        exits = layers_run(model)["decoder"]
         assert (exits == exits[:, :1]).all() and sorted(exits[:, 0].tolist()) == [1, tiny.LAYERS]
         output = model(**inputs, decoder_input_ids=tokens[:, :2], use_cache=True)
         asked, steps, outputs = len(scores), [output.logits], BaseModelOutput(output.encoder_last_hidden_state)
@@ -190,7 +193,7 @@ def test_the_first_token_decides_for_its_sample(name: str, monkeypatch: pytest.M
             output = model(**given, encoder_outputs=outputs, decoder_input_ids=tokens[:, t : t + 1],
                            past_key_values=output.past_key_values, use_cache=True)  # fmt: skip
             steps.append(output.logits)
-            assert torch.equal(exit_layers(model)["decoder"], exits[:, :1])
+            assert torch.equal(layers_run(model)["decoder"], exits[:, :1])
     assert len(scores) == asked  # nothing is scored again
     torch.testing.assert_close(torch.cat(steps, 1), whole, atol=2e-5, rtol=1e-5)
     said = model.generate(**inputs, num_beams=3)
@@ -200,13 +203,10 @@ def test_the_first_token_decides_for_its_sample(name: str, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"image": 0.9}, "image is 0.9 and text None"),
+        ({"image": 0.9}, r"image is ExitAt\(threshold=0.9\) and text None"),
         ({"image": 0.9, "text": 1.4}, "text is 1.4"),
-        ({"image": 0.9, "text": 0.9, "encoder": 0.9}, "encoder is 0.9 and image 0.9"),
-        ({"depth": 2, "decoder": 0.5}, "decoder is 0.5 and depth 2"),
-        ({"depth": 0}, "depth is 0"),
-        ({"once": True, "decoder": None, "encoder": 0.9}, "once is True"),
-        ({"once": True, "decay": 0.5}, "once is True"),
+        ({"image": 0.9, "text": 0.9, "encoder": 0.8}, r"encoder is ExitAt\(threshold=0.8\) and image ExitAt\(thres"),
+        ({"decoder": {"layer": 2, "threshold": 0.5}}, "decoder: FixedExit has no threshold"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], told: str) -> None:
@@ -215,10 +215,13 @@ def test_bad_settings_are_refused(settings: dict[str, Any], told: str) -> None:
 
 
 def test_configs_survive_json_and_depths_must_exist() -> None:
-    for config in (EarlyExitConfig(depth=2, encoder_depth=1), EarlyExitConfig(image=0.9, text=0.8, decoder=None)):
+    for config in (
+        EarlyExitConfig(decoder=FixedExit(2), encoder=FixedExit(1)),
+        EarlyExitConfig(image=0.9, text=0.8, decoder=None),
+    ):
         assert EarlyExitConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(ValueError, match="depth is 4, and there are 4 layers"):
-        mmskip.apply_(tiny.build("bart"), EarlyExitConfig(depth=4))
+    with pytest.raises(ValueError, match="decoder: layer is 4, and there are 4 layers"):
+        mmskip.apply_(tiny.build("bart"), EarlyExitConfig(decoder=FixedExit(4)))
 
 
 def forwards() -> dict[str, tuple[Any, Any, EarlyExitConfig]]:
@@ -232,14 +235,18 @@ def forwards() -> dict[str, tuple[Any, Any, EarlyExitConfig]]:
         )
     build, run, _ = found["bart"]
     found["bart_once"] = (build, lambda m: m(**tiny.inputs("bart"), decoder_input_ids=TOKENS),
-                          EarlyExitConfig(decoder=0.9, once=True))  # fmt: skip
-    found["bart_copy"] = build, run, EarlyExitConfig(decoder=0.5, kv="copy")
+                          EarlyExitConfig(decoder=ExitAt(0.9, decide_once=True)))  # fmt: skip
+    found["bart_copy"] = build, run, EarlyExitConfig(decoder=0.5, cache_policy="copy")
     found["florence2_apart"] = (
         lambda: tiny.build("florence2"),
         lambda m: m(**pictured(), decoder_input_ids=TOKENS),
         EarlyExitConfig(image=-1.0, text=1.0, decoder=None),
     )
-    found["llama"] = lambda: tiny_decoder("llama").eval(), lambda m: m(input_ids=TOKENS), EarlyExitConfig(kv="copy")
+    found["llama"] = (
+        lambda: tiny_decoder("llama").eval(),
+        lambda m: m(input_ids=TOKENS),
+        EarlyExitConfig(cache_policy="copy"),
+    )
     size: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
     found["vit"] = (
         lambda: ViTModel(ViTConfig(**size, num_hidden_layers=4, image_size=16, patch_size=4)).eval(),
@@ -254,14 +261,13 @@ def test_a_forward_leaves_nothing_behind_but_its_exits(name: str) -> None:
     build, run, config = forwards()[name]
     model = mmskip.apply_(build(), config)
     run(model)
-    exits = exit_layers(model)
+    exits = layers_run(model)
     twin = copy.deepcopy(model)  # a graph cannot be copied
     for state in states(model):
-        for one in getattr(state, "told", {}).values():
+        for one in getattr(state, "exit_runs", {}).values():
             assert not [
                 k for k, v in vars(one).items() if k != "exits" and v not in (None, {}) and not isinstance(v, int)
             ]
-    assert all(torch.equal(exits[part], told) for part, told in exit_layers(twin).items())
+    assert all(torch.equal(exits[part], told) for part, told in layers_run(twin).items())
     run(model.train())
-    with pytest.raises(ValueError, match="no exits to tell"):
-        exit_layers(model)
+    assert set(layers_run(model).values()) == {None}

@@ -11,7 +11,8 @@ from transformers.modeling_outputs import BaseModelOutput
 import mmskip
 from mmskip import EarlyExitConfig
 from mmskip.datasets.common.labels import IGNORE
-from mmskip.methods.early_exit import exit_layers
+from mmskip.exits.runs import layers_run
+from mmskip.exits.settings import FixedExit
 from mmskip.models.captioner.build import layer_weights, left_behind, moved
 from mmskip.models.captioner.module import Captioner
 from mmskip.train.evaluation.captioner.exit_sweep import encoder_exits, recording
@@ -106,7 +107,7 @@ def test_exits_come_from_outside_and_never_firing_ones_change_nothing(kind, give
     mmskip.remove_(model.llm)
     mmskip.apply_(model.llm, EarlyExitConfig(encoder=-1.0, decoder=-1.0))
     answers()
-    assert all((layers == 1).all() for layers in exit_layers(model.llm).values())
+    assert all((layers == 1).all() for layers in layers_run(model.llm).values())
     mmskip.remove_(model.llm)
     assert all(torch.equal(one, two) for one, two in zip(full, answers(), strict=True))
 
@@ -142,7 +143,7 @@ def test_depths_of_one_sequence_are_those_of_its_row(settings, given, batch):
         mmskip.apply_(model.llm, EarlyExitConfig(decoder=None, **at))
         with torch.no_grad(), recording(model) as record:
             model.encode(model.see(batch["images"]), texts)
-            told = exit_layers(model.llm)
+            told = layers_run(model.llm)
         mmskip.remove_(model.llm)
         images, prompts = encoder_exits(record, texts.image)
         assert images == told.get("image", told.get("encoder")).tolist()
@@ -154,15 +155,16 @@ def test_depths_of_one_sequence_are_those_of_its_row(settings, given, batch):
 @pytest.mark.parametrize("kind", ["bart", "mbart", "florence2"])
 def test_a_fixed_depth_is_recorded(kind, given, batch):
     model, texts = captioner(kind, given).eval(), batch["entailment"]
-    for settings in ({"depth": 2}, {"encoder_depth": 1, "decoder": None}, {"depth": 1, "encoder_depth": 2}):
-        mmskip.apply_(model.llm, EarlyExitConfig(**settings))
+    for settings in ({"decoder": 2}, {"encoder": 1, "decoder": None}, {"decoder": 1, "encoder": 2}):
+        exits = {part: None if layer is None else FixedExit(layer) for part, layer in settings.items()}
+        mmskip.apply_(model.llm, EarlyExitConfig(**exits))
         with torch.no_grad(), recording(model) as record:
             model.judge(*model.encode(model.see(batch["images"]), texts))
         mmskip.remove_(model.llm)
-        encoder = settings.get("encoder_depth", len(model.view.encoder))
+        encoder = settings.get("encoder", len(model.view.encoder))
         images, prompts = encoder_exits(record, texts.image)
         assert set(images) == set(prompts) == {encoder}
-        assert record.decoder[0].unique().tolist() == [settings.get("depth", len(model.view.decoder))]
+        assert record.decoder[0].unique().tolist() == [settings["decoder"] or len(model.view.decoder)]
 
 
 def test_the_judgement_is_the_likelihood_of_the_answers(given, batch):

@@ -7,10 +7,11 @@ import argparse
 import copy
 import statistics
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -19,17 +20,18 @@ from torch import Tensor
 
 import mmskip
 from mmskip import EarlyExitConfig
+from mmskip.cache_policy import ALIASES, canonical
 from mmskip.costs import torch_flops
 from mmskip.exits.criteria import HEAD_CRITERIA, STATE_CRITERIA
-from mmskip.hf.exits.block import POLICIES
-from mmskip.methods.early_exit import exit_layers
+from mmskip.exits.runs import layers_run
+from mmskip.exits.settings import ExitAt
+from mmskip.methods.early_exit import CACHE_POLICIES
 from mmskip.models.captioner.module import Captioner
 from mmskip.utils.timing import interleaved_ratio
 
 FULL = "full"
 PARTS = ("image", "prompt", "decoder")
-_LEAVES = {"encoder": ("encoder", "image", "text"), "decoder": ("decoder",)}
-_DEPTHS = {"encoder": "encoder_depth", "decoder": "depth"}  # settings by which every state leaves at one layer
+_STACKS = {"encoder": ("encoder", "image", "text"), "decoder": ("decoder",)}
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def add_exit_arguments(parser: argparse.ArgumentParser) -> None:
         "--criterion", default="saturation", choices=(*STATE_CRITERIA, *HEAD_CRITERIA), help="of the decoder"
     )  # without the learned one, whose heads no checkpoint holds
     parser.add_argument("--encoder_criterion", default="saturation", choices=STATE_CRITERIA, help="of the encoder")
-    parser.add_argument("--kv", default="project", choices=POLICIES, help="keys and values of exited tokens")
+    policies = (*CACHE_POLICIES, *(old for old, new in ALIASES.items() if new in CACHE_POLICIES))
+    parser.add_argument("--kv", default="recompute", choices=policies, help="keys and values of exited tokens")
     parser.add_argument("--decay", type=float, help="CALM's share of the constant part of the decoder's threshold")
     parser.add_argument("--min_layers", type=int, default=1, help="layers that always run (default 1)")
     parser.add_argument("--max_layers", type=int, help="decoder layers that run at most, whatever the scores")
@@ -86,28 +89,52 @@ def plan(options: argparse.Namespace) -> list[Variant]:
         given = {name: value for name, value in zip(names, values, strict=True) if value is not None}
         if not given:
             continue
-        config = EarlyExitConfig(
-            **{"decoder": None, **given},
-            criterion=options.criterion,
-            encoder_criterion=options.encoder_criterion,
-            kv=options.kv,
-            decay=options.decay,
-            min_layers=options.min_layers,
-            encoder_min_layers=options.min_layers,
-            max_layers=options.max_layers,
-        )
-        found.append(Variant(_name(config), config))
+        exits: dict[str, Any] = {
+            name: ExitAt(value, options.encoder_criterion, min_layers=options.min_layers)
+            for name, value in given.items()
+            if name != "decoder"
+        }
+        exits["decoder"] = None
+        if "decoder" in given:
+            exits["decoder"] = ExitAt(
+                given["decoder"],
+                options.criterion,
+                min_layers=options.min_layers,
+                max_layers=options.max_layers,
+                decay=options.decay,
+            )
+        config = EarlyExitConfig(**exits, cache_policy=canonical(options.kv))
+        found.append(Variant(_name(given, options), config))
     if options.blank:
         found.append(Variant("blanked", blank=True))
     return found
 
 
-def _name(config: EarlyExitConfig) -> str:
-    """What is asked for: thresholds, and whatever differs from the default, so that no two settings share a folder."""
-    thresholds = ("image", "text", "encoder", "decoder")
-    others = [f.name for f in fields(config) if f.name not in thresholds and getattr(config, f.name) != f.default]
-    given = [name for name in thresholds if getattr(config, name) is not None]
-    return "_".join(f"{name}-{getattr(config, name)}" for name in (*given, *others))
+def _name(given: Mapping[str, float], options: argparse.Namespace) -> str:
+    """Return the folder of a setting: thresholds, and whatever differs from its default, so that no two settings share
+    one. Names are those of version 0.1, whose interrupted sweeps go on."""
+    old_policies = {"recompute": "project", "mask": "hole"}
+    policy = canonical(options.kv)
+    others = {
+        "criterion": (options.criterion, "saturation"),
+        "encoder_criterion": (options.encoder_criterion, "saturation"),
+        "kv": (old_policies.get(policy, policy), "project"),
+        "min_layers": (options.min_layers, 1),
+        "encoder_min_layers": (options.min_layers, 1),
+        "decay": (options.decay, None),
+        "max_layers": (options.max_layers, None),
+    }
+    changed = {name: value for name, (value, default) in others.items() if value != default}
+    return "_".join(f"{name}-{value}" for name, value in {**given, **changed}.items())
+
+
+def current_settings(found: dict[str, Any]) -> dict[str, Any]:
+    """Return stored settings of an evaluation with their exits as today's version writes them."""
+    if not found.get("exits"):
+        return found
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return {**found, "exits": EarlyExitConfig.from_dict(found["exits"]).to_dict()}
 
 
 @contextmanager
@@ -151,13 +178,12 @@ def recording(model: Captioner) -> Iterator[Recorder]:
     config = next((c for c in mmskip.applied(model.llm) if isinstance(c, EarlyExitConfig)), None)
 
     def keep(part: str, depth: int) -> Any:
-        fixed = getattr(config, _DEPTHS[part], None) is not None
-        names = [name for name in _LEAVES[part] if fixed or getattr(config, name, None) is not None]
+        names = [name for name in _STACKS[part] if getattr(config, name, None) is not None]
 
         def hook(block: Any, arguments: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            told = exit_layers(model.llm) if names else {}
-            layers = [told[name].cpu().clone() for name in names if name in told]
+            exits = layers_run(model.llm) if names else {}
+            layers = [found.cpu().clone() for name in names if (found := exits.get(name)) is not None]
             shape = hidden.shape[:1] if part == "encoder" else hidden.shape[:2]
             record.encodings += part == "encoder"
             getattr(record, part).extend(layers or [torch.full(shape, depth)])

@@ -23,6 +23,7 @@ from mmskip.train.evaluation.captioner.exit_sweep import (
     Variant,
     add_exit_arguments,
     compute,
+    current_settings,
     exits_table,
     plan,
     recording,
@@ -151,7 +152,7 @@ class CaptionTask:
             **settings,
         }
         samples = {entry.uid: _sample_id(entry) for entry in dataset.entries}
-        store = ResultsStore(self.out / variant.name, whole, samples, self.group)
+        store = ResultsStore(self.out / variant.name, whole, samples, self.group, current_settings)
         todo = [number for number, entry in enumerate(dataset.entries) if entry.uid not in store.done]
         share, size = todo[self.group.rank :: self.group.world], self.options.batch_size
         bar = tqdm(total=len(share), desc=variant.name, unit="image", disable=not self.group.first or not share)
