@@ -21,7 +21,9 @@ HIDDEN = float("nan")
 def masked_forward(model: nn.Module, config: LayerMaskConfig | None = None) -> Callable[[Tensor, Tensor], Tensor]:
     """The model as a function of (mask, image), for captum: the attributed input is the mask.
 
-        forward = mmskip.attribution.masked_forward(model)
+        from mmskip.attribution import masked_forward
+
+        forward = masked_forward(model)
         FeatureAblation(forward).attribute(mask, additional_forward_args=(image,), feature_mask=segments, target=c)
 
     with a mask of ones [B, 1, H, W]; the same for `KernelShap`, `Lime`, `ShapleyValueSampling` and `Occlusion`

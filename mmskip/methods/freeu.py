@@ -1,6 +1,5 @@
 """FreeU (arXiv 2309.11497): stronger decoder features, weaker low frequencies of the skips, in the deep stages."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmskip.config import MethodConfig
+from mmskip.config import MethodConfig, check_number
 from mmskip.families.base import SkipSite
 from mmskip.registry import register
 from mmskip.swap import Change, state_of, with_first
@@ -23,6 +22,10 @@ class FreeUConfig(MethodConfig):
         s: factors of the lowest frequencies of the skip, the centre 2 x 2 of its spectrum; >= 0 (1: unchanged).
         content_dependent: each pixel's factor is (b - 1) h + 1, with h in [0, 1] the features' mean over channels,
             min-max normalised per sample; otherwise b everywhere.
+
+    Example:
+        >>> FreeUConfig(b=(1.4,), s=(0.9,)).to_dict()
+        {'b': [1.4], 's': [0.9], 'content_dependent': True}
     """
 
     b: Sequence[float] = (1.5, 1.6)
@@ -33,9 +36,8 @@ class FreeUConfig(MethodConfig):
         for name in ("b", "s"):
             value = tuple(getattr(self, name))
             object.__setattr__(self, name, value)
-            for factor in value:
-                if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
-                    raise ValueError(f"{name} holds {factor!r}; expected numbers >= 0, one per stage.")
+            for index, factor in enumerate(value):
+                check_number(f"{name}[{index}]", factor, low=0)
         if not self.b or len(self.b) != len(self.s):
             raise ValueError(f"b has {len(self.b)} values and s has {len(self.s)}; expected one each per stage.")
 
@@ -50,7 +52,7 @@ class PartState:
 
 
 class FreeUBackbone(nn.Module):
-    """Mixin of the module behind a concatenation: stronger decoder features."""
+    """Mixin of the module after a concatenation: amplify the decoder features."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state: PartState = state_of(self, FreeUBackbone)
@@ -58,7 +60,7 @@ class FreeUBackbone(nn.Module):
 
 
 class FreeUSkip(nn.Module):
-    """Mixin of the module behind a concatenation: weaker low frequencies of the skip."""
+    """Mixin of the module after a concatenation: damp the low frequencies of the skip."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state: PartState = state_of(self, FreeUSkip)

@@ -49,6 +49,16 @@ class LayerMaskConfig(MethodConfig):
         soft: accept masks with values between 0 and 1: a position of weight w is w parts itself and 1 - w parts what
             its neighbours say. False: masks hold 0 and 1 only.
         fill_gradient: gradients flow through the values filled in; False: those are constants.
+
+    Example:
+        >>> import mmskip, timm, torch
+        >>> model = timm.create_model("resnet18", num_classes=4).eval()
+        >>> mask = torch.ones(32, 32)
+        >>> mask[:, :16] = 0  # the left half does not exist
+        >>> with torch.no_grad(), mmskip.masked(model, mask, mmskip.LayerMaskConfig()):
+        ...     logits = model(torch.rand(1, 3, 32, 32))
+        >>> tuple(logits.shape)
+        (1, 4)
     """
 
     padding: str = "neighbour"

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from mmskip import families
-from mmskip.config import MethodConfig, check_choice, check_count
+from mmskip.config import MethodConfig, check_choice, check_count, check_number
 from mmskip.families.base import SkipSite
 from mmskip.registry import register
 from mmskip.swap import Change, bind, state_of, with_first
+from mmskip.utils.deprecated import warn_deprecated
 
 SPACINGS = ("ends", "from_deepest", "to_shallowest")
 SCHEDULES = ("constant", "increasing", "decreasing", "window", "auto")
@@ -37,7 +38,7 @@ class SkipScaleConfig(MethodConfig):
             The paper divides by k and does not say where it begins to count: `"from_deepest"` (i = 0 .. k - 1) or
             `"to_shallowest"` (i = 1 .. k).
         kappa: ScaleLong's constants, kappa ** depth with depth 0 at the shallowest skip; > 0.
-        target: what sees the scaled skip: `"both"`, or only one path of the residual block behind the concatenation:
+        target: what sees the scaled skip: `"both"`, or only one path of the residual block after the concatenation:
             `"norm"` (the branch that begins with the normalisation) or `"residual"` (the shortcut). The paper's
             ablation.
         schedule: over the noise level u, from 0 (clean) to 1 (noise): `"constant"`; `"increasing"`, rho + (1 - rho) u;
@@ -46,11 +47,15 @@ class SkipScaleConfig(MethodConfig):
         window: least and largest sigma.
         prediction: what the network predicts: `"epsilon"` (auto: increasing) or `"sample"`, EDM's preconditioned
             networks among them (auto: decreasing).
-        levels: how `timestep` tells the noise: `"ddpm"`: a step number 0 .. `num_timesteps` - 1, sigma by linear betas;
+        levels: meaning of `timestep`: `"ddpm"`: a step number 0 .. `num_timesteps` - 1, sigma by linear betas;
             `"edm"`: ln(sigma) / 4, u linear in ln(sigma) from `sigma_min` to `sigma_max`.
         num_timesteps: steps of the training schedule, >= 2.
         beta_start, beta_end: of the betas, in (0, 1); `scaled_betas`: linear in their square root (latent diffusion).
         sigma_min, sigma_max: > 0.
+
+    Example:
+        >>> SkipScaleConfig(deepest=0.6, shallowest=1.0).scales(3)
+        (0.6, 0.8, 1.0)
     """
 
     scale: float | Sequence[float] | None = None
@@ -98,15 +103,11 @@ class SkipScaleConfig(MethodConfig):
             raise ValueError("scale is empty; expected one number >= 0 per skip.")
         named = [("scale", value) for value in values] + [("deepest", ends[0]), ("shallowest", ends[1])]
         for name, value in named:
-            if value is not None and not _is_number(value, 0.0):
-                raise ValueError(f"{name} is {value!r}; expected a number >= 0.")
-        if self.kappa is not None and not (_is_number(self.kappa, 0.0) and self.kappa > 0):
-            raise ValueError(f"kappa is {self.kappa!r}; expected a number > 0.")
+            check_number(name, value, low=0, optional=True)
+        check_number("kappa", self.kappa, low=0, open_low=True, optional=True)
 
     def _check_levels(self) -> None:
-        check_count("num_timesteps", self.num_timesteps)
-        if self.num_timesteps < 2:
-            raise ValueError(f"num_timesteps is {self.num_timesteps}; expected an integer >= 2.")
+        check_count("num_timesteps", self.num_timesteps, low=2)
         for low, high, limit in (("beta_start", "beta_end", 1.0), ("sigma_min", "sigma_max", math.inf)):
             least, most = getattr(self, low), getattr(self, high)
             if not (_is_number(least, 0.0) and _is_number(most, 0.0) and 0 < least < most < limit):
@@ -168,7 +169,7 @@ def ddpm_sigmas(config: SkipScaleConfig) -> Tensor:
 
 @dataclass
 class NoiseLevel:
-    """The noise of the forward under way, told by the root to the joints: u and sigma [B] or [1], fp32."""
+    """The noise level of the current forward, shared by the root and the joints: u and sigma [B] or [1], fp32."""
 
     u_B: Tensor | None = field(default=None)
     sigma_B: Tensor | None = field(default=None)
@@ -217,7 +218,7 @@ class LeveledRoot(nn.Module):
 
 
 class ScaledJoint(nn.Module):
-    """Mixin of the module behind a concatenation: scales the skip's channels."""
+    """Mixin of the module after a concatenation: scale the skip's channels."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state: JointState = state_of(self, ScaledJoint)
@@ -273,14 +274,12 @@ def skip_scale_unet(config: SkipScaleConfig, view: Any) -> list[Change]:
         site = f"skip.{index}"
         module = {"both": skip.joint, "norm": skip.norm, "residual": skip.shortcut}[config.target]
         if module is None:
-            raise ValueError(
-                f"{site}: {type(skip.joint).__name__} has no {config.target} path of its own; use target='both'."
-            )
+            raise ValueError(f"{site}: {type(skip.joint).__name__} has no {config.target} path; use target='both'.")
         changes.append(Change(site, module, ScaledJoint, JointState(config, rho, skip, level), aspect="skip"))
     if effective_schedule(config) != "constant":
         if view.timestep is None:
             raise ValueError(
-                f"{type(view.root).__name__} does not tell its noise level; use schedule='constant', or name the "
+                f"{type(view.root).__name__} has no argument for its noise level; use schedule='constant', or name the "
                 "argument in its UNetView."
             )
         sigmas = ddpm_sigmas(config).float() if config.levels == "ddpm" else None
@@ -288,7 +287,7 @@ def skip_scale_unet(config: SkipScaleConfig, view: Any) -> list[Change]:
     return changes
 
 
-def skip_norms(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, float]:
+def measure_skip_norms(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, float]:
     """Run `model(*args, **kwargs)` and measure how large each skip is beside the decoder features it meets.
 
     Returns:
@@ -327,3 +326,9 @@ def _norm_ratio(x: Tensor, skip: SkipSite) -> Tensor:
     own = part.square().sum((1, 2))
     up = rows.square().sum((1, 2)) - own
     return (own / up.clamp(min=1e-30)).sqrt().mean()
+
+
+def skip_norms(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, float]:
+    """Deprecated name of `measure_skip_norms`."""
+    warn_deprecated("mmskip.skip_norms", "mmskip.methods.skip_scale.measure_skip_norms")
+    return measure_skip_norms(model, *args, **kwargs)

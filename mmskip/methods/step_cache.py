@@ -28,6 +28,10 @@ class StepCacheConfig(MethodConfig):
     Args:
         interval: every `interval`-th step of a trajectory runs in full, >= 1 (1: all, exact).
         depth: outermost stages of encoder and decoder that run at every step, >= 1.
+
+    Example:
+        >>> StepCacheConfig(interval=2).to_dict()
+        {'interval': 2, 'depth': 1}
     """
 
     interval: int = 3
@@ -35,9 +39,7 @@ class StepCacheConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         for name in ("interval", "depth"):
-            check_count(name, getattr(self, name))
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected an integer >= 1.")
+            check_count(name, getattr(self, name), low=1)
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Trajectory:
     """Where a sampler is, shared by the root and the stages.
 
     A *lane* is the number of a call among the calls at one timestep: classifier-free guidance may call twice per step,
-    and solvers of second order and PNDM repeat timesteps. Every lane has features of its own, so that the branches of
+    and solvers of second order and PNDM repeat timesteps. Every lane has separate features, so that the branches of
     guidance never mix; a lane seen for the first time runs in full.
     """
 

@@ -1,7 +1,7 @@
 """Causal attention over ragged sequences, packed without padding.
 
 A routed layer keeps a different number of tokens per sample and, over a key-value cache, fewer queries than keys.
-Here the samples ("segments") stand behind each other in one list, with their lengths known on the host.
+Here the samples ("segments") stand one after the other in one list, with their lengths known on the host.
 
 Shape suffixes: N all queries, M all keys, H query heads, G key heads (H is a multiple of G), K head width,
 V value width, B segments, Q longest segment of queries, S longest segment of keys.
@@ -181,7 +181,7 @@ def _attend(q_BQHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, mask_BQS: Tensor | N
 
 
 def pad_segments(packed: Tensor, lens: Sequence[int]) -> Tensor:
-    """`[sum(lens), ...]` to `[len(lens), max(lens), ...]`, zeros behind each segment."""
+    """`[sum(lens), ...]` to `[len(lens), max(lens), ...]`, zeros after each segment."""
     longest = max(lens)
     if all(n == longest for n in lens):
         return packed.reshape(len(lens), longest, *packed.shape[1:])

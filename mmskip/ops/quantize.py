@@ -16,7 +16,7 @@ from mmskip.utils.extras import require
 
 STORES = ("int8", "packed")
 FEWEST, MOST = 2, 8
-"""Bits that mean something: one symmetric bit leaves zeros only."""
+"""Fewest useful bits: one symmetric bit holds zeros only."""
 
 
 def torchao() -> Any:
@@ -44,7 +44,7 @@ def quantizer(bits: int, group: int | None, store: str) -> Any:
 
 
 def check_bits(bits: int, group: int | None, store: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Whether torchao can store such weights of a dtype on a device, tried on a small layer of its own.
+    """Whether torchao can store such weights of a dtype on a device, tried on a small layer.
 
     Raises:
         ValueError: it cannot, with its reason.

@@ -16,7 +16,7 @@ def match_similar(x_GND: Tensor, sizes: np.ndarray, keep: np.ndarray, keep_last:
     """The token that each token is merged into.
 
     Args:
-        x_GND: tokens of each group, in order; entries behind a group's size are not read.
+        x_GND: tokens of each group, in order; entries after a group's size are not read.
         sizes: tokens per group [G], on the host.
         keep: tokens left per group [G], on the host, 1 to its size.
         keep_last: the last token of each group is never merged into another one.

@@ -5,7 +5,7 @@ N = B * S slots of the batch in one list.
 
 Both operations work on `[B * T, D]` with flat row numbers: on a CPU `index_select` and `index_add` on whole
 rows are several times faster than `gather` and `scatter_add` with an index expanded over D.
-Slots that are padding are sent to one scratch row behind the last real row, so no operation needs to know on
+Slots that are padding are sent to one scratch row after the last real row, so no operation needs to know on
 the host how many slots are real.
 """
 

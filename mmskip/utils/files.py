@@ -1,4 +1,4 @@
-"""Files written whole: an interrupted write leaves what stood there before (of a folder at worst beside its place)."""
+"""Atomic file writes: an interrupted write leaves the old content (of a folder at worst beside its place)."""
 
 import json
 import math
@@ -49,14 +49,14 @@ def check_folder(path: str | Path) -> Path:
 
 
 def write_text(text: str, path: str | Path) -> Path:
-    """Write a text file whole; returns the path."""
+    """Write a text file atomically; return the path."""
     with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
     return Path(path)
 
 
 def write_json(values: Any, path: str | Path, indent: int | None = 2) -> Path:
-    """Write JSON whole; returns the path. JSON knows no infinity and no NaN: they become null, and an entry
+    """Write JSON atomically; return the path. JSON knows no infinity and no NaN: they become null, and an entry
     "not_finite" of a dict says where they stood (`{"metrics.lm_ppl": "inf"}`)."""
     found: dict[str, str] = {}
     values = _finite(values, "", found)

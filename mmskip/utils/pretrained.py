@@ -25,7 +25,7 @@ def pretrained(what: str, name: str, load: Callable[..., T], hint: str = "") -> 
         ValueError: it is neither a local folder, nor in the local cache, nor to be downloaded.
     """
     if name.startswith("~"):
-        raise ValueError(f"{what}={name!r} begins with '~', which is not expanded here; give the whole path.")
+        raise ValueError(f"{what}={name!r} begins with '~', which is not expanded here; give the full path.")
     first = Path(name).parts[:1]
     meant_here = name.startswith((".", "/")) or name.count("/") > 1 or ("/" in name and Path(*first).is_dir())
     here = meant_here and not Path(name).exists()
@@ -33,10 +33,11 @@ def pretrained(what: str, name: str, load: Callable[..., T], hint: str = "") -> 
         return load(name, local_files_only=True) if here else load(name)
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        told = "the hub was not asked, for the name looks like a folder's" if here else reason
+        reason = "the hub was not asked, for the name looks like a folder's" if here else reason
         where = "and not in the local cache" if here else "not in the local cache and not to be downloaded from here"
         raise ValueError(
-            f"{what}={name!r} is not a local folder with files of transformers, {where} ({told}).{hint and ' ' + hint}"
+            f"{what}={name!r} is not a local folder with files of transformers, {where} ({reason})."
+            f"{hint and ' ' + hint}"
         ) from error
     except ImportError as error:
         raise ValueError(f"{what}={name!r} needs a package that is not installed: {str(error).strip()}") from error

@@ -93,7 +93,7 @@ def reshape(func: Any, x: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _moved_axes(func: Any, x: MaskedTensor, result: Tensor) -> tuple[int, int]:
-    """Where the positions are after a reshape: found by what stands before them, which must be kept whole."""
+    """Where the positions are after a reshape: found by the axes before them, which must stay intact."""
     h, w = x.mask.size
     before = torch.Size(x.shape[: x.axes[0] + x.ndim]).numel()
     merged = x.axes[0] == x.axes[1]
@@ -191,14 +191,14 @@ def getitem(func: Any, x: Any, index: Any) -> Tensor:
         mask = mask.derive(("slice", str(rows), str(columns)), lambda m: m[:, :, rows, columns])
     axes = []
     for axis in x.axes:
-        behind = given[spots[axis + x.ndim] + 1 :]
-        axes.append(-1 - sum(not isinstance(g, int) for g in behind))
+        after = given[spots[axis + x.ndim] + 1 :]
+        axes.append(-1 - sum(not isinstance(g, int) for g in after))
     return wrap(result, mask, (axes[0], axes[1]))
 
 
 @rule(F.pixel_shuffle, F.pixel_unshuffle, F.unfold, F.fold, torch.roll, Tensor.roll, torch.einsum)
 def mixing(func: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """Told apart from operations that nobody has thought of."""
+    """Raise a clearer error than that of an unknown operation."""
     need(False, func, "mixes positions in a way that one mask for all channels cannot follow")
     raise AssertionError
 

@@ -43,7 +43,7 @@ def test_reasons_are_told_whatever_the_error_looks_like():
 
         return load
 
-    with pytest.raises(ValueError, match=r"whole path"):
+    with pytest.raises(ValueError, match=r"full path"):
         pretrained("llm", "~/model", failing(OSError("never asked")))
     with pytest.raises(ValueError, match=r"\(OSError\)"):
         pretrained("llm", "org/model", failing(OSError("")))
