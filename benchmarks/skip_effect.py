@@ -158,7 +158,7 @@ def opened(case: Case) -> tuple[Bench, argparse.Namespace]:
         model = NoisePrediction.load_from_checkpoint(bench.opened.run.checkpoint, "cpu", weights_only=True)
         # the checkpoint alone does not tell: the same weights under EDM's preconditioning are another network
         name, file = f"{bench.opened.name}-noise", bench.known.path.with_stem(f"{bench.known.path.stem}-noise")
-        network = dataclasses.replace(bench.opened, drawer=model.eval().drawer(), name=name)
+        network = dataclasses.replace(bench.opened, image_sampler=model.eval().image_sampler(), name=name)
         bench = dataclasses.replace(bench, opened=network, known=ResumableResults(file))
     return bench, options
 
@@ -174,16 +174,16 @@ def studied(case: Case) -> dict[str, Any]:
             found["ways"] = other_ways(bench, nfe, options)
         found["unconverged"] = unconverged(bench, nfe, found["best_rho"] if found["best_rho"] != 1 else 0.9)
         by_nfe[nfe] = found
-    real_NF = bench.judge.real_NF
+    real_NF = bench.scorer.real_NF
     few = FeatureStatistics.of(real_NF[: case.samples])
     return {
         **{k: v for k, v in dataclasses.asdict(case).items() if k in ("about", "sampler", "samples")},
         "noise": case.noise or case.checkpoint.startswith("benchmarks/"),
         "network": bench.opened.name,
-        "parameters": sum(p.numel() for p in bench.opened.drawer.unet.parameters()),
-        "feature_network": bench.judge.net.name,
-        "real_against_real": frechet_distance(bench.judge.statistics, few),
-        "cancelled": cancelled(bench.opened.drawer.unet),
+        "parameters": sum(p.numel() for p in bench.opened.image_sampler.unet.parameters()),
+        "feature_network": bench.scorer.net.name,
+        "real_against_real": frechet_distance(bench.scorer.statistics, few),
+        "cancelled": cancelled(bench.opened.image_sampler.unet),
         "reach": reach(bench, options),
         "by_nfe": {str(nfe): found for nfe, found in by_nfe.items()},
         "verdict": verdict(by_nfe),

@@ -22,13 +22,13 @@ import mmskip
 from common import measure as _measure
 from mmskip.costs import torch_flops
 from mmskip.families import find
-from mmskip.models.diffusion.samplers import Drawer, steps_of
+from mmskip.models.diffusion.samplers import ImageSampler, steps_of
 from mmskip.train.evaluation.generation.image_sampler import (
-    Judge,
-    Opened,
-    add_drawing_arguments,
+    FidScorer,
+    LoadedSampler,
+    add_sampling_arguments,
     device_of,
-    open_drawer,
+    load_sampler,
     reference_features,
 )
 from mmskip.train.metrics.feature_nets import open_feature_net
@@ -44,13 +44,13 @@ class Bench:
     """Measures networks with methods on them, and keeps every result on disk as soon as it is known.
 
     Attributes:
-        opened, judge: the network, and what judges its images.
+        opened, scorer: the network, and what judges its images.
         samples, sampler, batch_size: of every distance.
         known: results by key.
     """
 
-    opened: Opened
-    judge: Judge
+    opened: LoadedSampler
+    scorer: FidScorer
     samples: int
     sampler: str
     batch_size: int
@@ -62,16 +62,16 @@ class Bench:
         key = f"{nfe} {seed} {self.samples} {self.sampler} {told}"
 
         def measure() -> float:
-            drawer = self.opened.drawer
+            image_sampler = self.opened.image_sampler
             if config is not None:
-                mmskip.apply_(drawer.unet, config)
+                mmskip.apply_(image_sampler.unet, config)
             try:
                 steps = steps_of(self.sampler, nfe)
-                images, _ = drawer.draw(self.samples, seed, self.sampler, steps, self.batch_size)
+                images, _ = image_sampler.draw(self.samples, seed, self.sampler, steps, self.batch_size)
             finally:
                 if config is not None:
-                    mmskip.remove_(drawer.unet)
-            found = self.judge.frechet(images)
+                    mmskip.remove_(image_sampler.unet)
+            found = self.scorer.frechet(images)
             shown = told if len(told) < 90 else f"{told[:87]}..."
             print(f"NFE {nfe:>3} seed {seed:>3}: {found:8.4f}  {shown}", flush=True)
             return found
@@ -84,13 +84,13 @@ class Bench:
 
 
 def open_bench(options: argparse.Namespace) -> Bench:
-    """The network and the judge that the command line names, with what was measured with these weights before."""
+    """The network and the scorer that the command line names, with what was measured with these weights before."""
     device = device_of(options.device)
     net = open_feature_net(options.features, device)
-    opened = open_drawer(options.checkpoint, options.guidance, device)
-    judge = Judge(net, reference_features(net, options, opened))
-    file = Path("runs") / "skip_tuning_bench" / f"{opened.name}-{net.name}-{len(judge.real_NF)}.json".replace(":", "_")
-    return Bench(opened, judge, options.samples, options.sampler, options.batch_size, ResumableResults(file))
+    opened = load_sampler(options.checkpoint, options.guidance, device)
+    scorer = FidScorer(net, reference_features(net, options, opened))
+    file = Path("runs") / "skip_tuning_bench" / f"{opened.name}-{net.name}-{len(scorer.real_NF)}.json".replace(":", "_")
+    return Bench(opened, scorer, options.samples, options.sampler, options.batch_size, ResumableResults(file))
 
 
 def searched(bench: Bench, nfe: int, seed: int, grid: Sequence[float], rounds: int) -> tuple[float, dict[float, float]]:
@@ -125,7 +125,7 @@ def drawn(bench: Bench, nfe: int, seeds: Sequence[int], configs: Sequence[Any]) 
 
 def judged(bench: Bench, nfe: int, options: argparse.Namespace) -> dict[str, Any]:
     """Everything about one number of evaluations."""
-    unet, search_seed = bench.opened.drawer.unet, options.search_seed
+    unet, search_seed = bench.opened.image_sampler.unet, options.search_seed
     count = len(find(unet, ("unet",)).skips)
     rho, scores = searched(bench, nfe, search_seed, options.grid, options.rounds)
     found = {"best_rho": rho, "search": {str(k): v for k, v in scores.items()}}
@@ -144,7 +144,7 @@ def judged(bench: Bench, nfe: int, options: argparse.Namespace) -> dict[str, Any
 
 def cached(bench: Bench, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Step caching: Frechet distance, and the time of a batch in interleaved pairs beside the counted operations."""
-    other = open_drawer(options.checkpoint, options.guidance, device_of(options.device)).drawer
+    other = load_sampler(options.checkpoint, options.guidance, device_of(options.device)).image_sampler
     deepest = len(find(other.unet, ("unet",)).decoder) - 1
     rows = []
     for nfe, interval, depth in itertools.product(options.cache_nfe, options.intervals, options.depths):
@@ -154,8 +154,8 @@ def cached(bench: Bench, options: argparse.Namespace) -> list[dict[str, Any]]:
         plain = statistics.fmean(bench.mean(nfe, options.seeds))
         quick = statistics.fmean(bench.mean(nfe, options.seeds, config))
         mmskip.apply_(other.unet, config)
-        drawers = (bench.opened.drawer, other)
-        first, second = (_drawing(drawer, bench.sampler, nfe, options.timed) for drawer in drawers)
+        pair = (bench.opened.image_sampler, other)
+        first, second = (_drawing(image_sampler, bench.sampler, nfe, options.timed) for image_sampler in pair)
         ratio = _measure.interleaved_ratio(first, second, options.pairs)
         ideal = _operations(first) / _operations(second)
         mmskip.remove_(other.unet)
@@ -166,8 +166,8 @@ def cached(bench: Bench, options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _drawing(drawer: Drawer, sampler: str, nfe: int, count: int) -> Callable[[], object]:
-    return lambda: drawer.draw(count, 0, sampler, steps_of(sampler, nfe))
+def _drawing(image_sampler: ImageSampler, sampler: str, nfe: int, count: int) -> Callable[[], object]:
+    return lambda: image_sampler.draw(count, 0, sampler, steps_of(sampler, nfe))
 
 
 def _operations(draw: Callable[[], object]) -> int:
@@ -237,7 +237,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = CommandParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="as for evaluate.py fid")
-    add_drawing_arguments(parser)
+    add_sampling_arguments(parser)
     parser.add_argument("--name", default="skip_tuning", help="of the result files")
     parser.add_argument("--nfe", type=int, nargs="+", default=[5, 7, 9, 13])
     parser.add_argument("--samples", type=int, default=600, help="images per distance (default 600)")
@@ -262,7 +262,7 @@ def main(given: Sequence[str] | None = None) -> None:
     """Measure, draw, print."""
     options = arguments(given)
     bench = open_bench(options)
-    opened, judge = bench.opened, bench.judge
+    opened, scorer = bench.opened, bench.scorer
     by_nfe = {nfe: judged(bench, nfe, options) for nfe in options.nfe}
     picture(by_nfe, options.out / f"{options.name}.png")
     caching = cached(bench, options)
@@ -273,22 +273,22 @@ def main(given: Sequence[str] | None = None) -> None:
         "speedup": best["speedup"],
         "ideal": best["ideal"],
         "shape": {
-            "image": list(opened.drawer.image_shape),
-            "skips": len(find(opened.drawer.unet, ("unet",)).skips),
-            "parameters": sum(p.numel() for p in opened.drawer.unet.parameters()),
+            "image": list(opened.image_sampler.image_shape),
+            "skips": len(find(opened.image_sampler.unet, ("unet",)).skips),
+            "parameters": sum(p.numel() for p in opened.image_sampler.unet.parameters()),
             "samples": options.samples,
-            "real_images": len(judge.real_NF),
-            "features": judge.real_NF.shape[1],
+            "real_images": len(scorer.real_NF),
+            "features": scorer.real_NF.shape[1],
         },
         "network": opened.name,
-        "feature_network": judge.net.name,
+        "feature_network": scorer.net.name,
         "sampler": options.sampler,
         "search_seed": options.search_seed,
         "seeds": options.seeds,
         "verdict": verdict(by_nfe),
         "by_nfe": {str(nfe): found for nfe, found in by_nfe.items()},
         "step_caching": caching,
-        "notes": judge.notes,
+        "notes": scorer.notes,
     }
     _measure.emit(result, options.out / f"{options.name}.json")
 

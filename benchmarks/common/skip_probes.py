@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import mmskip
 from mmskip.families import find
-from mmskip.models.diffusion.samplers import Denoiser, Drawer, steps_of
+from mmskip.models.diffusion.samplers import Denoiser, ImageSampler, steps_of
 from mmskip.train.evaluation.generation.image_sampler import pixels, real_images
 
 SIGMAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -34,14 +34,14 @@ def changed(unet: nn.Module, config: Any) -> Iterator[None]:
         mmskip.remove_(unet)
 
 
-def with_noise_scale(drawer: Drawer, s: float) -> Drawer:
+def with_noise_scale(image_sampler: ImageSampler, s: float) -> ImageSampler:
     """The same network with its predicted noise times s: D' = x + s (D - x)."""
 
     def denoiser(number_B: Tensor) -> Denoiser:
-        denoise = drawer.denoiser(number_B)
+        denoise = image_sampler.denoiser(number_B)
         return lambda x, sigma: torch.lerp(x, denoise(x, sigma), s)
 
-    return dataclasses.replace(drawer, denoiser=denoiser)
+    return dataclasses.replace(image_sampler, denoiser=denoiser)
 
 
 def noise_scaled(bench: Bench, nfe: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -53,9 +53,9 @@ def noise_scaled(bench: Bench, nfe: int, options: argparse.Namespace) -> dict[st
             return bench.distance(nfe, seed)
 
         def measure() -> float:
-            drawer = with_noise_scale(bench.opened.drawer, s)
-            images, _ = drawer.draw(bench.samples, seed, bench.sampler, steps_of(bench.sampler, nfe), bench.batch_size)
-            return bench.judge.frechet(images)
+            scaled = with_noise_scale(bench.opened.image_sampler, s)
+            images, _ = scaled.draw(bench.samples, seed, bench.sampler, steps_of(bench.sampler, nfe), bench.batch_size)
+            return bench.scorer.frechet(images)
 
         return float(bench.known.once(key, measure))
 
@@ -67,14 +67,14 @@ def noise_scaled(bench: Bench, nfe: int, options: argparse.Namespace) -> dict[st
     }
 
 
-def ways(drawer: Drawer) -> dict[str, Callable[[float], mmskip.SkipScaleConfig]]:
+def ways(image_sampler: ImageSampler) -> dict[str, Callable[[float], mmskip.SkipScaleConfig]]:
     """Other courses of one dial rho: over the noise level, over depth as in the paper or reversed, over both, and the
     paper's ablation of the two paths behind a concatenation."""
 
     def scale(**settings: Any) -> mmskip.SkipScaleConfig:
-        return mmskip.SkipScaleConfig(**{**drawer.levels, **settings})
+        return mmskip.SkipScaleConfig(**{**image_sampler.levels, **settings})
 
-    low, high = drawer.sigma_min, drawer.sigma_max
+    low, high = image_sampler.sigma_min, image_sampler.sigma_max
     kinds = {
         **{
             f"sigma above {s:g}": lambda rho, s=s: scale(scale=rho, schedule="window", window=(s, high))
@@ -86,7 +86,7 @@ def ways(drawer: Drawer) -> dict[str, Callable[[float], mmskip.SkipScaleConfig]]
         "shallowest least": lambda rho: scale(deepest=1.0, shallowest=rho),
         "deepest least, decreasing": lambda rho: scale(deepest=rho, shallowest=1.0, schedule="decreasing"),
     }
-    if has_two_paths(drawer.unet):
+    if has_two_paths(image_sampler.unet):
         kinds["norm"] = lambda rho: scale(scale=rho, target="norm")
         kinds["residual"] = lambda rho: scale(scale=rho, target="residual")
     return kinds
@@ -96,8 +96,8 @@ def other_ways(bench: Bench, nfe: int, options: argparse.Namespace) -> dict[str,
     """Per course the rho that is best on the search seed, and its distances on the others; beside the course that is
     best on the search seed, random scales of its size in the same course over noise."""
     found: dict[str, Any] = {}
-    count = len(find(bench.opened.drawer.unet, ("unet",)).skips)
-    for kind, course in ways(bench.opened.drawer).items():
+    count = len(find(bench.opened.image_sampler.unet, ("unet",)).skips)
+    for kind, course in ways(bench.opened.image_sampler).items():
         best = mmskip.search(lambda r, c=course: bench.distance(nfe, options.search_seed, c(r)), 0.0, 1.2, 7, 1)
         config = course(best.best)
         distances = bench.mean(nfe, options.seeds, config)
@@ -149,19 +149,19 @@ def reach(bench: Bench, options: argparse.Namespace, count: int = 60) -> dict[st
     """What rho = 0.9 does to D on noisy real images, by sigma, as root mean squares in the spread of the images:
     `shift`, D_rho - D (and by the path it acts on, where there are paths). `squared_error`: that of D_rho beside that
     of D, both against the clean images."""
-    drawer = bench.opened.drawer
+    image_sampler = bench.opened.image_sampler
     images, _, resize = real_images(options, bench.opened)
     count = min(count, len(images))
-    clean = pixels(images, list(range(count)), drawer.image_shape, resize)
+    clean = pixels(images, list(range(count)), image_sampler.image_shape, resize)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
-    denoise, rows = drawer.denoiser(torch.tensor(images.labels[:count])), {}
-    targets = ("both", "norm", "residual") if has_two_paths(drawer.unet) else ("both",)
+    denoise, rows = image_sampler.denoiser(torch.tensor(images.labels[:count])), {}
+    targets = ("both", "norm", "residual") if has_two_paths(image_sampler.unet) else ("both",)
     for sigma in SIGMAS:
         x, level_B = clean + sigma * noise, torch.full((count,), sigma)
         plain = denoise(x, level_B)
         error, scaled = plain - clean, {}
         for target in targets:
-            with changed(drawer.unet, mmskip.SkipScaleConfig(scale=0.9, target=target)):
+            with changed(image_sampler.unet, mmskip.SkipScaleConfig(scale=0.9, target=target)):
                 scaled[target] = denoise(x, level_B)
         shift, spread = scaled["both"] - plain, (clean - clean.mean()).norm()
         rows[str(sigma)] = {
@@ -175,13 +175,13 @@ def reach(bench: Bench, options: argparse.Namespace, count: int = 60) -> dict[st
 def unconverged(bench: Bench, nfe: int, rho: float, count: int = 60) -> dict[str, float]:
     """How far samples are from those of the same noise after 65 evaluations, in their spread: `plain`, and with the
     found rho; and `moved`, how far rho moves them."""
-    drawer = bench.opened.drawer
+    image_sampler = bench.opened.image_sampler
 
     def draw(evaluations: int) -> Tensor:
-        return drawer.draw(count, 0, bench.sampler, steps_of(bench.sampler, evaluations), bench.batch_size)[0]
+        return image_sampler.draw(count, 0, bench.sampler, steps_of(bench.sampler, evaluations), bench.batch_size)[0]
 
     exact, plain = draw(65), draw(nfe)
-    with changed(drawer.unet, mmskip.SkipScaleConfig(scale=rho)):
+    with changed(image_sampler.unet, mmskip.SkipScaleConfig(scale=rho)):
         scaled = draw(nfe)
     spread = (exact - exact.mean(0)).norm()
     pairs = {"plain": (plain, exact), "scaled": (scaled, exact), "moved": (scaled, plain)}

@@ -2,7 +2,7 @@
 
 The weights stand in ../shared/data/diffusion (MIT, github.com/BrianPulfer/PapersReimplementations): noise prediction on
 28 x 28 grey images, 1000 steps, linear betas, three skip connections. What a network of one's own needs is
-`describe_unet` and a function that returns a `Drawer`:
+`describe_unet` and a function that returns a `ImageSampler`:
 
     python evaluate.py fid --checkpoint benchmarks/prepare/ddpm_unets.py:mnist --features runs/mnist_features --nfe 9 \\
         --real ../shared/data/mnist/mnist_test_first6667.npz
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmskip.families.unet import SkipSite, UNetView, describe_unet
-from mmskip.models.diffusion.samplers import Drawer, ddpm_denoiser
+from mmskip.models.diffusion.samplers import ImageSampler, ddpm_denoiser
 
 DATA = Path(os.environ.get("MMSKIP_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 
@@ -102,7 +102,7 @@ def _(unet: DdpmUNet) -> UNetView:
     return UNetView(unet, tuple(skips), timestep="t")
 
 
-def _drawer(name: str) -> Drawer:
+def _sampler(name: str) -> ImageSampler:
     path = DATA / "diffusion" / f"ddpm_{name}_unet.safetensors"
     if not path.is_file():
         raise ValueError(f"{path} is no file; set MMSKIP_SHARED_DATA to the folder that holds diffusion/{path.name}.")
@@ -112,7 +112,7 @@ def _drawer(name: str) -> Drawer:
     denoise, low, high = ddpm_denoiser(unet, torch.linspace(1e-4, 0.02, 1000))
     levels = {"levels": "ddpm", "prediction": "epsilon"}
     # the layer norms hide the mean of an image from the network; without the clamp it drifts, and noise is left over
-    return Drawer(
+    return ImageSampler(
         unet, lambda number_B: lambda x, s: denoise(x, s).clamp(-1, 1), (1, 28, 28), low, high, levels, stretched
     )
 
@@ -123,11 +123,11 @@ def stretched(x_BCHW: Tensor) -> Tensor:
     return 2 * (x_BCHW - low) / (high - low).clamp(min=1e-6) - 1
 
 
-def mnist() -> Drawer:
+def mnist() -> ImageSampler:
     """Digits."""
-    return _drawer("mnist")
+    return _sampler("mnist")
 
 
-def fashion() -> Drawer:
+def fashion() -> ImageSampler:
     """Clothes."""
-    return _drawer("fashion")
+    return _sampler("fashion")

@@ -1,6 +1,7 @@
 """Keep old names of arguments and functions for one release, with a FutureWarning."""
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -33,3 +34,15 @@ def renamed_arguments(**names: str) -> Callable[[F], F]:
         return call  # type: ignore[return-value]
 
     return decorate
+
+
+def renamed_names(module: str, **names: str) -> Callable[[str], Any]:
+    """Return the `__getattr__` of a module whose names have changed: old name -> name of today."""
+
+    def find(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warn_deprecated(f"{module}.{name}", names[name])
+        return getattr(sys.modules[module], names[name])
+
+    return find

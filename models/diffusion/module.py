@@ -14,7 +14,8 @@ from mmskip.config import MethodConfig
 from mmskip.models.common.base import BaseModule
 from mmskip.models.common.methods import apply_methods
 from mmskip.models.common.optim import RANGES, check_ranges, check_schedule
-from mmskip.models.diffusion.samplers import Denoiser, Drawer
+from mmskip.models.diffusion.samplers import Denoiser, ImageSampler
+from mmskip.utils.deprecated import warn_deprecated
 from mmskip.utils.extras import require
 
 _RANGES = RANGES | {
@@ -155,8 +156,8 @@ class Diffusion(BaseModule):
         normal = torch.erfinv(2 * spread - 1) * math.sqrt(2)
         return normal * self.hparams["log_sigma_std"] + self.hparams["log_sigma_mean"]
 
-    def drawer(self, guidance: float = 1.0) -> Drawer:
-        """What draws images by the averaged weights; with classes, image i is of class i modulo their number.
+    def image_sampler(self, guidance: float = 1.0) -> ImageSampler:
+        """Return a sampler on the averaged weights; with classes, image i is of class i modulo their number.
 
         Args:
             guidance: weight of the class condition, >= 0; other than 1 it needs `label_dropout`, and doubles the
@@ -169,7 +170,7 @@ class Diffusion(BaseModule):
             raise ValueError("guidance needs a model trained with label_dropout > 0; use guidance=1.")
         unet = self.sampler_unet.eval()
         low, high = self.hparams["sigma_min"], self.hparams["sigma_max"]
-        return Drawer(
+        return ImageSampler(
             unet,
             lambda number_B: self._guided(unet, number_B, guidance),
             self.image_shape,
@@ -179,9 +180,14 @@ class Diffusion(BaseModule):
             calls=1 if guidance == 1 else 2,
         )
 
+    def drawer(self, guidance: float = 1.0) -> ImageSampler:
+        """Old name of `image_sampler`."""
+        warn_deprecated("Diffusion.drawer", "Diffusion.image_sampler")
+        return self.image_sampler(guidance)
+
     def generate(self, count: int, seed: int = 0, guidance: float = 1.0, **settings: Any) -> tuple[Tensor, int]:
-        """Images [count, C, H, W] in [-1, 1] and the evaluations per image; see `Drawer.draw`."""
-        return self.drawer(guidance).draw(count, seed, **settings)
+        """Images [count, C, H, W] in [-1, 1] and the evaluations per image; see `ImageSampler.draw`."""
+        return self.image_sampler(guidance).draw(count, seed, **settings)
 
     def _guided(self, unet: nn.Module, number_B: Tensor, guidance: float) -> Denoiser:
         if not self.classes:

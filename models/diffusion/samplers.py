@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmskip.utils.deprecated import renamed_names
+
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """D(x [B, C, H, W], sigma [B]) -> [B, C, H, W]"""
 
@@ -160,7 +162,7 @@ def starting_noise(shape: Sequence[int], seed: int, numbers: Sequence[int]) -> T
 
 
 @dataclass(frozen=True)
-class Drawer:
+class ImageSampler:
     """A trained diffusion network and all that is needed to draw images with it, whatever it was trained by.
 
     Attributes:
@@ -231,3 +233,6 @@ def ddpm_denoiser(predict: Callable[[Tensor, Tensor], Tensor], betas: Tensor) ->
         return x_BCHW - wide * predict(x_BCHW / (1 + wide**2).sqrt(), steps_B)
 
     return denoise, float(sigmas_T[0]), float(sigmas_T[-1])
+
+
+__getattr__ = renamed_names(__name__, Drawer="ImageSampler")

@@ -10,7 +10,7 @@ from locations import ROOT
 
 import mmskip
 from mmskip.families import find
-from mmskip.models.diffusion.samplers import Drawer
+from mmskip.models.diffusion.samplers import ImageSampler
 
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -114,17 +114,17 @@ def test_the_trained_networks_predict_noise_as_their_source_says(name, expected,
 
     files = {"mnist": "mnist/mnist_test_first6667.npz", "fashion": "fashion_mnist/fashion_mnist_sprite_600.npz"}
     ddpm = benchmark_module("prepare.ddpm_unets")
-    drawer = getattr(ddpm, name)()
+    image_sampler = getattr(ddpm, name)()
     x = torch.from_numpy(np.load(SHARED / files[name])["images"][:300]).float()[:, None] / 127.5 - 1
     generator = torch.Generator().manual_seed(0)
     t = torch.randint(0, 1000, (len(x),), generator=generator)
     noise = torch.randn(x.shape, generator=generator)
     kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)[t].view(-1, 1, 1, 1)
     with torch.no_grad():
-        found = drawer.unet(kept.sqrt() * x + (1 - kept).sqrt() * noise, t)
+        found = image_sampler.unet(kept.sqrt() * x + (1 - kept).sqrt() * noise, t)
     # on 1,000 images in the source's figure
     assert float((found - noise).square().mean()) == pytest.approx(expected, rel=0.1)
-    images, evaluations = drawer.draw(2, sampler="dpm++", steps=3)
+    images, evaluations = image_sampler.draw(2, sampler="dpm++", steps=3)
     assert evaluations == 3 and images.min() == -1 and images.max() == 1
 
 
@@ -179,10 +179,12 @@ def test_the_study_reports_a_case_and_keeps_the_others(benchmark_module, monkeyp
 
 def test_the_noise_scale_moves_between_the_image_and_its_denoised_form(benchmark_module):
     probes = benchmark_module("common.skip_probes")
-    drawer = Drawer(torch.nn.Identity(), lambda number: lambda x, sigma: 0 * x, (1, 2, 2), 0.1, 1.0)
+    image_sampler = ImageSampler(torch.nn.Identity(), lambda number: lambda x, sigma: 0 * x, (1, 2, 2), 0.1, 1.0)
     x, numbers = torch.randn(3, 1, 2, 2), torch.arange(3)
     for s in (0.0, 0.5, 1.0):
-        assert torch.allclose(probes.with_noise_scale(drawer, s).denoiser(numbers)(x, torch.ones(3)), (1 - s) * x)
+        assert torch.allclose(
+            probes.with_noise_scale(image_sampler, s).denoiser(numbers)(x, torch.ones(3)), (1 - s) * x
+        )
 
 
 class Echo(torch.nn.Module):

@@ -4,6 +4,6 @@ from mmskip.utils.command import quiet_imports
 
 quiet_imports()  # before a command imports transformers, in worker processes too
 
-from mmskip.train.cli.train import main  # noqa: E402
+from mmskip.train.cli.train import CONFIGS, find_config, main, prepare_arguments  # noqa: E402
 
-__all__ = ["main"]
+__all__ = ["CONFIGS", "find_config", "main", "prepare_arguments"]

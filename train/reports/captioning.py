@@ -1,25 +1,24 @@
-"""What a captioner's run reports at its end."""
+"""The report of a captioner: accuracy, CIDEr, loss, and captions beside the truth."""
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch import LightningModule, Trainer
 
 from mmskip.datasets.captioning.coco import write_results
 from mmskip.datasets.captioning.module import PictureEntry
 from mmskip.datasets.captioning.snli_ve import LABELS
 from mmskip.models.captioner.metrics import score_captions
 from mmskip.models.captioner.module import Captioner
-from mmskip.utils.files import write_json, write_text
+from mmskip.train.reports.base import RunReport, loaders_of, rank_suffix
+from mmskip.utils.files import write_json
 
 COLUMNS = (("accuracy", "entailment acc."), ("cider", "CIDEr"), ("caption_loss", "caption loss"))
 
 
-class CaptionReport(Callback):
+class CaptionReport(RunReport):
     """Prints and writes, at the end of fit, validate and test: accuracy, CIDEr and loss of a `Captioner` beside those
     of the untrained model and of a majority baseline, and captions beside the truth; after predict: all answers.
 
@@ -33,54 +32,15 @@ class CaptionReport(Callback):
         samples: captions shown, >= 0.
     """
 
+    model_class = Captioner
+
     def __init__(self, samples: int = 4) -> None:
         if samples < 0:
             raise ValueError(f"CaptionReport needs samples >= 0, got {samples}")
+        super().__init__()
         self.samples = samples
-        self.untrained: dict[str, float] = {}
-        self._started = 0.0
         self._captions: dict[str, str] = {}
         self._answers: dict[str, str] = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run cannot find out again."""
-        return {"untrained": self.untrained}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore `state_dict`."""
-        self.untrained = state_dict["untrained"]
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse other models.
-
-        Raises:
-            ValueError: the model is no Captioner.
-        """
-        if not isinstance(pl_module, Captioner):
-            raise ValueError(f"CaptionReport is for Captioner, the model is a {type(pl_module).__name__}")
-
-    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the results of the untrained model."""
-        # a resumed run is checked too, but has those results from its checkpoint
-        if trainer.num_sanity_val_steps == float("inf") and not self.untrained:
-            self.untrained = dict(_captioner(pl_module).results)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self._started = time.perf_counter()
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report on the validation set."""
-        self._report(trainer, _captioner(pl_module), "val", trainer.val_dataloaders)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report on the validation set, where validating is all there is to do."""
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._report(trainer, _captioner(pl_module), "val", trainer.val_dataloaders)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report on the test set."""
-        self._report(trainer, _captioner(pl_module), "test", trainer.test_dataloaders)
 
     def on_predict_batch_end(
         self,
@@ -97,7 +57,7 @@ class CaptionReport(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the captions and answers of this rank."""
-        folder, suffix = Path(trainer.default_root_dir), f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
+        folder, suffix = Path(trainer.default_root_dir), rank_suffix(trainer)
         paths = []
         if self._captions:
             # COCO's results have no place for a caption without words
@@ -110,8 +70,9 @@ class CaptionReport(Callback):
             + (", ".join(map(str, paths)) or "nothing written")
         )
 
-    def _report(self, trainer: Trainer, model: Captioner, stage: str, loaders: Any) -> None:
-        if not trainer.is_global_zero or not loaders or not model.results:
+    def report(self, trainer: Trainer, model: Captioner, stage: str) -> None:
+        """Print and write accuracy, CIDEr and loss, and some captions."""
+        if not trainer.is_global_zero or not loaders_of(trainer, stage) or not model.results:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         rows = {"untrained model": self.untrained} if self.untrained and stage == "val" else {}
@@ -120,19 +81,14 @@ class CaptionReport(Callback):
         rows["this model"] = model.results
         counts = f"{model.results.get('pairs', 0):.0f} pairs, {model.results.get('captions', 0):.0f} captions"
         parts = [f"Results on {stage} ({counts})", table(rows)]
-        for uid, (text, told) in list(model.said.items())[: self.samples]:
-            parts.append(f"image {uid}\n  truth  {told[0]}\n  model  {text}")
-        if self._started:
-            parts.append(f"training took {time.perf_counter() - self._started:.0f} s")
-        folder = Path(trainer.default_root_dir)
+        for uid, (text, truth) in list(model.said.items())[: self.samples]:
+            parts.append(f"image {uid}\n  truth  {truth[0]}\n  model  {text}")
+        parts += self.training_time()
         results = {
-            "name": folder.parent.name,
             "stage": stage,
             "metrics": {"model": model.results, **{key: rows[key] for key in rows if key != "this model"}},
         }
-        path = write_json(results, folder / "results.json")
-        write_text("\n\n".join(parts) + "\n", folder / "report.txt")
-        print("\n\n".join(["", *parts, f"written to {path}"]))
+        self.write(trainer, results, parts)
 
 
 def majority(train: Sequence[PictureEntry], entries: Sequence[PictureEntry]) -> dict[str, float]:
@@ -159,8 +115,3 @@ def table(rows: dict[str, dict[str, float]]) -> str:
         cells = "".join(f"{values[key]:>17.4f}" if key in values else f"{'-':>17}" for key, _ in shown)
         lines.append(f"{name:<{width}}{cells}")
     return "\n".join(lines)
-
-
-def _captioner(module: LightningModule) -> Captioner:
-    assert isinstance(module, Captioner)
-    return module

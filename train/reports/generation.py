@@ -1,18 +1,18 @@
-"""What a diffusion run reports at its end: its loss beside two that know nothing, and samples at fixed seeds."""
+"""The report of a diffusion run: its loss beside two baselines, and samples at fixed seeds."""
 
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from mmskip.models.diffusion.module import Diffusion
+from mmskip.train.reports.base import RunReport
 from mmskip.utils.files import whole, write_json, write_text
 
 
-class SampleReport(Callback):
+class SampleReport(RunReport):
     """Prints and writes, at the end of fit: the loss of the averaged weights beside that of the untrained network and
     of a denoiser that knows only the spread of the pixels, and a grid of samples at fixed seeds.
 
@@ -24,57 +24,36 @@ class SampleReport(Callback):
         seed: of the noise.
     """
 
+    model_class = Diffusion
+    stages = ("fit",)
+
     def __init__(self, columns: int = 6, steps: tuple[int, ...] = (5, 18), seed: int = 0) -> None:
         if columns < 1 or not steps or min(steps) < 1:
             raise ValueError(f"columns is {columns} and steps is {steps}; expected integers >= 1, at least one.")
+        super().__init__()
         self.columns, self.steps, self.seed = columns, tuple(steps), seed
         self.untrained: float | None = None
-        self._started = 0.0
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run cannot find out again."""
-        return {"untrained": self.untrained}
+    def scores_before(self, trainer: Trainer, model: Any) -> Any:
+        """Return the loss of the untrained network."""
+        return float(trainer.callback_metrics["val/loss"])
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore `state_dict`."""
-        self.untrained = state_dict["untrained"]
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse models that draw no images.
-
-        Raises:
-            ValueError: the model is no Diffusion.
-        """
-        if not isinstance(pl_module, Diffusion):
-            raise ValueError(f"SampleReport is for Diffusion, the model is a {type(pl_module).__name__}.")
-
-    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the loss of the untrained network, if the check ran over the whole validation set."""
-        # a resumed run is checked too, but has the loss of the untrained network from its checkpoint
-        if trainer.num_sanity_val_steps == float("inf") and self.untrained is None:
-            self.untrained = float(trainer.callback_metrics["val/loss"])
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self._started = time.perf_counter()
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report."""
+    def report(self, trainer: Trainer, model: Diffusion, stage: str) -> None:
+        """Print and write the losses, and draw samples."""
         if not trainer.is_global_zero or "val/loss" not in trainer.callback_metrics:
             return
-        assert isinstance(pl_module, Diffusion)
         folder = Path(trainer.default_root_dir)
         loss = float(trainer.callback_metrics["val/loss"])
-        pixels = spread_only_loss(pl_module, trainer.val_dataloaders)
+        pixels = spread_only_loss(model, trainer.val_dataloaders)
         lines = [] if self.untrained is None else [f"untrained network          {self.untrained:.4f}"]
         lines += [f"baseline: pixels' spread   {pixels:.4f}", f"this model                 {loss:.4f}"]
-        evaluations = draw_samples(pl_module, trainer.val_dataloaders, folder / "samples.png", self)
+        evaluations = draw_samples(model, trainer.val_dataloaders, folder / "samples.png", self)
         text = "\n".join(
             [
                 "Weighted denoising loss on the validation images (lower is better)",
                 *lines,
                 "",
-                f"training took {time.perf_counter() - self._started:.0f} s",
+                *self.training_time(),
                 f"{folder / 'samples.png'}: per class {self.columns} real images, then {self.columns} samples each at "
                 f"{' and '.join(map(str, evaluations))} function evaluations",
             ]

@@ -1,12 +1,10 @@
-"""What a run reports at its end."""
+"""The report of a video LLM: narration metrics, narrations, savings, pictures."""
 
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch import LightningModule, Trainer
 
 import mmskip
 from mmskip import viz
@@ -16,14 +14,15 @@ from mmskip.models.video_llm.metrics import averages
 from mmskip.models.video_llm.module import VideoLLM
 from mmskip.models.video_llm.speaking import split_rows
 from mmskip.train.metrics.majority import MajorityBaseline
-from mmskip.train.reports import text as report
+from mmskip.train.reports import text
+from mmskip.train.reports.base import RunReport, first_batch, loaders_of, rank_suffix
 from mmskip.train.savings import counted_savings, measured_speedup, streaming_savings
 from mmskip.utils.files import write_json, write_text
 
 PICTURED_FRAMES, MEASURED_SAMPLES = 16, 2
 
 
-class NarrationReport(Callback):
+class NarrationReport(RunReport):
     """Prints and writes, at the end of fit, validate and test: the narration metrics beside those of the untrained
     model and of a majority baseline, narrations beside the truth, savings and pictures; after predict: all narrations.
 
@@ -40,6 +39,9 @@ class NarrationReport(Callback):
         baseline_batches: training batches whose narrations the majority baseline has seen, at most.
     """
 
+    model_class = VideoLLM
+    kept = ("untrained", "baseline")
+
     def __init__(self, samples: int = 2, pairs: int = 15, baseline_batches: int = 200) -> None:
         if samples < 1 or pairs < 0 or pairs == 1 or baseline_batches < 1:
             raise ValueError(
@@ -47,54 +49,17 @@ class NarrationReport(Callback):
                 f"{samples}, {pairs}, {baseline_batches}"
             )
         self.samples, self.pairs, self.baseline_batches = samples, pairs, baseline_batches
-        self.untrained: dict[str, float] = {}
+        super().__init__()
         self.baseline: dict[str, Any] = {}
-        self._started = 0.0
         self._predictions: list[dict[str, Any]] = []
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run or a later test cannot find out again."""
-        return {"untrained": self.untrained, "baseline": self.baseline}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore `state_dict`."""
-        self.untrained, self.baseline = state_dict["untrained"], state_dict["baseline"]
 
     # --- hooks ------------------------------------------------------------------------------------------------------
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse models that do not narrate.
-
-        Raises:
-            ValueError: the model is no VideoLLM.
-        """
-        if not isinstance(pl_module, VideoLLM):
-            raise ValueError(f"NarrationReport is for VideoLLM, the model is a {type(pl_module).__name__}")
-
-    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the metrics of the untrained model."""
-        # a resumed run is checked too, but has the metrics of the untrained model from its checkpoint
-        if trainer.num_sanity_val_steps == float("inf") and not self.untrained:
-            self.untrained = dict(_video_llm(pl_module).results)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the training narrations for the majority baseline."""
-        self._started = time.perf_counter()
+        super().on_train_start(trainer, pl_module)
         if not self.baseline:
-            self.baseline = self._fit_baseline(trainer, _video_llm(pl_module)).state_dict()
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report on the validation set."""
-        self._report(trainer, _video_llm(pl_module), "val", trainer.val_dataloaders)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report on the validation set, where validating is all there is to do."""
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._report(trainer, _video_llm(pl_module), "val", trainer.val_dataloaders)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report on the test set."""
-        self._report(trainer, _video_llm(pl_module), "test", trainer.test_dataloaders)
+            self.baseline = self._fit_baseline(trainer, pl_module).state_dict()
 
     def on_predict_batch_end(
         self,
@@ -114,14 +79,13 @@ class NarrationReport(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the narrations of this rank."""
-        suffix = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
-        path = Path(trainer.default_root_dir) / f"predictions{suffix}.json"
+        path = Path(trainer.default_root_dir) / f"predictions{rank_suffix(trainer)}.json"
         write_json({"predictions": self._predictions}, path)
         print(f"narrations of {len(self._predictions)} samples: {path}")
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
-    def _fit_baseline(self, trainer: Trainer, model: VideoLLM) -> MajorityBaseline:
+    def _fit_baseline(self, trainer: Trainer, model: Any) -> MajorityBaseline:
         baseline = MajorityBaseline(model.ids.vocab_size)
         tokens = StreamTokens.of(trainer.datamodule.tokenizer)  # type: ignore[attr-defined]
         # a loader of its own: the one in use may have begun an epoch
@@ -133,8 +97,9 @@ class NarrationReport(Callback):
                     baseline.fit(len(turn.stream), tokens.narration(turn.narration))
         return baseline
 
-    def _report(self, trainer: Trainer, model: VideoLLM, stage: str, loaders: Any) -> None:
-        scored = model.metrics.gathered()
+    def report(self, trainer: Trainer, model: VideoLLM, stage: str) -> None:
+        """Print and write the metrics, some narrations, savings and pictures."""
+        scored, loaders = model.metrics.gathered(), loaders_of(trainer, stage)
         if not trainer.is_global_zero or not loaders or not scored:
             return
         folder = Path(trainer.default_root_dir)
@@ -145,22 +110,20 @@ class NarrationReport(Callback):
         rows["this model"] = model.results
         # a test runs in inference mode, in which nothing can be trained, and its tensors stay so
         with torch.inference_mode(False), trainer.precision_plugin.forward_context():
-            batch = next(iter(loaders if not isinstance(loaders, list) else loaders[0]))
-            batch = model.transfer_batch_to_device(batch, model.device, 0)
+            batch = model.transfer_batch_to_device(first_batch(loaders), model.device, 0)
             narrated = self._narrate(trainer, model, batch, fps)
             savings, figures = self._savings(trainer, model, batch)
-        label = report.model_label(model.hparams["methods"])
+        label = text.model_label(model.hparams["methods"])
         counts = f"{model.results['samples']:.0f} samples, {model.results['turns']:.0f} turns"
-        parts = [f"Narration metrics on {stage} ({counts})", report.metrics_table(rows), *narrated]
+        parts = [f"Narration metrics on {stage} ({counts})", text.metrics_table(rows), *narrated]
         if model.hparams["methods"]:
-            parts.append(report.savings_lines(label, savings))
-        if self._started:
-            parts.append(f"training took {time.perf_counter() - self._started:.0f} s")
+            parts.append(text.savings_lines(label, savings))
+        parts += self.training_time()
         results = {
             "name": folder.parent.name,
             "label": label,
             "stage": stage,
-            "task": report.task_id(scored),
+            "task": text.task_id(scored),
             "methods": model.hparams["methods"],
             "metrics": {"model": model.results, **{key: rows[key] for key in rows if key != "this model"}},
             "savings": savings,
@@ -184,7 +147,7 @@ class NarrationReport(Callback):
         for sample in split_rows(batch)[: self.samples]:
             said = [(utterance.frame, tokens.decode(utterance.tokens)) for utterance in model.narrate(sample)]
             start_s = _start_s(sample["turns"], fps)
-            texts.append(report.narration_lines(sample["uid"], sample["turns"], said, start_s, fps))
+            texts.append(text.narration_lines(sample["uid"], sample["turns"], said, start_s, fps))
         return texts
 
     def _savings(
@@ -212,17 +175,12 @@ class NarrationReport(Callback):
 
     def _write(self, folder: Path, results: dict[str, Any], figures: dict[str, Any], parts: list[str]) -> None:
         write_json(results, folder / "results.json")
-        points = report.comparable_points(results, folder, folder.parent.parent)
+        points = text.comparable_points(results, folder, folder.parent.parent)
         if points:
             figures["quality_compute"] = viz.quality_against_compute(points)
         paths = [viz.save_png(figure, folder / f"{name}.png") for name, figure in figures.items()]
         parts.append("written to " + ", ".join(str(path) for path in [folder / "results.json", *paths]))
         write_text("\n\n".join(parts) + "\n", folder / "report.txt")
-
-
-def _video_llm(module: LightningModule) -> VideoLLM:
-    assert isinstance(module, VideoLLM)
-    return module
 
 
 def _start_s(turns: Any, fps: float) -> float:

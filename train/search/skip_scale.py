@@ -14,13 +14,13 @@ from torch import Tensor
 import mmskip
 from mmskip.calibration.line_search import Found, search
 from mmskip.methods.skip_scale import SCHEDULES, TARGETS, SkipScaleConfig
-from mmskip.models.diffusion.samplers import Drawer, karras_sigmas, starting_noise, steps_of
+from mmskip.models.diffusion.samplers import ImageSampler, karras_sigmas, starting_noise, steps_of
 from mmskip.train.evaluation.generation.image_sampler import (
-    Judge,
-    Opened,
-    add_drawing_arguments,
+    FidScorer,
+    LoadedSampler,
+    add_sampling_arguments,
     device_of,
-    open_drawer,
+    load_sampler,
     pixels,
     real_images,
     reference_features,
@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         required=True,
-        help="a run of models/diffusion, or FILE.py:FUNCTION (returns a Drawer)",
+        help="a run of models/diffusion, or FILE.py:FUNCTION (returns an ImageSampler)",
     )
-    add_drawing_arguments(parser)
+    add_sampling_arguments(parser)
     parser.add_argument("--nfe", type=int, nargs="+", default=[9], help="function evaluations per image (default 9)")
     parser.add_argument(
         "--metric", choices=METRICS, default="frechet", help="of samples, or denoising loss in feature space"
@@ -74,12 +74,14 @@ def run(arguments: argparse.Namespace) -> int:
     steps = {nfe: steps_of(arguments.sampler, nfe) for nfe in arguments.nfe}
     device = device_of(arguments.device)
     net = open_feature_net(arguments.features, device)
-    opened = open_drawer(arguments.checkpoint, arguments.guidance, device)
+    opened = load_sampler(arguments.checkpoint, arguments.guidance, device)
     folder = Path(arguments.out) if arguments.out else opened.folder / "search" / "skip"
     measure = _measure(arguments, net, opened)
     results: dict[int, Found] = {}
     for nfe, count in steps.items():
-        evaluate = rho_score(opened.drawer, lambda rho: _config(arguments, opened.drawer, rho), measure, count)
+        evaluate = rho_score(
+            opened.image_sampler, lambda rho: _config(arguments, opened.image_sampler, rho), measure, count
+        )
         print(f"{nfe} evaluations per image:", flush=True)
         results[nfe] = search(
             evaluate,
@@ -96,57 +98,59 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _config(arguments: argparse.Namespace, drawer: Drawer, rho: float) -> SkipScaleConfig:
-    further = {"schedule": arguments.schedule, "target": arguments.target, **drawer.levels}
+def _config(arguments: argparse.Namespace, sampler: ImageSampler, rho: float) -> SkipScaleConfig:
+    further = {"schedule": arguments.schedule, "target": arguments.target, **sampler.levels}
     if arguments.course == "constant":
         return SkipScaleConfig(scale=rho, **further)
     ends = (rho, 1.0) if arguments.course == "deepest" else (1.0, rho)
     return SkipScaleConfig(deepest=ends[0], shallowest=ends[1], **further)
 
 
-def _settings(arguments: argparse.Namespace, net: FeatureNet, opened: Opened, nfe: int) -> dict[str, Any]:
+def _settings(arguments: argparse.Namespace, net: FeatureNet, opened: LoadedSampler, nfe: int) -> dict[str, Any]:
     names = ("metric", "samples", "seeds", "sampler", "guidance", "course", "schedule", "target", "split", "real_count")
     own = {name: getattr(arguments, name) for name in names}
     return {"network": opened.name, "features": net.name, "real": arguments.real, "nfe": nfe, **own}
 
 
-def _measure(arguments: argparse.Namespace, net: FeatureNet, opened: Opened) -> Callable[[Drawer, int], float]:
+def _measure(
+    arguments: argparse.Namespace, net: FeatureNet, opened: LoadedSampler
+) -> Callable[[ImageSampler, int], float]:
     """What is to be lowered: a function of the network, as it stands, and of the steps."""
     if arguments.metric == "denoising":
         images, _, resize = real_images(arguments, opened)
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: arguments.samples].tolist()
-        real = pixels(images, chosen, opened.drawer.image_shape, resize)
+        real = pixels(images, chosen, opened.image_sampler.image_shape, resize)
         labels = torch.tensor([images.labels[i] for i in chosen])
         seed = arguments.seeds[0]
-        return lambda drawer, steps: feature_denoising_loss(drawer, net, real, labels, steps, seed)
-    judge = Judge(net, reference_features(net, arguments, opened))
+        return lambda sampler, steps: feature_denoising_loss(sampler, net, real, labels, steps, seed)
+    scorer = FidScorer(net, reference_features(net, arguments, opened))
 
-    def frechet(drawer: Drawer, steps: int) -> float:
+    def frechet(sampler: ImageSampler, steps: int) -> float:
         found = [
-            judge.frechet(drawer.draw(arguments.samples, seed, arguments.sampler, steps, arguments.batch_size)[0])
+            scorer.frechet(sampler.draw(arguments.samples, seed, arguments.sampler, steps, arguments.batch_size)[0])
             for seed in arguments.seeds
         ]
-        while judge.notes:
-            print(f"  note: {judge.notes.pop()}", flush=True)
+        while scorer.notes:
+            print(f"  note: {scorer.notes.pop()}", flush=True)
         return sum(found) / len(found)
 
     return frechet
 
 
 def rho_score(
-    drawer: Drawer,
+    sampler: ImageSampler,
     config: Callable[[float], SkipScaleConfig],
-    measure: Callable[[Drawer, int], float],
+    measure: Callable[[ImageSampler, int], float],
     steps: int,
 ) -> Callable[[float], float]:
     """The score of a value of rho; the network is as it was after every call."""
 
     def evaluate(rho: float) -> float:
-        mmskip.apply_(drawer.unet, config(rho))
+        mmskip.apply_(sampler.unet, config(rho))
         try:
-            found = measure(drawer, steps)
+            found = measure(sampler, steps)
         finally:
-            mmskip.remove_(drawer.unet)
+            mmskip.remove_(sampler.unet)
         print(f"  rho {rho:.4f}: {found:.5f}", flush=True)
         return found
 
@@ -155,28 +159,34 @@ def rho_score(
 
 @torch.no_grad()
 def feature_denoising_loss(
-    drawer: Drawer, net: FeatureNet, real_NCHW: Tensor, label_N: Tensor, steps: int, seed: int, batch_size: int = 250
+    sampler: ImageSampler,
+    net: FeatureNet,
+    real_NCHW: Tensor,
+    label_N: Tensor,
+    steps: int,
+    seed: int,
+    batch_size: int = 250,
 ) -> float:
     """||phi(D(x + sigma n, sigma)) - phi(x)||^2 beside the variance of phi(x), mean over the noise levels that a
     sampler of `steps` steps visits (the paper's score-matching loss in feature space)."""
-    device = next(drawer.unet.parameters()).device
+    device = next(sampler.unet.parameters()).device
     features_NF = net(real_NCHW)
     spread = (features_NF - features_NF.mean(0)).square().sum(1).mean()
-    noise = starting_noise(drawer.image_shape, seed, range(len(real_NCHW)))
+    noise = starting_noise(sampler.image_shape, seed, range(len(real_NCHW)))
     losses = []
-    for sigma in karras_sigmas(steps, drawer.sigma_min, drawer.sigma_max)[:-1]:
+    for sigma in karras_sigmas(steps, sampler.sigma_min, sampler.sigma_max)[:-1]:
         parts = []
         for x, n, label in zip(*(t.split(batch_size) for t in (real_NCHW, noise, label_N)), strict=True):
             noisy = (x + sigma * n).to(device)
-            parts.append(drawer.denoiser(label.to(device))(noisy, torch.full((len(x),), sigma, device=device)))
-        found_NF = net(drawer.finish(torch.cat(parts)).cpu())
+            parts.append(sampler.denoiser(label.to(device))(noisy, torch.full((len(x),), sigma, device=device)))
+        found_NF = net(sampler.finish(torch.cat(parts)).cpu())
         losses.append((found_NF - features_NF).square().sum(1).mean() / spread)
     return float(torch.stack(losses).mean())
 
 
-def _write(arguments: argparse.Namespace, opened: Opened, results: dict[int, Found], folder: Path) -> None:
+def _write(arguments: argparse.Namespace, opened: LoadedSampler, results: dict[int, Found], folder: Path) -> None:
     for nfe, found in results.items():
-        config = _config(arguments, opened.drawer, found.best)
+        config = _config(arguments, opened.image_sampler, found.best)
         further = {"nfe": nfe, "metric": arguments.metric, "score": found.score, "score_at_1": found.scores[1.0]}
         write_method(config, folder / f"best_nfe{nfe}.json", **further)
     curves_picture(results, arguments.metric, folder / "curves.png")

@@ -10,7 +10,7 @@ from drawing import diffusion_run, own_nets
 
 import mmskip
 from mmskip.search.__main__ import main
-from mmskip.train.evaluation.generation.image_sampler import open_drawer, read_method
+from mmskip.train.evaluation.generation.image_sampler import load_sampler, read_method
 from mmskip.train.metrics.feature_nets import FeatureNet
 from mmskip.train.search.skip_scale import feature_denoising_loss
 
@@ -119,7 +119,7 @@ def test_the_score_of_a_rho_is_that_of_the_network_with_this_scale(options, run,
 
 
 def test_a_perfect_denoiser_has_no_denoising_loss_and_an_untrained_one_has(run):
-    drawer = open_drawer(str(run)).drawer
+    image_sampler = load_sampler(str(run)).image_sampler
     from dataclasses import replace
 
     class Mean(torch.nn.Module):
@@ -127,9 +127,9 @@ def test_a_perfect_denoiser_has_no_denoising_loss_and_an_untrained_one_has(run):
             return x.mean((2, 3))
 
     net, real, labels = FeatureNet("mean", Mean(), None), torch.rand(6, 3, 16, 16), torch.arange(6)
-    perfect = replace(drawer, denoiser=lambda number_B: lambda x, sigma: real[number_B])
+    perfect = replace(image_sampler, denoiser=lambda number_B: lambda x, sigma: real[number_B])
     assert feature_denoising_loss(perfect, net, real, labels, 3, seed=0, batch_size=4) == 0
-    assert feature_denoising_loss(drawer, net, real, labels, 3, seed=0) > 0
+    assert feature_denoising_loss(image_sampler, net, real, labels, 3, seed=0) > 0
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from drawing import classifier_checkpoint, diffusion_run, own_nets
 import mmskip
 from mmskip.models.diffusion.samplers import SAMPLERS, evaluations_of, steps_of
 from mmskip.train.cli.evaluate import main
-from mmskip.train.evaluation.generation.image_sampler import Judge, open_drawer, read_method, write_method
+from mmskip.train.evaluation.generation.image_sampler import FidScorer, load_sampler, read_method, write_method
 from mmskip.train.metrics import feature_nets
 from mmskip.train.metrics.feature_nets import FeatureNet, open_feature_net
 
@@ -87,13 +87,13 @@ def test_the_frechet_distance_agrees_with_torchmetrics_on_the_same_features(run,
     """Through torchmetrics' own class, which gets the same network and the same images."""
     fid = pytest.importorskip("torchmetrics.image.fid").FrechetInceptionDistance
     corners = open_feature_net(f"{nets}:corners")
-    fake, _ = open_drawer(str(run)).drawer.draw(60)
+    fake, _ = load_sampler(str(run)).image_sampler.draw(60)
     real = torch.rand(80, 3, 16, 16, generator=torch.Generator().manual_seed(1)) - 1
     metric = fid(feature=corners.module, normalize=True, input_img_size=(3, 16, 16))
     metric.update((real + 1) / 2, real=True)
     metric.update((fake + 1) / 2, real=False)
     expected = float(metric.compute())
-    assert Judge(corners, corners(real)).frechet(fake) == pytest.approx(expected, rel=1e-3) and expected > 0.01
+    assert FidScorer(corners, corners(real)).frechet(fake) == pytest.approx(expected, rel=1e-3) and expected > 0.01
 
 
 def test_fewer_images_than_features_are_told_with_what_follows(run, nets, tmp_path, capsys):

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import mmskip
-from mmskip.models.diffusion.samplers import Drawer, steps_of
+from mmskip.models.diffusion.samplers import ImageSampler, steps_of
 from mmskip.train.evaluation.generation.image_sampler import (
-    Judge,
-    add_drawing_arguments,
+    FidScorer,
+    add_sampling_arguments,
     device_of,
-    open_drawer,
+    load_sampler,
     read_method,
     reference_features,
 )
@@ -27,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         required=True,
-        help="a run of models/diffusion, or FILE.py:FUNCTION (returns a Drawer)",
+        help="a run of models/diffusion, or FILE.py:FUNCTION (returns an ImageSampler)",
     )
-    add_drawing_arguments(parser)
+    add_sampling_arguments(parser)
     parser.add_argument("--samples", type=int, default=2000, help="images per seed (default 2000)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the noise (default 0 1 2)")
     parser.add_argument("--nfe", type=int, nargs="+", default=[9], help="function evaluations per image (default 9)")
@@ -47,28 +47,28 @@ def run(arguments: argparse.Namespace) -> int:
     methods = [read_method(path) for path in arguments.methods]
     device = device_of(arguments.device)
     net = open_feature_net(arguments.features, device)
-    opened = open_drawer(arguments.checkpoint, arguments.guidance, device)
-    judge = Judge(net, reference_features(net, arguments, opened))
+    opened = load_sampler(arguments.checkpoint, arguments.guidance, device)
+    scorer = FidScorer(net, reference_features(net, arguments, opened))
     for method in methods:
-        mmskip.apply_(opened.drawer.unet, method)
+        mmskip.apply_(opened.image_sampler.unet, method)
     folder = Path(arguments.out) if arguments.out else opened.folder / "evaluation" / "fid"
     rows = []
     for nfe, count in steps.items():
-        rows.append(_row(arguments, opened.drawer, judge, nfe, count))
-        pictured, _ = opened.drawer.draw(4 * arguments.grid, 0, arguments.sampler, count, arguments.batch_size)
+        rows.append(_row(arguments, opened.image_sampler, scorer, nfe, count))
+        pictured, _ = opened.image_sampler.draw(4 * arguments.grid, 0, arguments.sampler, count, arguments.batch_size)
         save_grid(pictured, 4, folder / f"samples_nfe{nfe}.png")
-    text = report(rows, judge.notes)
+    text = report(rows, scorer.notes)
     settings = {
         "checkpoint": opened.name,
         "features": net.name,
-        "feature_count": judge.real_NF.shape[1],
-        "real_images": len(judge.real_NF),
+        "feature_count": scorer.real_NF.shape[1],
+        "real_images": len(scorer.real_NF),
         "samples": arguments.samples,
         "sampler": arguments.sampler,
         "guidance": arguments.guidance,
         "methods": [{"type": type(m).__name__, "config": m.to_dict()} for m in methods],
     }
-    write_json({**settings, "results": rows, "notes": judge.notes}, folder / "results.json")
+    write_json({**settings, "results": rows, "notes": scorer.notes}, folder / "results.json")
     write_text(text + "\n", folder / "report.txt")
     print(f"{text}\nwritten to {folder}")
     return 0
@@ -82,12 +82,14 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"seeds are {arguments.seeds}; expected different integers >= 0.")
 
 
-def _row(arguments: argparse.Namespace, drawer: Drawer, judge: Judge, nfe: int, steps: int) -> dict[str, Any]:
+def _row(
+    arguments: argparse.Namespace, sampler: ImageSampler, scorer: FidScorer, nfe: int, steps: int
+) -> dict[str, Any]:
     by_seed = {}
     made = nfe
     for seed in arguments.seeds:
-        images, made = drawer.draw(arguments.samples, seed, arguments.sampler, steps, arguments.batch_size)
-        by_seed[seed] = judge.all(images)
+        images, made = sampler.draw(arguments.samples, seed, arguments.sampler, steps, arguments.batch_size)
+        by_seed[seed] = scorer.all(images)
         print(f"  {made} evaluations, seed {seed}: Frechet distance {by_seed[seed]['frechet']:.4f}", flush=True)
     mean = {name: statistics.fmean(values[name] for values in by_seed.values()) for name in QUANTITIES}
     return {"nfe": made, "steps": steps, "mean": mean, "by_seed": by_seed}

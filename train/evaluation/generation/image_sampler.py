@@ -19,16 +19,17 @@ from mmskip.config import MethodConfig
 from mmskip.datasets.common.pixels import to_input
 from mmskip.datasets.images import EMBEDDED, ImageData, ImageSet, open_images
 from mmskip.datasets.video.features import fingerprint
-from mmskip.models.diffusion.samplers import SAMPLERS, Drawer
+from mmskip.models.diffusion.samplers import SAMPLERS, ImageSampler
 from mmskip.registry import config_types
 from mmskip.train.load_run import TrainedRun, find_run, load_data
 from mmskip.train.metrics.feature_nets import KINDS, FeatureNet
 from mmskip.train.metrics.frechet import FeatureStatistics, frechet_distance, kernel_distance, precision_recall
+from mmskip.utils.deprecated import renamed_names
 from mmskip.utils.files import whole, write_json
 from mmskip.utils.user_function import call_function
 
 
-def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that say what draws, by what it is judged, and against which images."""
     parser.add_argument("--features", required=True, help=KINDS)
     parser.add_argument("--real", help="real images: folder, .npz or embedded (default: those of the run)")
@@ -47,16 +48,16 @@ def device_of(given: str) -> torch.device:
 
 
 @dataclass(frozen=True)
-class Opened:
+class LoadedSampler:
     """A network that draws.
 
     Attributes:
-        drawer: see there.
+        image_sampler: see there.
         name: tells the network and its weights.
         run: its training run; None for a network of the user's own.
     """
 
-    drawer: Drawer
+    image_sampler: ImageSampler
     name: str
     run: TrainedRun | None
 
@@ -66,20 +67,20 @@ class Opened:
         return self.run.folder if self.run is not None else Path("runs") / self.name.replace(":", "_")
 
 
-def open_drawer(given: str, guidance: float = 1.0, device: str | torch.device = "cpu") -> Opened:
+def load_sampler(given: str, guidance: float = 1.0, device: str | torch.device = "cpu") -> LoadedSampler:
     """The network behind a run of `models/diffusion/module.py`, or FILE.py:FUNCTION that returns a
-    `mmskip.models.diffusion.samplers.Drawer`.
+    `mmskip.models.diffusion.samplers.ImageSampler`.
 
     Raises:
         ValueError: nothing of that kind.
     """
     file, _, function = given.partition(":")
     if file.endswith(".py"):
-        drawer = call_function(Path(file), function)
-        if not isinstance(drawer, Drawer):
-            raise ValueError(f"{given} returned {type(drawer).__name__}; expected a Drawer.")
-        drawer.unet.to(device)
-        return Opened(drawer, f"{Path(file).stem}:{function}", None)
+        image_sampler = call_function(Path(file), function)
+        if not isinstance(image_sampler, ImageSampler):
+            raise ValueError(f"{given} returned {type(image_sampler).__name__}; expected an ImageSampler.")
+        image_sampler.unet.to(device)
+        return LoadedSampler(image_sampler, f"{Path(file).stem}:{function}", None)
     from mmskip.models.diffusion.module import Diffusion
 
     run = find_run(given)
@@ -87,7 +88,9 @@ def open_drawer(given: str, guidance: float = 1.0, device: str | torch.device = 
         model = Diffusion.load_from_checkpoint(run.checkpoint, map_location="cpu", weights_only=True)
     except (TypeError, RuntimeError, KeyError) as error:
         raise ValueError(f"{run.checkpoint} is no checkpoint of a Diffusion ({str(error).splitlines()[0]}).") from error
-    return Opened(model.to(device).eval().drawer(guidance), f"diffusion:{fingerprint(run.checkpoint)}", run)
+    return LoadedSampler(
+        model.to(device).eval().image_sampler(guidance), f"diffusion:{fingerprint(run.checkpoint)}", run
+    )
 
 
 def read_method(path: str | Path) -> Any:
@@ -118,13 +121,13 @@ def write_method(config: MethodConfig, path: str | Path, **further: Any) -> Path
 # --- real images ----------------------------------------------------------------------------------------------------
 
 
-def real_images(arguments: argparse.Namespace, opened: Opened) -> tuple[ImageSet, str, int | None]:
+def real_images(arguments: argparse.Namespace, opened: LoadedSampler) -> tuple[ImageSet, str, int | None]:
     """The real images, a name that tells them apart from others, and how they are resized.
 
     Raises:
         ValueError: none are given or found.
     """
-    size, resize = opened.drawer.image_shape[-1], None
+    size, resize = opened.image_sampler.image_shape[-1], None
     source, count = arguments.real, arguments.real_count
     if count is not None and count < 2:
         raise ValueError(f"real_count is {count}; expected at least 2.")
@@ -158,14 +161,14 @@ def pixels(images: ImageSet, indices: list[int], shape: tuple[int, int, int], re
     return 2 * (x.mean(1, keepdim=True) if shape[0] == 1 else x) - 1
 
 
-def reference_features(net: FeatureNet, arguments: argparse.Namespace, opened: Opened) -> Tensor:
+def reference_features(net: FeatureNet, arguments: argparse.Namespace, opened: LoadedSampler) -> Tensor:
     """Features [N, F] of the real images, read from the cache where they were made before.
 
     Raises:
         ValueError: no such images, or a feature network that does not fit them.
     """
     images, name, resize = real_images(arguments, opened)
-    count, shape = min(arguments.real_count or len(images), len(images)), opened.drawer.image_shape
+    count, shape = min(arguments.real_count or len(images), len(images)), opened.image_sampler.image_shape
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].tolist()
     key = hashlib.sha256(f"{net.name} {name} {count} {shape}".encode()).hexdigest()[:24]
     path = Path(arguments.cache) / f"{key}.safetensors"
@@ -181,7 +184,7 @@ def reference_features(net: FeatureNet, arguments: argparse.Namespace, opened: O
 # --- judging --------------------------------------------------------------------------------------------------------
 
 
-class Judge:
+class FidScorer:
     """Compares generated with real images.
 
     Args:
@@ -220,3 +223,13 @@ class Judge:
             "precision": precision,
             "recall": recall,
         }
+
+
+__getattr__ = renamed_names(
+    __name__,
+    Drawer="ImageSampler",
+    Judge="FidScorer",
+    Opened="LoadedSampler",
+    add_drawing_arguments="add_sampling_arguments",
+    open_drawer="load_sampler",
+)
