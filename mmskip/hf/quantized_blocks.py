@@ -102,6 +102,7 @@ class BitsBlock(nn.Module):
             if frozen or self.get_submodule(name) is not state.layers[name]:
                 weight.requires_grad_(False)
             state.layers[name].weight = weight
+            state.layers[name].__dict__.pop("extra_repr", None)  # torchao puts one that prints its own weight
 
 
 def _weights(block: nn.Module) -> Iterator[tuple[str, str, nn.Module, Any]]:

@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import contract
 import pytest
 import tiny_seq2seq as tiny
 import torch
@@ -469,3 +470,13 @@ def test_what_a_model_cannot_do_is_refused_and_leaves_it_as_it_was(tmp_path: Pat
     static = EncoderDecoderCache(*(StaticCache(config=model.config, max_cache_len=8) for _ in range(2)))
     with pytest.raises(ValueError, match="needs a DynamicCache"):
         logits(model, inputs, TOKENS, past_key_values=static)
+
+
+CONTRACT = [
+    contract.Case(
+        contract.ENCODER_DECODER,
+        EarlyExitConfig(depth=1),
+        EarlyExitConfig(encoder=1.0, decoder=1.0),
+        {"depth": 0, "criterion": "luck", "points": (0,)},
+    )
+]

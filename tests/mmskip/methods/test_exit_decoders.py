@@ -5,6 +5,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import contract
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -190,3 +191,14 @@ def test_exits_and_bits_compose_exactly_in_both_orders() -> None:
     assert torch.equal(*found) and not torch.equal(found[0], logits(expected, use_cache=False))
     del expected.model.layers[LAYERS - 1 :]
     torch.testing.assert_close(found[0], logits(expected, use_cache=False))
+
+
+CONTRACT = [
+    contract.Case(
+        base,
+        EarlyExitConfig(decoder=FixedExit(2)),
+        EarlyExitConfig(decoder=1.0),
+        {"cache_policy": "none"},
+    )
+    for base in (contract.DECODER, contract.VLM)
+]

@@ -5,6 +5,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import contract
 import open_clip
 import pytest
 import timm
@@ -295,3 +296,13 @@ def test_what_encoders_lack_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=told):
             mmskip.apply_(model, EarlyExitConfig(**settings))  # type: ignore[arg-type]
+
+
+CONTRACT = [
+    contract.Case(
+        contract.ENCODER,
+        EarlyExitConfig(decoder=None, encoder_depth=2),
+        EarlyExitConfig(decoder=None, encoder=1.0),
+        {"encoder_depth": 0, "encoder_min_layers": 0},
+    )
+]

@@ -1,5 +1,6 @@
 """Feed-forwards of saturated tokens are skipped: token by token, row by row, cached or not."""
 
+import contract
 import pytest
 import torch
 from tiny_decoders import VOCAB, assert_same_generation, saturating, tiny_decoder
@@ -137,3 +138,14 @@ def test_gradient_checkpointing_gives_the_same_gradients(policy, reentrant):
         found.append({name: p.grad for name, p in model.named_parameters() if "embed" not in name})
     for name, grad in found[0].items():
         torch.testing.assert_close(found[1][name], grad, msg=name)
+
+
+MADE_FOR = "llama, 4 blocks, width 32, vocabulary 61"
+CONTRACT = [
+    contract.Case(
+        contract.DECODER,
+        FFNSkipConfig(threshold=-0.9, model_fingerprint=MADE_FOR),
+        FFNSkipConfig(threshold=1.0, warmup=1000, model_fingerprint=MADE_FOR),
+        {"threshold": -1.5, "cold_first": -1, "cold_last": -1, "warmup": -1},
+    )
+]

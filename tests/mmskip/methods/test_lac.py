@@ -1,5 +1,6 @@
 """LAC: voids are undone token by token, and give a static set."""
 
+import contract
 import pytest
 import torch
 from tiny_decoders import VOCAB, assert_same_generation, saturating, sharpen, tiny_decoder
@@ -67,3 +68,15 @@ def test_policies_share_no_block_with_a_plan_that_would_run_it_twice():
             mmskip.apply_(model, configs[first])
         messages.add(str(refused.value))
     assert len(messages) == 1
+
+
+
+CONTRACT = [
+    contract.Case(
+        contract.DECODER,
+        LACConfig(),
+        None,
+        {"alpha": -1},
+        why="with every alpha a token whose norm shrinks is a void",
+    )
+]

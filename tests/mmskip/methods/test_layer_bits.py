@@ -3,6 +3,7 @@
 import copy
 import sys
 
+import contract
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -262,3 +263,14 @@ def test_a_missing_back_end_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(ValueError, match=r"mmskip\[quantize\]"):
         mmskip.apply_(decoder(), LayerBitsConfig((8,) * 4))
+
+
+CONTRACT = [
+    contract.Case(
+        base,
+        LayerBitsConfig(bits=(16, 4, 8, 16)),
+        LayerBitsConfig(bits=(16, 16, 16, 16)),
+        {"bits": (-3, 16, 16, 16), "group": 1, "store": "disk"},
+    )
+    for base in (contract.DECODER, contract.VLM)
+]

@@ -3,6 +3,7 @@
 import copy
 import json
 
+import contract
 import pytest
 import torch
 import torch.nn.functional as F
@@ -370,3 +371,10 @@ def test_the_reference_knows_the_papers_example():
     with Naive():
         y = F.conv2d(masked_like(x, m), weight, padding=1)
     assert y.flatten().tolist() == pytest.approx([3.0, 5.0, 4.0], abs=1e-4)  # 9 is replaced by its neighbour 2
+
+
+BAD = {"padding": "zero", "iterations": -1, "add": "xor", "concat": "xor", "soft": 1, "fill_gradient": None}
+CONTRACT = [
+    contract.Case(contract.CNN, mmskip.LayerMaskConfig(), None, BAD, why="the mask decides: see the next case"),
+    contract.Case(contract.CNN_UNMASKED, mmskip.LayerMaskConfig(), mmskip.LayerMaskConfig(), BAD, exact=True),
+]

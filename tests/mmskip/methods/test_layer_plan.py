@@ -3,6 +3,7 @@
 import copy
 import json
 
+import contract
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -453,3 +454,16 @@ def test_a_plan_compiles_into_one_graph(plan):
         expected = model(IDS, use_cache=False).logits
         found = torch.compile(model, fullgraph=True, backend="eager")(IDS, use_cache=False).logits
     torch.testing.assert_close(found, expected)
+
+
+CONTRACT = [
+    contract.Case(
+        base,
+        LayerPlanConfig(order=(0, 1, 2, 1, 2), drop_mlp=(1,)),
+        LayerPlanConfig(),
+        {"drop": (-1,), "drop_attn": (1, 1), "kv": "all", "phase": "never", "count": -1, "seed": -1},
+        compiles=base is contract.DECODER,
+        trains=base is contract.DECODER,
+    )
+    for base in (contract.DECODER, contract.VLM)
+]

@@ -2,6 +2,7 @@
 
 import copy
 
+import contract
 import pytest
 import torch
 from masked_reference import masked_logits
@@ -185,3 +186,21 @@ def test_routed_blocks_compile_without_a_graph_break(name):
         for block in model.model.layers:
             block.compile(fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(model(ids, layout=layout).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+CONTRACT = [
+    contract.Case(
+        contract.DECODER,
+        mmskip.MoDConfig(layers=(1, 3), keep=0.3, gate="sigmoid"),
+        mmskip.MoDConfig(keep=1.0),
+        {"keep": 0, "noise": -1, "seed": -1, "router": "best", "keep_floor": 2, "router_hidden": 0, "layers": "odd"},
+        call=contract.ROUTED,
+        trains=True,
+    ),
+    contract.Case(
+        contract.VLM,
+        mmskip.MoDConfig(layers=(1, 3), keep=0.3, gate="sigmoid"),
+        mmskip.MoDConfig(keep=1.0),
+        {"keep": 1.5, "gate": "relu"},
+    ),
+]

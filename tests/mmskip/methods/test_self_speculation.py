@@ -1,5 +1,6 @@
 """Self-speculation changes the time that generation takes, and nothing else."""
 
+import contract
 import pytest
 import torch
 from tiny_decoders import HYBRIDS, VOCAB, sharpen, tiny_decoder
@@ -302,3 +303,18 @@ def test_an_interrupted_call_leaves_no_keys_and_values_behind():
     with pytest.raises(KeyboardInterrupt):
         model.generate(IDS[:1], **{**CALL, "max_new_tokens": 40}, do_sample=False, stopping_criteria=[stop])
     assert held[-1] and speculation_of(model).window is None
+
+
+CONTRACT = [
+    contract.Case(
+        base,
+        settings,
+        settings,
+        {"draft_tokens": 0, "stop_below": 1.5, "branches": -1, "search": "best"},
+        exact=True,
+    )
+    for base, settings in (
+        (contract.DECODER, SelfSpeculationConfig(skip_attn=(2,), skip_mlp=(2,), draft_tokens=3)),
+        (contract.ENCODER_DECODER, SelfSpeculationConfig(exit_after=2, draft_tokens=3)),
+    )
+]

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import contract
 import pytest
 import torch
 from tiny_unets import STAGED, TOKENS, UNETS, UserUNet, inputs, output, scaled_concatenations, tiny_unet
@@ -444,3 +445,20 @@ def test_bad_freeu_settings_are_refused(settings, message):
 def test_freeu_refuses_tokens(name):
     with pytest.raises(ValueError, match="FreeU needs feature maps"):
         mmskip.apply_(tiny_unet(name), mmskip.FreeUConfig())
+
+
+CONTRACT = [
+    contract.Case(
+        contract.UNET,
+        mmskip.SkipScaleConfig(scale=0.5),
+        mmskip.SkipScaleConfig(scale=1.0),
+        {"scale": -1, "target": "none"},
+    ),
+    contract.Case(
+        contract.UNET,
+        mmskip.FreeUConfig(b=(1.4, 1.6), s=(0.9, 0.2)),
+        None,
+        {"b": (-1, 1), "s": (-1, 1)},
+        why="settings that change nothing are refused",
+    ),
+]

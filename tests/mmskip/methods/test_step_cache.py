@@ -2,6 +2,7 @@
 
 import copy
 
+import contract
 import pytest
 import torch
 from tiny_unets import STAGED, inputs, output, tiny_unet
@@ -123,3 +124,13 @@ def test_what_does_not_fit_is_refused():
         output(unet, inputs("unet2d", timestep=(40, 700)))
     with pytest.raises(RuntimeError, match="remove_ it before training"):
         output(unet.train(), inputs("unet2d", timestep=40))
+
+
+CONTRACT = [
+    contract.Case(
+        contract.UNET,
+        mmskip.StepCacheConfig(interval=2),
+        mmskip.StepCacheConfig(interval=1),
+        {"interval": 0, "depth": 0},
+    )
+]

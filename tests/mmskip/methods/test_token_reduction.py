@@ -2,6 +2,7 @@
 
 import copy
 
+import contract
 import pytest
 import torch
 from naive_mod import _kept
@@ -423,3 +424,15 @@ def test_reduced_blocks_compile_without_a_graph_break():
         for block in model.model.layers:
             block.compile(fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(model(ids, layout=layout).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+CONTRACT = [
+    contract.Case(
+        base,
+        mmskip.TokenReductionConfig(keep=0.3, after_layer=2, score="norm"),
+        mmskip.TokenReductionConfig(keep=1.0, after_layer=2, score="norm"),
+        {"keep": 0, "after_layer": -1, "score": "best", "seed": -1},
+        call=call,
+    )
+    for base, call in ((contract.DECODER, contract.ROUTED), (contract.VLM, {}))
+]
