@@ -32,8 +32,9 @@ from mmskip.swap import Change
 TOGETHER: frozenset[frozenset[str]] = frozenset({frozenset({"backbone", "skip"})})
 """Pairs of aspects of one module that compose exactly."""
 
-WITH_ALL = frozenset({"weights"})
-"""Aspects that compose exactly with every other: how a block's weights are stored changes nothing of how it runs."""
+WITH_ALL = frozenset({"weights", "children"})
+"""Aspects that compose exactly with every other: neither how weights are stored nor a child more changes how a module
+runs."""
 
 APART: frozenset[frozenset[str]] = frozenset(
     {

@@ -155,6 +155,16 @@ def bind(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> dict
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
+def hidden_states(module: nn.Module, argument: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Return the hidden states that a call of a site's module was given.
+
+    Args:
+        argument: of the site, see `Site.argument`.
+    """
+    names: tuple[str, ...] = type(module)._mmskip_names  # type: ignore[attr-defined]
+    return bind(module, args, kwargs)[argument or names[0]]
+
+
 def bind_call(
     module: nn.Module, key: str, told: str, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
