@@ -1,0 +1,78 @@
+"""What names the methods is held against the registry: exports, README, generated tables, examples in docstrings."""
+
+import doctest
+import importlib
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import mmskip
+from mmskip import registry
+from mmskip.utils import tables
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = {n: c for n, c in registry.config_types().items() if c.__module__.startswith("mmskip.")}
+each = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def test_every_config_is_exported_and_everything_exported_exists():
+    assert set(CONFIGS) <= set(mmskip.__all__) and mmskip.__all__ == sorted(mmskip.__all__)
+    for name in mmskip.__all__:
+        assert getattr(mmskip, name) is not None
+    configs = {name for name in mmskip.__all__ if name.endswith("Config")}
+    assert configs - {"MethodConfig"} == set(CONFIGS)
+
+
+def test_no_exported_function_has_the_name_of_a_module():
+    """Importing such a module would replace the function."""
+    modules = {path.stem for path in (ROOT / "mmskip").glob("*.py")} | {
+        path.name for path in (ROOT / "mmskip").iterdir() if (path / "__init__.py").is_file()
+    }
+    assert set(mmskip.__all__) & modules <= {"search"}, "mmskip.search: see mmskip/utils/moved.py"
+    assert callable(mmskip.search)
+
+
+def test_readme_names_every_method():
+    text = (ROOT / "README.md").read_text() + "".join(path.read_text() for path in (ROOT / "docs").rglob("*.md"))
+    assert [name for name in CONFIGS if name not in text] == []
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda p: p.name)
+def test_generated_tables_are_up_to_date(path):
+    assert tables.filled(path.read_text()) == path.read_text(), f"run python -m mmskip.utils.tables {path}"
+
+
+def test_tables_are_filled_between_their_marks(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    marks = "before\n<!-- table: {} -->\nold\n<!-- end of table -->\nafter\n"
+    page.write_text(marks.format("methods") + marks.format("compose"))
+    assert tables.main(["--check", str(page)]) == 1 and "out of date" in capsys.readouterr().out
+    assert tables.main([str(page)]) == 0 and tables.main(["--check", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n<!-- table: methods -->\n| method |") and text.endswith("after\n")
+    assert "old" not in text and all(f"`{name}`" in text for name in CONFIGS) and "| `backbone` and `skip` |" in text
+    page.write_text(marks.format("nothing"))
+    with pytest.raises(ValueError, match="there is no table 'nothing'; expected one of methods, compose"):
+        tables.main([str(page)])
+
+
+@each
+def test_every_field_is_documented(config):
+    text = config.__doc__ or ""
+    assert [f.name for f in fields(config) if f.name not in text] == []
+
+
+@each
+def test_the_example_of_a_config_runs(config):
+    found = doctest.DocTestFinder(recurse=False).find(config, config.__name__)
+    examples = [test for test in found if test.examples]
+    assert examples, f"{config.__name__} has no example in its docstring"
+    results = [doctest.DocTestRunner(verbose=False).run(test) for test in examples]
+    assert sum(result.failed for result in results) == 0
+
+
+def test_every_module_of_a_method_registers():
+    for path in sorted((ROOT / "mmskip" / "methods").glob("[a-z]*.py")):
+        module = importlib.import_module(f"mmskip.methods.{path.stem}")
+        assert any(config.__module__ == module.__name__ for config in CONFIGS.values()), f"{path.name} has no method"
