@@ -15,8 +15,7 @@ run frame by frame in turns, so that drift of the machine hits all alike. Parts:
 
 `--clock cpu` counts the seconds that this process computes, over its threads: for a machine on which others work too,
 with OMP_NUM_THREADS=1. `prefill` always takes the time that passes.
-Each part is written to the result file as soon as it is measured, each cell of the grid too. What was measured of the
-same commit, machine and settings is taken from there when the command is given again (`--fresh`: it is not).
+Each part, and each cell of the grid, is written when it is measured, and read again unless `--fresh` is given.
 """
 
 import argparse

@@ -31,7 +31,7 @@ def methods_table() -> str:
     for name, config in sorted(config_types().items()):
         if config.__module__.startswith("mmskip."):
             served = families_of(config)
-            summary = (config.__doc__ or "").strip().splitlines()[0].rstrip(".")
+            summary = re.split(r"[.:]\s", f"{config.__doc__ or ''} ".replace("\n", " ").strip(), maxsplit=1)[0]
             rows.append([f"`{name}`: {summary}", *("yes" if family in served else "" for family in FAMILIES)])
     return _table(rows)
 

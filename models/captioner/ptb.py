@@ -48,10 +48,10 @@ def _any_of(words: str) -> str:
     return "(?:" + "|".join(words.split()) + ")"
 
 
-def _rules() -> list[re.Pattern[str]]:
-    """Patterns of tokens; what `ahead` matches behind a token counts for the rule's length and is not taken."""
+def _table() -> list[tuple[str, str, int]]:
+    """Patterns of tokens (token, ahead, flags); what `ahead` matches behind a token counts for the rule's length and is not taken."""
     i = re.IGNORECASE
-    table: list[tuple[str, str, int]] = [
+    return [
         *((first, second, i) for first, second in _SPLIT_IN_TWO),
         ("'t", "(?:is|was)", i),
         (rf"{_L}+", rf"n{_QG}t", i),
@@ -105,13 +105,12 @@ def _rules() -> list[re.Pattern[str]]:
         (r"&(?:amp|lt|gt|quot|nbsp|mdash);|&#\d+;|&[aeiou](?:acute|grave|uml);", "", i),
         (rf"{_QG}{{2}}|``|\u2018\u2018", "", 0),
     ]
-    return [
-        re.compile(f"(?P<token>{token})(?={f'(?P<ahead>{ahead})' if ahead else ''})", flag)
-        for token, ahead, flag in table
-    ]
 
 
-_RULES = _rules()
+_RULES = [
+    re.compile(f"(?P<token>{token})(?={f'(?P<ahead>{ahead})' if ahead else ''})", flag)
+    for token, ahead, flag in _table()
+]
 _PLAIN = re.compile(r"[A-Za-z]{2,}(?=\s|$|, |\.(?:\n|$))")
 _ABBREVIATED = re.compile(f"(?i:{_any_of(_ANY_CASE)})|{_any_of(_CAPITAL)}")
 _JOINED = frozenset(first + second for first, second in _SPLIT_IN_TWO)

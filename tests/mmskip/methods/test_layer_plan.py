@@ -461,7 +461,7 @@ CONTRACT = [
         base,
         LayerPlanConfig(order=(0, 1, 2, 1, 2), drop_mlp=(1,)),
         LayerPlanConfig(),
-        {"drop": (-1,), "drop_attn": (1, 1), "kv": "all", "phase": "never", "count": -1, "seed": -1},
+        {"drop": (-1,), "drop_attn": (1, 1), "cache_policy": "all", "phase": "never", "count": -1, "seed": -1},
         compiles=base is contract.DECODER,
         trains=base is contract.DECODER,
     )
