@@ -70,7 +70,6 @@ def test_policies_share_no_block_with_a_plan_that_would_run_it_twice():
     assert len(messages) == 1
 
 
-
 CONTRACT = [
     contract.Case(
         contract.DECODER,
