@@ -49,7 +49,7 @@ def _any_of(words: str) -> str:
 
 
 def _table() -> list[tuple[str, str, int]]:
-    """Patterns of tokens (token, ahead, flags); what `ahead` matches behind a token counts for the rule's length and is not taken."""
+    """Return patterns of tokens, of what follows (which counts for the length, but is not taken), and flags."""
     i = re.IGNORECASE
     return [
         *((first, second, i) for first, second in _SPLIT_IN_TWO),
