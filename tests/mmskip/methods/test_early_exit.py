@@ -475,8 +475,8 @@ def test_what_a_model_cannot_do_is_refused_and_leaves_it_as_it_was(tmp_path: Pat
 CONTRACT = [
     contract.Case(
         contract.ENCODER_DECODER,
-        EarlyExitConfig(depth=1),
+        EarlyExitConfig(decoder=FixedExit(1)),
         EarlyExitConfig(encoder=1.0, decoder=1.0),
-        {"depth": 0, "criterion": "luck", "points": (0,)},
+        {"cache_policy": "none", "compact_overhead": 2.0},
     )
 ]

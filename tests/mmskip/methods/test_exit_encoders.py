@@ -301,8 +301,8 @@ def test_what_encoders_lack_is_refused() -> None:
 CONTRACT = [
     contract.Case(
         contract.ENCODER,
-        EarlyExitConfig(decoder=None, encoder_depth=2),
+        EarlyExitConfig(decoder=None, encoder=FixedExit(2)),
         EarlyExitConfig(decoder=None, encoder=1.0),
-        {"encoder_depth": 0, "encoder_min_layers": 0},
+        {"compact": "none"},
     )
 ]
