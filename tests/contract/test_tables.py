@@ -1,4 +1,7 @@
-"""What names the methods is held against the registry: exports, README, generated tables, examples in docstrings."""
+"""What names the methods is held against the registry: exports, README, examples in docstrings.
+
+The generated tables of the docs are held against it in `tests/docs/test_docs_tables.py`.
+"""
 
 import doctest
 import importlib
@@ -9,7 +12,6 @@ import pytest
 
 import mmskip
 from mmskip import registry
-from mmskip.utils import tables
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {n: c for n, c in registry.config_types().items() if c.__module__.startswith("mmskip.")}
@@ -38,27 +40,6 @@ def test_no_exported_function_has_the_name_of_a_module():
 def test_readme_names_every_method():
     text = (ROOT / "README.md").read_text() + "".join(path.read_text() for path in (ROOT / "docs").rglob("*.md"))
     assert [name for name in CONFIGS if name not in text] == []
-
-
-@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda p: p.name)
-def test_generated_tables_are_up_to_date(path):
-    assert tables.filled(path.read_text()) == path.read_text(), f"run python -m mmskip.utils.tables {path}"
-
-
-def test_tables_are_filled_between_their_marks(tmp_path, capsys):
-    page = tmp_path / "page.md"
-    marks = "before\n<!-- table: {} -->\nof before\n<!-- end of table -->\nafter\n"
-    page.write_text(marks.format("methods") + marks.format("compose"))
-    assert tables.main(["--check", str(page)]) == 1 and "out of date" in capsys.readouterr().out
-    assert tables.main([str(page)]) == 0 and tables.main(["--check", str(page)]) == 0
-    text = page.read_text()
-    assert text.startswith("before\n<!-- table: methods -->\n| method |") and text.endswith("after\n")
-    assert (
-        "of before" not in text and all(f"`{name}`" in text for name in CONFIGS) and "| `backbone` and `skip` |" in text
-    )
-    page.write_text(marks.format("nothing"))
-    with pytest.raises(ValueError, match="there is no table 'nothing'; expected one of methods, compose"):
-        tables.main([str(page)])
 
 
 @each
