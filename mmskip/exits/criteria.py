@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmskip.exits.heads import ExitHead
+from mmskip.exits.voids import growth_spread
 
 STATE_CRITERIA = ("saturation", "state_norm")
 
@@ -88,12 +89,14 @@ class Saturation:
 
 class StateNorm:
     """LAC's sign that a layer adds nothing: the norm grows by less than a share of the spread (largest minus smallest)
-    of its growths by the layers before (arXiv 2505.14467). -inf until two earlier layers are known."""
+    of its growths at earlier layers (arXiv 2505.14467). A score above 1 - alpha is a void of `lac_voids`.
+
+    -inf at the first layer. Where all earlier growths are equal (at the second layer, for one) the threshold is 0, as
+    published: inf for a norm that shrinks, else -inf.
+    """
 
     def __init__(self) -> None:
-        self._low: Tensor | None = None
-        self._high: Tensor | None = None
-        self._seen = 0
+        self._range: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, after_BTD: Tensor, before_BTD: Tensor) -> Tensor:
         """1 - growth / spread of each token, [B, T]."""
@@ -108,15 +111,11 @@ class StateNorm:
         return float(self(after.reshape(1, 1, -1), before.reshape(1, 1, -1)))
 
     def _of(self, growth: Tensor) -> Tensor:
-        score = torch.full_like(growth, -math.inf)
-        if self._low is None or self._high is None:
-            self._low = self._high = growth
-        elif self._seen > 1:
-            spread = self._high - self._low
-            score = torch.where(spread > 0, 1 - growth / spread, score)
-        self._low, self._high = torch.minimum(self._low, growth), torch.maximum(self._high, growth)
-        self._seen += 1
-        return score
+        spread, self._range = growth_spread(growth, self._range)
+        never = torch.full_like(growth, -math.inf)
+        if spread is None:
+            return never
+        return torch.where(spread > 0, 1 - growth / spread, torch.where(growth < 0, math.inf, never))
 
 
 def _inner(a_BTD: Tensor, b_BTD: Tensor, real_BT: Tensor | None) -> Tensor:

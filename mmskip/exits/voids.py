@@ -23,8 +23,18 @@ def lac_voids(
     Returns:
         BoolTensor [B, T], and the range for the next block.
     """
+    spread_BT, seen = growth_spread(grown_BT, range_BT)
+    if spread_BT is None:
+        return torch.zeros_like(grown_BT, dtype=torch.bool), seen
+    return grown_BT < alpha * spread_BT, seen
+
+
+def growth_spread(
+    grown_BT: Tensor, range_BT: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
+    """Return the spread (largest minus smallest) of the growths at the earlier blocks, None at the first block and 0 at
+    the second, and the range for the next block. Arguments as `lac_voids`."""
     if range_BT is None:
-        return torch.zeros_like(grown_BT, dtype=torch.bool), (grown_BT, grown_BT)
+        return None, (grown_BT, grown_BT)
     high_BT, low_BT = range_BT
-    void_BT = grown_BT < alpha * (high_BT - low_BT)
-    return void_BT, (torch.maximum(high_BT, grown_BT), torch.minimum(low_BT, grown_BT))
+    return high_BT - low_BT, (torch.maximum(high_BT, grown_BT), torch.minimum(low_BT, grown_BT))

@@ -8,6 +8,7 @@ from torch import nn
 
 from mmskip.exits import criteria as exits
 from mmskip.exits.heads import TiedHead
+from mmskip.exits.voids import lac_voids
 
 torch.manual_seed(0)
 AFTER, BEFORE, LOGITS = torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(2, 3, 11) * 3
@@ -47,6 +48,25 @@ def test_state_norm_is_lacs_rule() -> None:
     assert found[:2] == [-math.inf, -math.inf]
     assert found[2:] == pytest.approx([1 - 0.5 / (2 - 1), 1 + 1.5 / (2 - 0.5)])
     assert [score > 0.2 for score in found[2:]] == [0.5 < 0.8 * 1.0, True]
+
+
+def test_a_norm_that_shrinks_at_the_second_layer_is_a_void() -> None:
+    """By hand: growths 2, -1, 1; thresholds -, 0.8 * (2 - 2) = 0, 0.8 * (2 - -1) = 2.4."""
+    scores, found, seen = exits.TokenScores("state_norm"), [], None
+    for before, after in ((1.0, 3.0), (3.0, 2.0), (2.0, 3.0)):
+        score = scores(torch.full((1, 1, 1), after), torch.full((1, 1, 1), before))
+        void, seen = lac_voids(torch.full((1, 1), after - before), seen)
+        assert bool(score > 0.2) == bool(void)
+        found.append(score.item())
+    assert found == [-math.inf, math.inf, pytest.approx(1 - 1 / 3)]
+
+
+def test_state_norm_above_one_minus_alpha_is_a_void_of_lac() -> None:
+    scores, seen = exits.TokenScores("state_norm"), None
+    states = torch.randn(9, 4, 50, 3)
+    for before, after in zip(states, states[1:]):  # noqa: B905, RUF007
+        void, seen = lac_voids(after.norm(dim=-1) - before.norm(dim=-1), seen, alpha=0.75)
+        assert torch.equal(scores(after, before) > 0.25, void)
 
 
 @pytest.mark.parametrize("criterion", exits.STATE_CRITERIA)
