@@ -97,17 +97,18 @@ class CountingMeter(Meter):
         dense, kept_bytes, dense_bytes = forward.outside.flops, 0, 0
         for layer in forward.layers:
             assert layer.flops is not None
-            full = layer.flops if _is_full(layer) else self._dense(layer, forward, trace)
+            full = self._dense(layer, forward, trace) if layer.recorded else layer.flops
             ran, kept_bytes = ran + layer.flops.flops, kept_bytes + layer.flops.activation_bytes
             dense, dense_bytes = dense + full.flops, dense_bytes + full.activation_bytes
         return ForwardCost(ran, dense, kept_bytes, dense_bytes)
 
     def _dense(self, layer: LayerRecord, forward: ForwardRecord, trace: Sequence[ForwardRecord]) -> Tally:
+        # the first layer of a stack always runs; a later one that first runs now also does what it skipped before
         alike = [other for other in forward.layers if self._alike(layer, other)]
         for other in alike:
             if _is_full(other) and other.flops is not None:
                 return other.flops
-        for other in (layer, *alike):
+        for other in alike:
             if other.ran and not other.filled and not other.reused and other.flops is not None:
                 return _scaled(other, other.flops)
         for record in trace:
@@ -122,8 +123,7 @@ class CountingMeter(Meter):
         )
 
     def _alike(self, layer: LayerRecord, other: LayerRecord) -> bool:
-        same = layer.tokens == other.tokens and layer is not other
-        return same and self._signature(layer.site) == self._signature(other.site)
+        return layer.tokens == other.tokens and self._signature(layer.site) == self._signature(other.site)
 
     def _signature(self, name: str) -> tuple[Any, ...]:
         """Sites of equal signatures cost the same."""

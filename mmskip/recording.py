@@ -32,6 +32,7 @@ class LayerRecord:
         filled: token slots whose keys and values alone were computed, for a block or attention that was skipped.
         pairs, dense_pairs: (query, key) pairs of the attention, where a method cuts them otherwise than the tokens;
             None: in proportion to the tokens.
+        recorded: a mechanism said what ran; else the site ran in full.
         reused: the output came from an earlier forward.
         visible: share of the positions that a keep mask leaves visible, in [0, 1]; None: no mask.
         flops: counted while the site ran; None where the family's meter computes them from the numbers above.
@@ -51,6 +52,7 @@ class LayerRecord:
     filled: int = 0
     pairs: int | None = None
     dense_pairs: int | None = None
+    recorded: bool = False
     reused: bool = False
     visible: float | None = None
     flops: Tally | None = None
@@ -235,6 +237,7 @@ class Recorder:
 
 def _count(layer: LayerRecord, runs: list[Work], apart: bool = False) -> None:
     """Put what a block ran into its record."""
+    layer.recorded = True
     layer.ran = sum(run.slots for run in runs)
     layer.filled = sum(run.filled for run in runs)
     layer.reused = any(run.reused for run in runs)

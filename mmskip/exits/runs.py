@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmskip.exits.rules import Decide, ExitRule
+from mmskip.recording import Work, recorder
 from mmskip.swap import states
 
 
@@ -27,6 +28,8 @@ class Run:
         rows, others: indices of the rows that layers run on, and of the rest; None: on all.
         selected: arguments of blocks, the same for all of them, and their values for `rows`; by name.
         visited: layers of the latest forward that ran.
+        slots, pairs, filled: of the block under way, the token slots that it processed, the (query, key) pairs of its
+            attention without cached ones, and the slots of which it computed keys and values alone.
         tail: what the blocks return beside the states.
         past: tokens before the call.
         cache: replaces the model's where it was asked for none.
@@ -41,6 +44,9 @@ class Run:
     others: Tensor | None = None
     selected: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     visited: int = 0
+    slots: int = 0
+    pairs: int = 0
+    filled: int = 0
     tail: tuple[Any, ...] | None = None
     past: int = 0
     cache: Any = None
@@ -79,8 +85,28 @@ class Run:
         self.visited += 1
         if keep_tail:
             self.tail = tuple(output[1:]) if isinstance(output, tuple) else None
-        states_BTD: Tensor = output[0] if isinstance(output, tuple) else output
-        return states_BTD
+        return self.count(output[0] if isinstance(output, tuple) else output)
+
+    def count(self, x_BTD: Tensor) -> Tensor:
+        """Count states that the block under way has processed, and return them."""
+        batch, length = x_BTD.shape[:2]
+        self.slots += batch * length
+        self.pairs += batch * length**2
+        return x_BTD
+
+    def record(self, block: nn.Module, index: int, name: str, splits: bool = False) -> None:
+        """Tell the trace under way what block `index` did for the stack `name`.
+
+        Args:
+            splits: whether it ran on some tokens of each row, which attend only to one another.
+        """
+        recording = recorder()
+        if recording is not None:
+            pairs = self.pairs if splits else None
+            recording.block(block, Work(self.slots, filled=self.filled, pairs=pairs))
+            if index + 1 == self.depth and self.exits is not None:
+                recording.exits(name, self.exits)
+        self.slots = self.pairs = self.filled = 0
 
     def keep(self, y_BTD: Tensor, x_BTD: Tensor) -> Tensor:
         """Return new states where layers still run, old ones elsewhere."""
@@ -94,7 +120,9 @@ class Run:
         if layers == rule.last_layer:
             self._stop_all(layers)
             return
-        exits = self.decide(after_BTD, before_BTD)
+        recording = recorder()
+        states_BTD = (after_BTD, before_BTD)
+        exits = self.decide(*states_BTD) if recording is None else recording.overhead(self.decide, *states_BTD)
         if isinstance(exits, bool):
             if exits:
                 self._stop_all(layers)

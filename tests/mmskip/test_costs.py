@@ -15,6 +15,7 @@ from transformers import CLIPConfig, CLIPModel, DynamicCache, T5ForConditionalGe
 
 import mmskip
 from mmskip.costs import torch_flops
+from mmskip.exits.settings import ExitAt
 from mmskip.families import family
 from mmskip.families.base import View
 from mmskip.meters import Meter
@@ -242,6 +243,92 @@ def test_a_layer_mask_saves_nothing():
         model(IMAGES)
     cost = mmskip.cost(model, trace)
     assert cost.flops == cost.dense_flops == dense and cost.ideal_speedup == 1
+
+
+def sharp(build):
+    """A model whose states change enough from layer to layer that exits differ."""
+    torch.manual_seed(0)
+    model = build().eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.25)
+    return model
+
+
+def generation(ids, padding):
+    call = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": padding}
+    return lambda model: model.generate(ids, **call)
+
+
+ROWS = torch.cat([IDS[:, :9], IDS[:, :9].flip(1)])
+EXITS = {
+    "llama": (lambda: tiny_decoder("llama"), {"decoder": 0.7}, generation(ROWS, 0)),
+    "bart": (lambda: tiny_seq2seq.build("bart"), {"encoder": 0.5, "decoder": 0.3}, generation(TEXT, 1)),
+    "t5": (lambda: tiny_seq2seq.build("t5"), {"encoder": 0.3, "decoder": 0.3}, generation(TEXT, 1)),
+    "vit": (vit, {"encoder": 0.8, "decoder": None}, lambda model: model(PIXELS)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", EXITS)
+@pytest.mark.parametrize("cache_policy", ["recompute", "copy", "mask"])
+def test_early_exit_costs_what_torch_counts(name, cache_policy):
+    build, thresholds, call = EXITS[name]
+    plain = sharp(build)
+    dense = counted(lambda: call(plain))
+    config = mmskip.EarlyExitConfig(**thresholds, cache_policy=cache_policy, compact="always")
+    model = mmskip.apply_(sharp(build), config)
+    with mmskip.trace(model) as trace:
+        ran = counted(lambda: call(model))
+    cost = mmskip.cost(model, trace)
+    assert cost.flops == ran < cost.dense_flops == dense
+    layers = [layer for forward in trace.forwards for layer in forward.layers]
+    assert any(layer.ran < layer.tokens for layer in layers)
+    if cache_policy == "recompute":
+        assert any(0 < layer.ran < layer.tokens for layer in layers), "layers that ran on some rows"
+    if name != "vit":
+        assert any(layer.ran == 0 for layer in layers), "layers that did not run"
+        assert any(layer.filled for layer in layers) == (cache_policy == "recompute")
+
+
+@torch.no_grad()
+def test_the_heads_that_decide_exits_are_billed():
+    exits = {"decoder": ExitAt(0.05, "confidence")}
+    for name in ("llama", "bart"):
+        build, _, call = EXITS[name]
+        plain = sharp(build)
+        dense = counted(lambda: call(plain))  # noqa: B023
+        model = mmskip.apply_(sharp(build), mmskip.EarlyExitConfig(**exits))
+        with mmskip.trace(model) as trace:
+            ran = counted(lambda: call(model))  # noqa: B023
+        cost = mmskip.cost(model, trace)
+        assert cost.flops == ran < cost.dense_flops == dense
+        assert sum(forward.overhead.flops for forward in trace.forwards) > 0.01 * ran
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threshold", [1.0, 0.45])
+def test_image_and_text_that_run_an_encoder_apart_are_billed_for_their_own_pairs(threshold):
+    given = tiny_seq2seq.inputs("florence2")
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    plain = sharp(lambda: tiny_seq2seq.build("florence2"))
+    count = plain.get_image_features(pixels).pooler_output.shape[1]
+    image = torch.full((2, count), tiny_seq2seq.VOCABULARY - 1)
+    ids, mask = torch.cat([image, given["input_ids"]], 1), given["attention_mask"]
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.cat([torch.ones_like(image), mask], 1),
+        "pixel_values": pixels,
+        "decoder_input_ids": TEXT[:2, :4],
+    }
+    dense = counted(lambda: plain(**batch))
+    config = mmskip.EarlyExitConfig(image=threshold, text=threshold, decoder=None)
+    model = mmskip.apply_(sharp(lambda: tiny_seq2seq.build("florence2")), config)
+    with mmskip.trace(model) as trace:
+        ran = counted(lambda: model(**batch))
+    cost = mmskip.cost(model, trace)
+    assert cost.flops == ran < cost.dense_flops == pytest.approx(dense, rel=1e-12)
+    assert set(trace.forwards[0].exits) == {"image", "text"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from tiny_decoders import VOCAB, stream_layout, tiny_decoder
 from torch import nn
 
 import mmskip
+from mmskip.exits.runs import layers_run
 from mmskip.recording import Work, recorder
 
 LAYOUT = stream_layout(3, lead=0).expand(2, -1)
@@ -76,6 +77,23 @@ def test_both_stacks_of_an_encoder_decoder_are_traced_also_where_the_encoder_run
     sites = [f"{stack}.{index}" for stack in ("encoder", "decoder") for index in range(4)]
     assert [layer.site for layer in both.layers] == sites and [layer.site for layer in alone.layers] == sites[:4]
     assert [layer.tokens for layer in alone.layers] == [66] * 4 and (alone.batch, alone.length) == (2, 33)
+
+
+@torch.no_grad()
+def test_exits_of_every_stack_are_traced():
+    model = mmskip.apply_(tiny_seq2seq.build("bart").eval(), mmskip.EarlyExitConfig(encoder=0.9, decoder=-1.0))
+    with mmskip.trace(model) as trace:
+        model(**tiny_seq2seq.inputs("bart"))
+    forward = trace.forwards[0]
+    told = layers_run(model)
+    assert set(forward.exits) == {"encoder", "decoder"}
+    assert all(torch.equal(forward.exits[stack], told[stack]) for stack in told) and (told["decoder"] == 1).all()
+    ran = {layer.site: layer.ran for layer in forward.layers}
+    assert ran["decoder.0"] > 0 == ran["decoder.1"] and forward.ran[-1] == "decoder.0"
+    model.train()
+    with mmskip.trace(model) as trace:
+        model(**tiny_seq2seq.inputs("bart"))
+    assert trace.forwards[0].exits == {} and len(trace.forwards[0].ran) == 8
 
 
 @torch.no_grad()

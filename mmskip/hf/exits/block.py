@@ -70,6 +70,7 @@ class EncoderExit:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         values = bind(self, args, kwargs)  # type: ignore[arg-type]
         y_BTD = encode(super().forward, state.run, state.rule, state.index, values, state.x_name)  # type: ignore[misc]
+        state.run.record(self, state.index, state.rule.name)  # type: ignore[arg-type]
         return state.run.output(state.index, y_BTD)
 
 
@@ -142,6 +143,7 @@ class DecoderExit:
             y_BTD = self._after_exits(state, entry, values)
         if state.may_exit and run.num_active:
             run.stop(index + 1, y_BTD, x_BTD, state.rule)
+        run.record(self, index, state.rule.name)  # type: ignore[arg-type]
         return run.output(index, y_BTD)
 
     def _after_exits(self, state: BlockState, entry: DynamicLayer | None, values: dict[str, Any]) -> Tensor:
@@ -193,6 +195,7 @@ class DecoderExit:
             super().forward(**{**values, state.cache_name: stand_in})  # type: ignore[misc]
         except StoredError:
             assert layer.keys is not None and layer.values is not None
+            state.run.filled += layer.keys.shape[0] * layer.keys.shape[-2]
             return layer.keys, layer.values
         raise RuntimeError(f"{type(self).__name__} stored no keys and values in its entry of the cache.")
 

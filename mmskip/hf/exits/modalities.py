@@ -95,11 +95,12 @@ class SplitEncoder:
                 part["attention_mask"] = _mask_of(values.get("attention_mask"), places_BN)
             if self.training:  # type: ignore[attr-defined]
                 run.exits = None
-                found = super().forward(**part)  # type: ignore[misc]
+                found = run.count(super().forward(**part))  # type: ignore[misc]
             elif state.index and not run.num_active:
                 found = part["hidden_states"]
             else:
                 found = encode(super().forward, run, rule, state.index, part)  # type: ignore[misc]
+            run.record(self, state.index, name, splits=True)  # type: ignore[arg-type]
             if state.index + 1 == run.depth:
                 run.finish()
             y_BTD = found if places_BN is None else y_BTD.scatter(1, index_BND, found)
