@@ -53,14 +53,15 @@ class Cost:
 def cost(model: nn.Module, trace: Trace) -> Cost:
     """Count the cost of `trace`, recorded on `model` by `mmskip.trace`; models of every family.
 
-    FLOPs follow the rules of `torch.utils.flop_counter`: matrix products, convolutions and attention. What methods add
-    (routers' scores, output heads at exits) counts; norms, activations, pooling, Fourier transforms and what a layer
-    mask fills in do not. Layer masks, skip scales and FreeU save nothing: their cost is the dense model's.
+    FLOPs follow the rules of `torch.utils.flop_counter`: matrix products, convolutions and attention. They include the
+    additions of methods (routers' scores, output heads at exits), and leave out norms, activations, pooling, Fourier
+    transforms and the fills of a layer mask. Layer masks, skip scales and FreeU save nothing: their cost is the dense
+    model's.
 
     Raises:
         TypeError: the arguments are no model and trace, in this order.
-        ValueError: the trace is empty, no family fits the model, the family has no meter, or the trace does not tell
-            what a skipped site costs in the dense model.
+        ValueError: the trace is empty, no family fits the model, the family has no meter, or the trace does not show
+            the dense cost of a skipped site.
     """
     if not isinstance(model, nn.Module) or not isinstance(trace, Trace):
         raise TypeError(

@@ -51,23 +51,23 @@ class Meter:
         self.heads: tuple[nn.Module, ...] = ()
 
     def cache_use(self, site: Any, cache: Any, length: int) -> tuple[int, int, int]:
-        """Keys that each query of a dense block attends over, KV bytes stored, KV bytes a dense block stores; after a
-        call of `site` with `length` tokens."""
+        """Return the keys that each query of a dense block attends over, the KV bytes stored, and the KV bytes that a
+        dense block stores, after a call of `site` with `length` tokens."""
         return 0, 0, 0
 
     def measure(self, module: nn.Module, inputs: Any, output: Any) -> Tally | None:
-        """What a call of `module` cost that turned `inputs` into `output`; None where that is not computed here."""
+        """Return the cost of a call of `module` from its inputs and output; None where it is not computed here."""
         return None
 
     def measure_dense(self, module: nn.Module, inputs: Any, output: Any) -> Tally | None:
-        """What the same call costs in the dense model; None where it runs the same."""
+        """Return the cost of the same call in the dense model; None where that runs the same."""
         return None
 
     def forward_cost(self, forward: ForwardRecord, trace: Sequence[ForwardRecord]) -> ForwardCost:
-        """Count one forward of a trace, whose others may tell what the dense model would cost.
+        """Count one forward of a trace. The other forwards may show the dense cost of a site that was skipped.
 
         Raises:
-            ValueError: the trace does not tell.
+            ValueError: nothing in the trace shows it.
         """
         raise ValueError(
             f"{type(self).__name__} of family {self.view.family!r} does not count: it has no forward_cost(forward, "
@@ -92,7 +92,7 @@ class CountingMeter(Meter):
         self._signatures: dict[str, tuple[Any, ...]] = {}
 
     def forward_cost(self, forward: ForwardRecord, trace: Sequence[ForwardRecord]) -> ForwardCost:
-        """Add up what was counted, and what the dense model would have cost."""
+        """Add up the counted operations, and those of the dense model."""
         ran = forward.outside.flops + forward.overhead.flops
         dense, kept_bytes, dense_bytes = forward.outside.flops, 0, 0
         for layer in forward.layers:
@@ -117,7 +117,7 @@ class CountingMeter(Meter):
                     if other.site == layer.site and _is_full(other) and other.flops is not None:
                         return other.flops
         raise ValueError(
-            f"nothing in the trace tells what {layer.site} costs in the dense model: it did not run in full for inputs "
+            f"the trace does not show the dense cost of {layer.site}: it did not run in full for inputs "
             f"of shapes {list(forward.shape)}. Begin the trace before the first forward (of a sampler: the first "
             "step), or supply a meter for its family (View.meter)."
         )
@@ -147,15 +147,15 @@ def _is_full(layer: LayerRecord) -> bool:
 
 
 def _scaled(layer: LayerRecord, counted: Tally) -> Tally:
-    """What a site would have cost on all its tokens."""
+    """Scale the cost of a site to all its tokens."""
     rows = layer.tokens / layer.ran
     pairs = rows if layer.pairs is None or layer.dense_pairs is None else layer.dense_pairs / layer.pairs
     return Tally(counted.linear * rows, counted.pairs * pairs, round(counted.activation_bytes * rows))
 
 
 def _owners(view: Any) -> list[nn.Module]:
-    """Of each of several stacks, the outermost module that holds its blocks alone: what may be called without the root
-    (the encoder in `generate`, one tower of two)."""
+    """Return, for each of several stacks, the outermost module that holds no blocks of another. It may be called alone,
+    as the encoder is in `generate`, or one tower of two."""
     stacks = [{id(block) for block in blocks} for blocks in view.stacks.values()]
     owners = []
     for stack in stacks if len(stacks) > 1 else ():
@@ -188,7 +188,7 @@ class ConvMeter(Meter):
         )
 
     def measure(self, module: nn.Module, inputs: Any, output: Any) -> Tally | None:
-        """The cost of a convolution or a linear layer."""
+        """Return the cost of a convolution or a linear layer."""
         if not isinstance(module, nn.Linear | _ConvNd) or not isinstance(output, Tensor):
             return None
         weight: Any = module.weight
@@ -202,12 +202,12 @@ class ConvMeter(Meter):
         return Tally(2.0 * places * weight.numel(), 0.0, weight.element_size() * (read + written))
 
     def measure_dense(self, module: nn.Module, inputs: Any, output: Any) -> Tally | None:
-        """The cost of the original of a module that was replaced."""
+        """Return the cost of the original of a replaced module."""
         original = self._originals.get(id(module))
         return None if original is None else self.measure(original, inputs, output)
 
     def forward_cost(self, forward: ForwardRecord, trace: Sequence[ForwardRecord]) -> ForwardCost:
-        """Add the layers up; the dense network runs the same ones, but for those that were replaced."""
+        """Add up the layers. The dense network runs the same ones, with the originals of those that were replaced."""
         ran = [layer.flops or Tally() for layer in forward.layers]
         dense = [layer.dense or layer.flops or Tally() for layer in forward.layers]
         flops, dense_flops = (forward.outside.flops + sum(tally.flops for tally in part) for part in (ran, dense))

@@ -1,4 +1,4 @@
-"""Counting the operations that run, by the rules of `torch.utils.flop_counter`: matrix products, convolutions and
+"""Counts the operations that run, by the rules of `torch.utils.flop_counter`: matrix products, convolutions and
 attention, two FLOPs per multiply-add. Norms, activations, softmax, pooling and Fourier transforms count nothing."""
 
 import math

@@ -1,4 +1,4 @@
-"""What a trace holds, and the recorder by which mechanisms say what they ran.
+"""The records of a trace, and the recorder through which mechanisms report what they ran.
 
 Nothing here knows a family: blocks import it, `mmskip.tracing` drives it.
 """
@@ -32,7 +32,7 @@ class LayerRecord:
         filled: token slots whose keys and values alone were computed, for a block or attention that was skipped.
         pairs, dense_pairs: (query, key) pairs of the attention, where a method cuts them otherwise than the tokens;
             None: in proportion to the tokens.
-        recorded: a mechanism said what ran; else the site ran in full.
+        recorded: a mechanism reported what ran; else the site ran in full.
         reused: the output came from an earlier forward.
         visible: share of the positions that a keep mask leaves visible, in [0, 1]; None: no mask.
         flops: counted while the site ran; None where the family's meter computes them from the numbers above.
@@ -71,8 +71,8 @@ class ForwardRecord:
         real: BoolTensor [B, T], False on padding; None: no padding.
         training: whether gradients were recorded.
         exits: layers that ran for each state, by stack (`encoder` [B], `decoder` [B, T], ...); empty without exits.
-        outside: what ran outside of the sites.
-        overhead: what methods computed for their decisions, such as the output head at an exit.
+        outside: operations outside of the sites.
+        overhead: operations of methods' decisions, such as the output head at an exit.
         shape: of the inputs, by which forwards are compared.
     """
 
@@ -152,9 +152,9 @@ class Trace:
 
 
 class Recorder:
-    """Takes what mechanisms say of the forward under way, and adds it to its record.
+    """Adds reports of mechanisms to the record of the forward under way.
 
-    A block that says nothing counts as run on all its tokens.
+    A block without a report counts as run on all its tokens.
 
     Attributes:
         forward: the record of the forward under way; None between forwards.
@@ -174,7 +174,7 @@ class Recorder:
         self._layouts[id(root)] = (layout_BT, real_BT)
 
     def block(self, block: nn.Module, work: Work) -> None:
-        """Record what a block did within its own call. Several runs in one call add up."""
+        """Record a run of a block within its own call. Several runs in one call add up."""
         if self.forward is not None:
             self._blocks.setdefault(id(block), []).append(work)
 
@@ -236,7 +236,7 @@ class Recorder:
 
 
 def _count(layer: LayerRecord, runs: list[Work], apart: bool = False) -> None:
-    """Put what a block ran into its record."""
+    """Put the runs of a block into its record."""
     layer.recorded = True
     layer.ran = sum(run.slots for run in runs)
     layer.filled = sum(run.filled for run in runs)

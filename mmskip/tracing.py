@@ -71,7 +71,7 @@ def meter_of(model: nn.Module) -> Meter:
 
 
 def _view(model: nn.Module) -> Any:
-    """The view of a model: of the family that a method was applied by, of a plug-in's, of a built-in one."""
+    """Find the view of a model: by the families of its methods, then those of plug-ins, then the built-in ones."""
     methods = [record.family for record in applied(model, details=True)] if isinstance(model, nn.Module) else []
     names = families.names()
     plug_ins = [name for name in names if name not in _BUILT_IN]
@@ -98,10 +98,10 @@ class _Session:
             hooked(entry.register_forward_pre_hook(self._open, with_kwargs=True))
             hooked(entry.register_forward_hook(self._close, always_call=True))
         for site in self._meter.sites:
-            hooked(site.module.register_forward_pre_hook(self._enter))
-            hooked(site.module.register_forward_hook(self._leave(site), with_kwargs=True))
+            hooked(site.module.register_forward_pre_hook(self._enter_site))
+            hooked(site.module.register_forward_hook(self._exit_site(site), with_kwargs=True))
         for module in self._meter.outside:
-            hooked(module.register_forward_hook(self._measure))
+            hooked(module.register_forward_hook(self._measure, with_kwargs=True))
         for head in self._meter.heads:
             hooked(head.register_forward_hook(self._head))
         if self._meter.counts:
@@ -124,17 +124,17 @@ class _Session:
         if entry is not self._entered:
             return
         self._entered, self._tallies = None, []
-        # hooks run after an error too, with no output; what is recorded until there is no forward
+        # this hook also runs after an error, without an output; the record is then incomplete
         forward = self.recorder.end(entry) if output is not None else None
         self.recorder.reset()
         if forward is not None:
             self.trace.forwards.append(forward)
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
+    def _enter_site(self, module: nn.Module, args: Any) -> None:
         if self._entered is not None:
             self._tallies.append(Tally())
 
-    def _leave(self, site: Site) -> Any:
+    def _exit_site(self, site: Site) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if self._entered is None:
                 return
@@ -142,20 +142,22 @@ class _Session:
             hidden = states_of(output)
             batch, length = _positions(site, hidden)
             # blocks name their cache differently, and some get it by position
-            cache = next((v for v in (*args, *kwargs.values()) if hasattr(v, "get_seq_length")), None)
+            inputs = (*args, *kwargs.values())
+            cache = next((v for v in inputs if hasattr(v, "get_seq_length")), None)
             keys, kv_bytes, dense_kv_bytes = self._meter.cache_use(site, cache, length)
             slots = batch * length
             layer = LayerRecord(site.name, slots, slots, keys, keys, None, kv_bytes, dense_kv_bytes)
             layer.dense_pairs = slots * length if site.kind == "block" else None
             layer.visible = _visible(hidden)
-            layer.flops = counted if self._meter.counts else self._meter.measure(module, args, hidden)
-            layer.dense = self._meter.measure_dense(module, args, hidden)
+            layer.flops = counted if self._meter.counts else self._meter.measure(module, inputs, hidden)
+            layer.dense = self._meter.measure_dense(module, inputs, hidden)
             self.recorder.add(module, layer)
 
         return hook
 
-    def _measure(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        forward, measured = self.recorder.forward, self._meter.measure(module, args, output)
+    def _measure(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        forward = self.recorder.forward
+        measured = self._meter.measure(module, (*args, *kwargs.values()), output)
         if forward is not None and measured is not None:
             forward.outside.linear += measured.linear
             forward.outside.activation_bytes += measured.activation_bytes
@@ -167,7 +169,7 @@ class _Session:
 
 
 def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
-    """B and T of a call; of images, the number of positions."""
+    """Return B and T of a call; for images, B and the number of positions."""
     given = (*args, *(kwargs.get(name) for name in _INPUTS), *kwargs.values())
     first = next((v for v in given if isinstance(v, Tensor) and v.dim() > 1), None)
     if first is None:
@@ -176,7 +178,7 @@ def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
 
 
 def _positions(site: Site, hidden: Any) -> tuple[int, int]:
-    """B and T of the states after a site: the width is the last dimension of blocks, the second of feature maps."""
+    """Return B and T of the states after a site. The width is the last dimension of blocks, the second of maps."""
     with torch._C.DisableTorchFunctionSubclass():
         if not isinstance(hidden, Tensor) or hidden.dim() < 2:
             return 1, 1
@@ -187,6 +189,6 @@ def _positions(site: Site, hidden: Any) -> tuple[int, int]:
 
 
 def _visible(hidden: Any) -> float | None:
-    """The share of positions that a keep mask leaves visible."""
+    """Return the share of positions that a keep mask leaves visible; None without a mask."""
     mask = vars(hidden).get("mask") if isinstance(hidden, Tensor) else None
     return None if mask is None else float(mask.m.detach().mean())

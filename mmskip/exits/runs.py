@@ -95,7 +95,7 @@ class Run:
         return x_BTD
 
     def record(self, block: nn.Module, index: int, name: str, splits: bool = False) -> None:
-        """Tell the trace under way what block `index` did for the stack `name`.
+        """Report what block `index` ran for the stack `name` to the trace under way.
 
         Args:
             splits: whether it ran on some tokens of each row, which attend only to one another.

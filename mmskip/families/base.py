@@ -109,7 +109,7 @@ class View:
                 yield Site(f"{kind}.{name}", kind, module, index)
 
     def meter(self) -> Meter:
-        """Return what counts the cost of the model: every operation while it runs. A family may return a
+        """Return the meter of the model. This one counts every operation while the model runs; a family may return a
         `mmskip.meters.Meter` that knows its models better."""
         return CountingMeter(self)
 
