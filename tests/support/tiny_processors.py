@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 import transformers
-from tiny_vlms import BREAK, END, IMAGE, START, VIDEO
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.smolvlm import processing_smolvlm
+from vlm_configs import BREAK, END, IMAGE, START, VIDEO
 
 _QWEN = {"<|image_pad|>": IMAGE, "<|video_pad|>": VIDEO, "<|vision_start|>": START, "<|vision_end|>": END}
 _LLAVA = {"<image>": IMAGE, "<video>": VIDEO}

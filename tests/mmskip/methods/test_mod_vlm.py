@@ -6,7 +6,8 @@ import pytest
 import torch
 from naive_mod import make_naive
 from tiny_decoders import assert_same_generation, randomize_routers, routers_of, sharpen
-from tiny_vlms import BREAK, IMAGE, VLMS, collate, example_rows, tiny_vlm
+from tiny_vlms import collate, example_rows, tiny_vlm
+from vlm_configs import BREAK, IMAGE, VLMS
 
 import mmskip
 

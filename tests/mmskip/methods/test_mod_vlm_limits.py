@@ -6,9 +6,10 @@ import pytest
 import torch
 from masked_reference import masked_routing
 from tiny_decoders import randomize_routers, routers_of
-from tiny_vlms import IMAGE, NO_PLACEHOLDERS, Row, add_image, add_video, collate, example_rows, joined, tiny_vlm
+from tiny_vlms import Row, add_image, add_video, collate, example_rows, joined, tiny_vlm
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, DynamicCache
+from vlm_configs import IMAGE, NO_PLACEHOLDERS
 
 import mmskip
 from mmskip.families import decoder

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from mod_cases import PassingSlotLayer
-from tiny_vlms import NO_PLACEHOLDERS, collate, example_rows, tiny_vlm
+from tiny_vlms import collate, example_rows, tiny_vlm
 from transformers import StaticCache
+from vlm_configs import NO_PLACEHOLDERS
 
 import mmskip
 from mmskip.hf.routing import block as routing_block

@@ -6,8 +6,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_decoders import randomize_routers
-from tiny_vlms import VLMS, Row, add_image, collate, example_rows, joined, tiny_vlm
+from tiny_vlms import Row, add_image, collate, example_rows, joined, tiny_vlm
 from transformers import StaticCache
+from vlm_configs import VLMS
 
 import mmskip
 

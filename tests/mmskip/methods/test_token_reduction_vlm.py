@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from tiny_vlms import BREAK, IMAGE, VLMS, collate, example_rows, tiny_vlm
+from tiny_vlms import collate, example_rows, tiny_vlm
+from vlm_configs import BREAK, IMAGE, VLMS
 
 import mmskip
 

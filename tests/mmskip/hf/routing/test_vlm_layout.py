@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from tiny_processors import PROCESSORS, multi_image, processed
-from tiny_vlms import ANYRES, GRIDS, IMAGE, VLMS, as_groups, collate, example_rows, tiny_vlm
+from tiny_vlms import as_groups, collate, example_rows, tiny_vlm
+from vlm_configs import ANYRES, GRIDS, IMAGE, VLMS
 
 from mmskip import families
 from mmskip.hf.routing.vlm_layout import layout_of_call
