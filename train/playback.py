@@ -164,6 +164,8 @@ class Player:
         self.watched = Watched()
         self._times_s = np.zeros(0)
         self._asked: list[Question] = []
+        # a continued stream counts on; frames and questions of this video are numbered from 0
+        self._frames_before, self._asked_before = engine.frames_seen[0], engine.questions_asked[0]
 
     def play(
         self,
@@ -192,12 +194,17 @@ class Player:
                     index += len(frames)
                     self.watched.wall_s = time.perf_counter() - begin
         except KeyboardInterrupt:
-            self.watched.stopped = f"interrupted after {self.engine.frames_seen[0]} frames"
+            self.watched.stopped = f"interrupted after {self._seen} frames"
         except ValueError as error:
             self.watched.stopped = str(error)
-        self.watched.times_s = times_s[: self.engine.frames_seen[0]].tolist()
+        self.watched.times_s = times_s[: self._seen].tolist()
         self.watched.tokens = self.engine.cache.totals[0]
         return self.watched
+
+    @property
+    def _seen(self) -> int:
+        """Frames of this video that the stream has watched."""
+        return self.engine.frames_seen[0] - self._frames_before
 
     def _pictured(self, index: int) -> bool:
         return self.every > 0 and index % self.every == 0
@@ -236,9 +243,11 @@ class Player:
         self.watched.reserved_bytes = max(self.watched.reserved_bytes, self.engine.cache.reserved_bytes)
 
     def _say(self, item: Said) -> None:
-        time_s = float(self._times_s[max(item.frame, 0)])
-        asked = None if item.question is None else self._asked[item.question].text
-        spoken = Spoken(time_s, item.frame, self.tokens.decode(item.tokens), asked)
+        frame, asked = max(item.frame - self._frames_before, -1), None
+        if item.question is not None:
+            number = item.question - self._asked_before
+            asked = self._asked[number].text if number >= 0 else "(asked before this video)"
+        spoken = Spoken(float(self._times_s[max(frame, 0)]), frame, self.tokens.decode(item.tokens), asked)
         self.watched.spoken.append(spoken)
         self.say(spoken)
 
@@ -248,8 +257,9 @@ class Player:
             return
         if any(layer.kept is not None for forward in trace.forwards for layer in forward.layers):
             for site, kept in Selections.of(trace).kept.items():
-                for (_, frame), mask in kept.items():
-                    if self._pictured(frame):
+                for (_, number), mask in kept.items():
+                    frame = number - self._frames_before
+                    if frame >= 0 and self._pictured(frame):
                         self.watched.kept.setdefault(frame, {})[site] = mask
         trace.forwards.clear()
 

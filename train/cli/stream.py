@@ -18,6 +18,7 @@ from mmskip.datasets.video.frames import ImageFolder, VideoFrames, open_frames
 from mmskip.datasets.video.tower import VisionTower
 from mmskip.env import pick_device
 from mmskip.models.video_llm.streaming.engine import StreamEngine, StreamSettings
+from mmskip.models.video_llm.streaming.state import load_streams, save_streams
 from mmskip.train.load_run import TrainedRun, check_tokens, find_run, load_data, load_model, tokenizer_folder
 from mmskip.train.playback import Player, Question, Spoken, Watched, place_questions
 from mmskip.utils.command import CommandParser, exit_status
@@ -50,6 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--realtime", action="store_true", help="play at the video's own pace")
     add("--out", metavar="DIR", help="folder for stream.jsonl and report.html (default: in the run's folder)")
     add("--report_frames", type=int, default=240, metavar="F", help="most frames pictured in the report; 0: no report")
+    add("--load_state", metavar="FILE", help="continue a stream that --save_state wrote; the video goes on from there")
+    add("--save_state", metavar="FILE", help="write the stream's state at the end, to continue it with another video")
     add("--device", default="auto", help="auto, cpu, cuda")
     return parser
 
@@ -103,13 +106,33 @@ class Session:
         self.questions = place_questions(questions, self.frames.times_s, self.frames.duration_s)
         check_tokens(self.model, self.data)
         self.tokens = StreamTokens.of(self.data.tokenizer)
-        self.engine = StreamEngine(
-            self.model, self.tower.num_tokens, self._settings(), [self.tokens.head(self.data.instruction)]
-        )
+        self.engine = self._open_engine()
         self._check_range()
         self.pictures: dict[int, str] = {}
         self._lines: GrowingLines | None = None
         self._stride = math.ceil(len(self.frames.times_s) / args.report_frames) if args.report_frames else 0
+
+    def _open_engine(self) -> StreamEngine:
+        """A new stream, or the saved one; its settings are those of the arguments in both cases."""
+        args, settings = self.args, self._settings()
+        if args.save_state is not None:
+            check_folder(Path(args.save_state).parent)
+        if args.load_state is None:
+            return StreamEngine(self.model, self.tower.num_tokens, settings, [self.tokens.head(self.data.instruction)])
+        engine = load_streams(self.model, args.load_state)
+        if engine.frame_tokens != self.tower.num_tokens or len(engine.frames_seen) != 1:
+            raise ValueError(
+                f"{args.load_state} holds {len(engine.frames_seen)} streams of {engine.frame_tokens} tokens a frame; "
+                f"expected one of {self.tower.num_tokens}"
+            )
+        for name in ("window", "sinks", "positions"):  # the stored keys and values depend on these
+            if getattr(engine.settings, name) != getattr(settings, name):
+                raise ValueError(
+                    f"{args.load_state} was saved with {name}={getattr(engine.settings, name)!r}; "
+                    f"--{name} says {getattr(settings, name)!r}"
+                )
+        engine.settings = settings
+        return engine
 
     def _settings(self) -> StreamSettings:
         args, own = self.args, self.model.hparams
@@ -128,7 +151,7 @@ class Session:
     def _check_range(self) -> None:
         """Absolute positions that cannot last for the frames alone are refused before the first of them."""
         cache, frames = self.engine.cache, len(self.frames.times_s)
-        needed = frames * (self.tower.num_tokens + 1)
+        needed = cache.totals[0] + frames * (self.tower.num_tokens + 1)
         if cache.roll is None and cache.range is not None and needed > cache.range:
             raise ValueError(
                 f"{self.args.video} has {frames} frames at {self.fps:g} per second, {needed} tokens without any text, "
@@ -176,10 +199,13 @@ class Session:
         self.pictures[index] = thumbnail(frame)
 
     def finish(self, watched: Watched) -> None:
-        """Print the figures, and write them behind the texts, and the report."""
+        """Save the state, print the figures, write them after the texts, and write the report."""
         assert self._lines is not None
         if watched.stopped:
             sys.stderr.write(f"stopped: {watched.stopped}\n")
+        if self.args.save_state is not None:
+            save_streams(self.engine, self.args.save_state)
+            print(f"state of the stream: {self.args.save_state}")
         figures = self._figures(watched)
         for name, value in figures:
             print(f"{name:24s} {value}")

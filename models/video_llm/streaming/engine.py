@@ -235,6 +235,11 @@ class StreamEngine:
         """Frames each stream has watched."""
         return [row.seen for row in self._streams]
 
+    @property
+    def questions_asked(self) -> list[int]:
+        """How many questions each stream was asked; the next one has this number."""
+        return [row.asked for row in self._streams]
+
     def kv_bound(self) -> int | None:
         """The most bytes that keys and values of all streams can ever take, buffers included; None without a window.
 

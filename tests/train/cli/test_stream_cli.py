@@ -84,6 +84,47 @@ def test_the_texts_do_not_depend_on_chunks_and_images_play_as_well(run, tmp_path
     assert not (tmp_path / "c" / "report.html").exists()
 
 
+def test_a_stream_is_saved_and_continued_as_if_it_had_not_stopped(run, tmp_path, capsys):
+    """Two halves of a folder of images, the second with the state of the first, say what the whole says."""
+    pictures = np.random.default_rng(0).integers(0, 255, (8, 48, 40, 3), dtype=np.uint8)
+    for part, frames in (("whole", pictures), ("first", pictures[:4]), ("second", pictures[4:])):
+        (tmp_path / part).mkdir()
+        for index, frame in enumerate(frames):
+            Image.fromarray(frame).save(tmp_path / part / f"{index}.png")
+    threshold = ("--threshold", "0.6")
+    whole = play(run, tmp_path / "a", *threshold, "--question", "0:03 who?", video=tmp_path / "whole")
+    state = tmp_path / "states" / "s.safetensors"
+    first = play(run, tmp_path / "b", *threshold, "--save_state", str(state), video=tmp_path / "first")
+    assert str(state) in capsys.readouterr().out
+    question = ("--question", "0:01 who?")
+    second = play(run, tmp_path / "c", *threshold, *question, "--load-state", str(state), video=tmp_path / "second")
+    assert second[2]["frames"] == 4 and second[2]["tokens"] == whole[2]["tokens"]
+    later = [(kind, time_s + 2, text) for kind, time_s, text in said(second[1])]  # 4 frames at 2 per second
+    assert said(first[1]) + later == said(whole[1])
+    answers = [line["question"] for line in second[1] if line["type"] == "answer"]
+    assert answers == ["who?"]
+    page = (tmp_path / "c" / "report.html").read_text()
+    data = json.loads(re.search(r"const D = (.*);\n", page)[1])
+    assert {bits.count("1") for frame in data["frames"] for bits in frame["k"]} == {2}
+
+
+def test_a_state_that_does_not_fit_is_one_line(run, tmp_path, capsys):
+    folder, videos = run
+    state = tmp_path / "s.safetensors"
+    play(run, tmp_path / "a", "--save_state", str(state), "--report_frames", "0")
+    base = ["--checkpoint", str(folder), "--video", str(videos / "v0.mp4"), "--out", str(tmp_path / "b")]
+    capsys.readouterr()
+    for given, message in (
+        (["--load_state", str(tmp_path / "gone")], "not a file of saved streams"),
+        (["--load_state", str(state), "--window", "30"], "saved with window=None; --window says 30"),
+        (["--save_state", str(state / "below" / "it")], "is a file; give a folder"),
+    ):
+        assert main([*base, *given]) == 2
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_window_announces_its_bound_and_keeps_it(run, tmp_path, capsys):
     arguments = ("--window", "30", "--sinks", "4", "--positions", "rolling", "--fps", "20", "--threshold", "0.6")
     status, _, summary = play(run, tmp_path, *arguments)
