@@ -69,3 +69,36 @@ def test_bad_settings_are_refused():
         sample(gaussian, noise, "ddim")
     with pytest.raises(ValueError, match="steps is 0"):
         sample(gaussian, noise, "heun", 0)
+
+
+def test_euler_is_that_of_diffusers():
+    diffusers = pytest.importorskip("diffusers", reason="needs the extra 'diffusion'")
+    data, steps = 0.5, 7
+    scheduler = diffusers.EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=data, rho=7.0)
+    scheduler.set_timesteps(steps)
+    assert scheduler.sigmas.tolist() == pytest.approx(karras_sigmas(steps, 0.002, 80.0), rel=1e-5)
+    noise = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+    x = noise * 80
+    for t, sigma in zip(scheduler.timesteps, scheduler.sigmas[:-1], strict=True):
+        skip, out = data**2 / (sigma**2 + data**2), sigma * data / (sigma**2 + data**2).sqrt()
+        x_scaled = scheduler.scale_model_input(x, t)
+        assert x_scaled.shape == x.shape
+        x = scheduler.step((gaussian(x, sigma.expand(4)) - skip * x) / out, t, x).prev_sample
+    torch.testing.assert_close(sample(gaussian, noise, "euler", steps)[0], x, atol=1e-4, rtol=1e-4)
+
+
+def test_heun_is_that_of_diffusers_with_one_evaluation_in_the_last_step():
+    diffusers = pytest.importorskip("diffusers", reason="needs the extra 'diffusion'")
+    steps = 7
+    scheduler = diffusers.HeunDiscreteScheduler(prediction_type="sample")
+    scheduler.set_timesteps(steps)
+    sigmas = torch.tensor(karras_sigmas(steps, 0.002, 80.0))
+    scheduler.sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
+    scheduler.set_begin_index(0)
+    noise = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+    x = noise * 80
+    assert len(scheduler.timesteps) == evaluations_of("heun", steps)
+    state = x
+    for t, sigma in zip(scheduler.timesteps, scheduler.sigmas[:-1], strict=True):
+        state = scheduler.step(gaussian(state, sigma.expand(4)), t, state).prev_sample
+    torch.testing.assert_close(sample(gaussian, noise, "heun", steps)[0], state, atol=1e-4, rtol=1e-4)
