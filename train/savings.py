@@ -1,13 +1,12 @@
 """What a method saves on one batch: counted from a trace, and measured against the same model without it."""
 
 import copy
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import mmskip
-from mmskip.utils.timing import interleaved_ratio
+from mmskip.utils.timing import paired_models
 
 if TYPE_CHECKING:
     from mmskip.models.common.base import StepLossModule
@@ -48,19 +47,12 @@ def measured_speedup(model: "StepLossModule", batch: dict[str, Any], pairs: int 
     dense = mmskip.remove_(copy.deepcopy(own))
     model.train()
 
-    def step(llm: Any) -> Callable[[], None]:
-        def run() -> None:
-            model.llm = llm
-            model.loss_sums(batch)[0].backward()
-            model.zero_grad(set_to_none=True)
+    def step() -> None:
+        model.loss_sums(batch)[0].backward()
+        model.zero_grad(set_to_none=True)
 
-        return run
-
-    try:
-        with torch.enable_grad():
-            ratio = interleaved_ratio(step(dense), step(own), pairs)
-    finally:
-        model.llm = own
+    with torch.enable_grad():
+        ratio = paired_models(model, "llm", dense, own, step, pairs)
     return {
         "speedup": ratio.median,
         "low": ratio.q1,

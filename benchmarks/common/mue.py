@@ -18,7 +18,7 @@ from mmskip.exits.settings import ExitAt, FixedExit
 from mmskip.methods.early_exit import exit_heads
 from mmskip.models.captioner.metrics import score_captions
 from mmskip.models.captioner.module import Captioner
-from mmskip.train.evaluation.captioner.exit_sweep import compute, recording, using
+from mmskip.train.evaluation.captioner.exit_sweep import exit_cost, recording, using
 from mmskip.train.evaluation.captioner.generation import captioned
 from mmskip.train.evaluation.captioner.snli_ve import judged
 from mmskip.train.evaluation.captioner.task import Batch, encoded
@@ -217,7 +217,7 @@ def call_of(task: str, batch: Batch, tokens: int | None = None) -> Call:
 def cost(model: Captioner, setting: Setting, calls: Sequence[Call], pairs: int, clock: str) -> dict[str, float]:
     """Counted FLOPs and measured time of the calls, as shares of full depth's; time by paired, interleaved runs."""
     with torch.no_grad():
-        return compute(model, setting.config, calls, pairs, CLOCKS[clock], ready=lambda llm: draw_lots(llm, setting))
+        return exit_cost(model, setting.config, calls, pairs, CLOCKS[clock], ready=lambda llm: draw_lots(llm, setting))
 
 
 def cost_of_other(
@@ -255,9 +255,9 @@ def where_time_goes(model: Captioner, task: str, batches: Sequence[Batch], pairs
     them that never let anything leave. Captions have 24 tokens."""
     calls = [call_of(task, batch, 24) for batch in batches]
     with torch.no_grad():
-        one = compute(model, ONE_LAYER, calls, pairs, CLOCKS[clock])
+        one = exit_cost(model, ONE_LAYER, calls, pairs, CLOCKS[clock])
         with _never():
-            never = compute(model, SCORED, calls, pairs, CLOCKS[clock])
+            never = exit_cost(model, SCORED, calls, pairs, CLOCKS[clock])
     tokens = 1 if task == "entailment" else 24
     encoder, decoder = len(model.view.encoder), len(model.view.decoder)
     whole, least = 2 * encoder + tokens * decoder, 2 + tokens

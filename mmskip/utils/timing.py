@@ -1,12 +1,15 @@
 """Paired timing of two functions in one process, as every measured speed-up is made."""
 
+import copy
 import gc
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,50 @@ def interleaved_ratio(
         [base / other for base, other in zip(base_times, times, strict=True)], n=4, method="inclusive"
     )
     return Ratio(median, q1, q3, statistics.median(base_times), statistics.median(times), pairs)
+
+
+def paired_models(
+    owner: Any,
+    name: str,
+    base: Any,
+    other: Any,
+    run: Callable[[], object],
+    pairs: int = 15,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Ratio:
+    """Time a function with two models in turn in one place, which is then as it was.
+
+    Args:
+        owner: the object that holds the model.
+        name: its attribute.
+        base: the reference model.
+        other: the model that is compared with it.
+        run: uses `owner`.
+        pairs: number of pairs, at least 2.
+        clock: see `interleaved_ratio`.
+
+    Raises:
+        ValueError: fewer than 2 pairs.
+    """
+    before = getattr(owner, name)
+
+    def with_model(model: Any) -> Callable[[], None]:
+        def call() -> None:
+            setattr(owner, name, model)
+            run()
+
+        return call
+
+    try:
+        return interleaved_ratio(with_model(base), with_model(other), pairs, clock=clock)
+    finally:
+        setattr(owner, name, before)
+
+
+def sharing_copy(module: nn.Module) -> Any:
+    """Copy a module that shares all its parameters and buffers with the copy."""
+    weights = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, weights)
 
 
 def _seconds(fn: Callable[[], object], clock: Callable[[], float]) -> float:

@@ -2,6 +2,7 @@
 
 import gc
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from common import measure as _measure
 from common.measure import emit, environment, interleaved_ratio, saved_activation_bytes
+from mmskip.utils.timing import paired_models, sharing_copy
 
 
 def test_ratio_pairs_each_run_of_the_base_with_one_of_the_other():
@@ -107,3 +109,20 @@ def test_emit_refuses_half_a_result(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         emit(result, tmp_path / "demo.json")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_models_are_timed_in_one_place_which_is_then_as_it_was():
+    owner, seen = SimpleNamespace(model="own"), []
+    ratio = paired_models(owner, "model", "base", "other", lambda: seen.append(owner.model), pairs=2)
+    assert owner.model == "own" and ratio.pairs == 2
+    assert seen.count("base") == seen.count("other") == 4  # two of them untimed
+    with pytest.raises(ZeroDivisionError):
+        paired_models(owner, "model", "base", "other", lambda: 1 / 0, pairs=2)
+    assert owner.model == "own"
+
+
+def test_a_sharing_copy_has_the_same_weights_and_its_own_modules():
+    layer = torch.nn.BatchNorm1d(3)
+    copied = sharing_copy(layer)
+    assert copied is not layer
+    assert copied.weight is layer.weight and copied.running_mean is layer.running_mean

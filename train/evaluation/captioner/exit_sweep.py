@@ -4,7 +4,6 @@ Shapes: B rows, T tokens.
 """
 
 import argparse
-import copy
 import statistics
 import time
 import warnings
@@ -27,7 +26,8 @@ from mmskip.exits.runs import layers_run
 from mmskip.exits.settings import ExitAt
 from mmskip.methods.early_exit import CACHE_POLICIES
 from mmskip.models.captioner.module import Captioner
-from mmskip.utils.timing import interleaved_ratio
+from mmskip.utils.deprecated import renamed_names
+from mmskip.utils.timing import interleaved_ratio, paired_models, sharing_copy
 
 FULL = "full"
 PARTS = ("image", "prompt", "decoder")
@@ -35,7 +35,7 @@ _STACKS = {"encoder": ("encoder", "image", "text"), "decoder": ("decoder",)}
 
 
 @dataclass(frozen=True)
-class Variant:
+class ExitVariant:
     """One setting a checkpoint is evaluated in.
 
     Attributes:
@@ -73,7 +73,7 @@ def add_exit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs_timed", type=int, default=15, help="paired runs of them (default 15)")
 
 
-def plan(options: argparse.Namespace) -> list[Variant]:
+def plan(options: argparse.Namespace) -> list[ExitVariant]:
     """Full depth, and every combination of the thresholds given.
 
     Raises:
@@ -83,7 +83,7 @@ def plan(options: argparse.Namespace) -> list[Variant]:
         raise ValueError(f"--timed is {options.timed} and --pairs_timed {options.pairs_timed}; expected >= 0 and >= 2")
     if options.max_layers is not None and not options.decoder:
         raise ValueError(f"--max_layers is {options.max_layers}, which needs thresholds of the decoder: give --decoder")
-    found = [Variant(FULL)]
+    found = [ExitVariant(FULL)]
     names = ("image", "text", "encoder", "decoder")
     for values in product(*(getattr(options, name) or [None] for name in names)):
         given = {name: value for name, value in zip(names, values, strict=True) if value is not None}
@@ -104,9 +104,9 @@ def plan(options: argparse.Namespace) -> list[Variant]:
                 decay=options.decay,
             )
         config = EarlyExitConfig(**exits, cache_policy=canonical(options.kv))
-        found.append(Variant(_name(given, options), config))
+        found.append(ExitVariant(_name(given, options), config))
     if options.blank:
-        found.append(Variant("blanked", blank=True))
+        found.append(ExitVariant("blanked", blank=True))
     return found
 
 
@@ -247,7 +247,7 @@ def _numbers(value: Any) -> list[int]:
 # --- what it costs --------------------------------------------------------------------------------------------------
 
 
-def compute(
+def exit_cost(
     model: Captioner,
     config: EarlyExitConfig | None,
     calls: Sequence[Callable[[Captioner], Any]],
@@ -271,23 +271,16 @@ def compute(
     if config is None:
         seconds = interleaved_ratio(lambda: _run(model, calls), lambda: _run(model, calls), 2, clock=clock).fn_s
         return {"counted": 1.0, "measured": 1.0, "low": 1.0, "high": 1.0, "seconds": seconds / len(calls)}
-    own = model.llm
-    weights = {id(tensor): tensor for tensor in (*own.parameters(), *own.buffers())}
-    left = mmskip.apply_(copy.deepcopy(own, weights), config)  # shares all weights
-    ready(left)
-
-    def runs(llm: Any) -> Callable[[], None]:
-        def run() -> None:
-            model.llm = llm
-            _run(model, calls)
-
-        return run
-
+    full, exiting = model.llm, mmskip.apply_(sharing_copy(model.llm), config)
+    ready(exiting)
+    counted = []
     try:
-        counted = [_flops(runs(llm)) for llm in (own, left)]
-        ratio = interleaved_ratio(runs(own), runs(left), pairs, clock=clock)
+        for llm in (full, exiting):
+            model.llm = llm
+            counted.append(_flops(lambda: _run(model, calls)))
     finally:
-        model.llm = own
+        model.llm = full
+    ratio = paired_models(model, "llm", full, exiting, lambda: _run(model, calls), pairs, clock)
     return {
         "counted": counted[1] / counted[0],
         "measured": 1 / ratio.median,
@@ -324,3 +317,6 @@ def exits_table(totals: Mapping[str, Mapping[str, Any]], metrics: Sequence[str])
             cells.append(f"  {cost['low']:.3f} to {cost['high']:.3f}")
         lines.append(f"{name:<{width}}" + "".join(cells))
     return "\n".join(lines)
+
+
+__getattr__ = renamed_names(__name__, Variant="ExitVariant", compute="exit_cost")

@@ -9,7 +9,7 @@ import torch
 from mmskip.datasets.captioning.coco import CaptionedImage, pair_up, write_results
 from mmskip.models.captioner.metrics import CaptionScores, DocumentFrequency, java_score, score_captions
 from mmskip.models.captioner.module import Captioner
-from mmskip.train.evaluation.captioner.exit_sweep import FULL, Recorder, Variant, depths, encoder_exits
+from mmskip.train.evaluation.captioner.exit_sweep import FULL, ExitVariant, Recorder, depths, encoder_exits
 from mmskip.train.evaluation.captioner.task import Batch, CaptionTask, encoded, variants_of
 from mmskip.train.evaluation.distributed import process_group
 from mmskip.utils.files import write_json
@@ -107,7 +107,7 @@ def scored(
 
 def _write(
     task: CaptionTask,
-    variant: Variant,
+    variant: ExitVariant,
     totals: Mapping[str, Any],
     records: Mapping[str, Mapping[str, Any]],
     scores: CaptionScores,

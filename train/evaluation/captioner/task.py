@@ -19,11 +19,11 @@ from mmskip.models.captioner.build import token_ids
 from mmskip.models.captioner.module import Captioner
 from mmskip.train.evaluation.captioner.exit_sweep import (
     FULL,
+    ExitVariant,
     Recorder,
-    Variant,
     add_exit_arguments,
-    compute,
     current_settings,
+    exit_cost,
     exits_table,
     plan,
     recording,
@@ -124,7 +124,7 @@ class CaptionTask:
         found = self.collate([dataset[number] for number in numbers])
         return {key: value.to(self.group.device) if hasattr(value, "to") else value for key, value in found.items()}
 
-    def check(self, variants: Sequence[Variant]) -> None:
+    def check(self, variants: Sequence[ExitVariant]) -> None:
         """Apply every setting, before anything is computed or written.
 
         Raises:
@@ -134,7 +134,7 @@ class CaptionTask:
             with using(self.model, variant.config):
                 pass
 
-    def evaluate(self, variant: Variant, score: Score, **settings: Any) -> dict[str, dict[str, Any]]:
+    def evaluate(self, variant: ExitVariant, score: Score, **settings: Any) -> dict[str, dict[str, Any]]:
         """The records of all images in one setting by uid; those known from an interrupted run are not made again (a
         collective call).
 
@@ -165,7 +165,7 @@ class CaptionTask:
         return store.close()
 
     def costs(
-        self, variants: Sequence[Variant], call: Callable[[Captioner, Batch], Any]
+        self, variants: Sequence[ExitVariant], call: Callable[[Captioner, Batch], Any]
     ) -> dict[str, dict[str, float]]:
         """What each setting costs, on the first images one by one."""
         count = min(self.options.timed, len(self.dataset))
@@ -175,7 +175,7 @@ class CaptionTask:
         with torch.no_grad():
             for variant in variants:
                 if count and not variant.blank:
-                    found[variant.name] = compute(self.model, variant.config, calls, self.options.pairs_timed)
+                    found[variant.name] = exit_cost(self.model, variant.config, calls, self.options.pairs_timed)
         return found
 
     def report(self, totals: dict[str, dict[str, Any]], metrics: Sequence[str]) -> int:
@@ -221,7 +221,7 @@ def encoded(model: Captioner, batch: Batch, texts: Texts) -> tuple[Tensor, Tenso
     return model.encode(model.see(batch["images"]), texts)
 
 
-def variants_of(options: argparse.Namespace) -> list[Variant]:
+def variants_of(options: argparse.Namespace) -> list[ExitVariant]:
     """The settings of a sweep; full depth is the first.
 
     Raises:

@@ -1,8 +1,7 @@
 """Other budgets on trained weights: one checkpoint with another keep ratio, another router, no method, no video."""
 
-import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,8 @@ import mmskip
 from mmskip import MoDConfig
 from mmskip.saving import added_weights
 from mmskip.tokens.router import LEARNED
-from mmskip.utils.timing import interleaved_ratio
+from mmskip.utils.deprecated import renamed_names
+from mmskip.utils.timing import paired_models, sharing_copy
 
 if TYPE_CHECKING:
     from mmskip.models.video_llm.module import VideoLLM
@@ -119,7 +119,7 @@ class Budgets:
             self.set(self.trained)
 
 
-def compute(
+def variant_cost(
     model: "VideoLLM", budgets: Budgets, methods: Sequence[Any], batch: dict[str, Any], pairs: int
 ) -> dict[str, float | None]:
     """What scoring a batch costs with some methods, as shares of the same weights without any.
@@ -143,19 +143,9 @@ def compute(
         shares: dict[str, float | None] = {"counted": cost.flops / cost.dense_flops}
         if not pairs:
             return shares | {"measured": None, "low": None, "high": None}
-        own = model.llm
-        weights = {id(tensor): tensor for tensor in (*own.parameters(), *own.buffers())}
-        dense = mmskip.remove_(copy.deepcopy(own, weights))  # shares all weights
-
-        def forward(llm: Any) -> Callable[[], None]:
-            def run() -> None:
-                model.llm = llm
-                model.loss_sums(batch)
-
-            return run
-
-        try:
-            ratio = interleaved_ratio(forward(dense), forward(own), pairs)
-        finally:
-            model.llm = own
+        dense = mmskip.remove_(sharing_copy(model.llm))
+        ratio = paired_models(model, "llm", dense, model.llm, lambda: model.loss_sums(batch), pairs)
     return shares | {"measured": 1 / ratio.median, "low": 1 / ratio.q3, "high": 1 / ratio.q1}
+
+
+__getattr__ = renamed_names(__name__, compute="variant_cost")

@@ -15,7 +15,7 @@ from mmskip.models.common.methods import freeze
 from mmskip.models.video_llm.metrics import TurnScore, averages
 from mmskip.models.video_llm.scoring import score_turns
 from mmskip.train.evaluation.distributed import process_group
-from mmskip.train.evaluation.video_llm.compute_sweep import ROUTERS, Budgets, Variant, compute, plan_variants
+from mmskip.train.evaluation.video_llm.compute_sweep import ROUTERS, Budgets, Variant, plan_variants, variant_cost
 from mmskip.train.evaluation.video_llm.task import Task, add_common_arguments
 from mmskip.train.load_run import find_run, load_model
 from mmskip.train.reports.text import metrics_table
@@ -122,7 +122,7 @@ def _add_compute(
     with torch.no_grad(), task.autocast():
         for variant in variants:
             if variant.methods not in found:
-                found[variant.methods] = compute(task.model, budgets, variant.methods, batch, task.options.pairs)
+                found[variant.methods] = variant_cost(task.model, budgets, variant.methods, batch, task.options.pairs)
             totals[variant.name]["compute"] = found[variant.methods]
 
 
