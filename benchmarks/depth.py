@@ -93,19 +93,19 @@ def quality(kept: Kept, model: Any, found: dict[str, Any], table: ImportanceTabl
     windows = [window for part in found["calibrate"].values() for window in part]
     known: dict[str, dict[str, float]] = {}
 
-    def told(config: Any) -> dict[str, float]:
+    def measure(config: Any) -> dict[str, float]:
         key = repr(config)  # two columns may choose alike
         if key not in known:
             known[key] = {name: round(perplexity(model, part)[0], 5) for name, part in found["report"].items()}
         return known[key]
 
-    kept.once("dense", lambda: told(None), "quality")
+    kept.once("dense", lambda: measure(None), "quality")
     for name, config_of in {
         **plans(table, kept.values["greedy"]),
         **token_policies(model, windows),
         **bit_widths(table),
     }.items():
-        kept.once(name, lambda c=config_of: applied_or_refused(model, c, told), "quality")
+        kept.once(name, lambda c=config_of: applied_or_refused(model, c, measure), "quality")
 
 
 def speed(kept: Kept, model: Any, base: Any, found: dict[str, Any], table: ImportanceTable, arguments: Any) -> None:
@@ -115,7 +115,7 @@ def speed(kept: Kept, model: Any, base: Any, found: dict[str, Any], table: Impor
     windows = [window for part in found["calibrate"].values() for window in part]
     ids = next(iter(found["report"].values()))[0][None, :16]
 
-    def told(config: Any) -> dict[str, Any]:
+    def measure(config: Any) -> dict[str, Any]:
         with torch.no_grad(), mmskip.trace(model) as trace:
             decode(model, ids, arguments.new_tokens)()
         ideal = mmskip.cost(model, trace).ideal_speedup
@@ -133,7 +133,7 @@ def speed(kept: Kept, model: Any, base: Any, found: dict[str, Any], table: Impor
 
     for name, config_of in {**plans(table, {}), **token_policies(model, windows)}.items():
         if not name.startswith(("random", "greedy")):
-            kept.once(name, lambda c=config_of: applied_or_refused(model, c, told), timed_part("speed", arguments))
+            kept.once(name, lambda c=config_of: applied_or_refused(model, c, measure), timed_part("speed", arguments))
 
 
 def speculate(kept: Kept, model: Any, base: Any, found: dict[str, Any], table: Any, arguments: Any) -> None:
@@ -189,7 +189,7 @@ def _paired(
         interleaved_ratio(one, other, max(2, -(-arguments.pairs // len(prompts))), 1, CLOCKS[arguments.clock])
         for one, other in zip(plain, fast, strict=True)
     ]
-    told: dict[str, Any] = {
+    result: dict[str, Any] = {
         "speedup": round(statistics.median(r.median for r in ratios), 4),
         "speedups": [round(r.median, 4) for r in ratios],
         "interquartile": [round(statistics.median(q), 4) for q in ((r.q1 for r in ratios), (r.q3 for r in ratios))],
@@ -197,9 +197,9 @@ def _paired(
         "same_tokens": equal,
     }
     if extra:
-        return told
+        return result
     state = speculation_of(model)
-    return {**told, "ideal": round(state.ideal_speedup, 4), "report": str(state).splitlines()}
+    return {**result, "ideal": round(state.ideal_speedup, 4), "report": str(state).splitlines()}
 
 
 def guided(quality_rows: dict[str, Any], first: str, second: str) -> dict[str, Any]:
@@ -248,7 +248,7 @@ def half_dropped(arguments: argparse.Namespace, kept: Kept) -> dict[str, Any]:
     base, model = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
     ids = torch.randint(3, 2048, (1, 2))  # almost no prompt: decoding is what is timed
 
-    def told(plan: LayerPlanConfig) -> dict[str, Any]:
+    def measure(plan: LayerPlanConfig) -> dict[str, Any]:
         promise = preview(model, plan)
         mmskip.apply_(model, plan)
         fast = decode(model, ids, arguments.new_tokens)
@@ -266,7 +266,7 @@ def half_dropped(arguments: argparse.Namespace, kept: Kept) -> dict[str, Any]:
     # in both phases: the few tokens of the prompt would be run by all blocks otherwise, and be timed with the others
     chosen |= {f"balanced {asked}": LayerPlanConfig.unified(asked, "balanced", phase="both") for asked in (1.5, 2.0)}
     for name, plan in chosen.items():
-        kept.once(name, lambda p=plan: told(p), timed_part("half_dropped", arguments))
+        kept.once(name, lambda p=plan: measure(p), timed_part("half_dropped", arguments))
     return {"width": width, "layers": layers, "prompt": 2, "new_tokens": arguments.new_tokens}
 
 
@@ -287,8 +287,8 @@ def measured(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str
         quality(kept, model, found, table)
         rows = kept.values["quality"]
         for name, drawn in (("random", "random {drop} seed"), ("inner_random", "random inner {drop} seed")):
-            told = {**guided(rows, "llm_drop", drawn), **guided(rows, "greedy", drawn)}
-            kept.put({f"drops_guided_against_{name}": told})
+            compared = {**guided(rows, "llm_drop", drawn), **guided(rows, "greedy", drawn)}
+            kept.put({f"drops_guided_against_{name}": compared})
         kept.put({"bits_guided_against_random": guided(rows, "bits", "{bits} random seed")})
     if "speed" in arguments.part:
         speed(kept, model, base, found, table, arguments)

@@ -1,7 +1,7 @@
 """What an exit score costs at the shape of a published model, beside the decoder layer that it might save.
 
-A step of the decoder over its cache is timed at full depth, with scores behind every layer that never let a token
-leave, and with every token leaving behind layer 1; the first two differ by the scores, the first and the last by the
+A step of the decoder over its cache is timed at full depth, with scores after every layer that never let a token
+exit, and with every token exiting after layer 1; the first two differ by the scores, the first and the last by the
 layers. Weights are random: nothing that is timed depends on them. The shape is that of Florence-2-base (6 + 6 layers,
 width 768, 51,289 words).
 
@@ -41,7 +41,7 @@ def build(layers: int, width: int, words: int) -> Any:
 
 
 class Steps:
-    """Decoder steps of one token per row behind a prefix.
+    """Decoder steps of one token per row after a prefix.
 
     Args:
         model: see `build`.

@@ -74,7 +74,7 @@ class Runner:
             self.cache = getattr(output, CACHE_NAME)
 
     def decode(self) -> None:
-        """Some tokens one by one behind the prompt; the cache grows from run to run, in all models alike."""
+        """Some tokens one by one after the prompt; the cache grows from run to run, in all models alike."""
         if self.cache is None:
             self.prefill()
         with torch.inference_mode():

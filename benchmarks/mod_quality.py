@@ -16,7 +16,7 @@ chosen on the validation videos of other seeds, by the last line above; the test
     dense_blank, mod_blank                            the same models with their visual input blanked
 
 Finished trainings are kept under runs/mod_quality by the hash of their whole recipe, and not repeated: an interrupted
-benchmark goes on where it stopped.
+benchmark resumes where it stopped.
 """
 
 import argparse

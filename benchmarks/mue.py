@@ -10,12 +10,12 @@ paired and interleaved with full depth in one process.
     python benchmarks/mue.py --train full       # and --train shallow; kept under runs/mue_bench
     python benchmarks/mue.py --choose           # thresholds on the validation pictures of the search seed
     python benchmarks/mue.py --score            # quality on test pictures (without: only where no scores are kept)
-    python benchmarks/mue.py --separate         # how well scores tell settled answers, before and behind `settle`
+    python benchmarks/mue.py --separate         # how well scores tell settled answers, before and after `settle`
     python benchmarks/mue.py                    # times; draws docs/mue_*.png
 
 Ways of exiting: `mue` (saturation in encoder and decoder), `entropy` and `patience` (in the decoder, with the encoder
 whole or exiting as MuE's), `fixed` (the same decoder layer for every token), `random` (the library's learned exits,
-whose heads draw lots such that as many states leave behind each layer as under MuE). The last line is one JSON object.
+whose heads draw lots such that as many states exit after each layer as under MuE). The last line is one JSON object.
 """
 
 import argparse
@@ -110,7 +110,7 @@ class Search:
         self, models: Models, task: str, pictures: Pictures, tokenizer: Any, options: argparse.Namespace
     ) -> None:
         self.models, self.model, self.task = models, models["full"], task
-        self.told, self.tokenizer, self.options = pictures.captions, tokenizer, options
+        self.captions, self.tokenizer, self.options = pictures.captions, tokenizer, options
         self.batches = pictures.batches(task, 50)
         few = options.timed if task == "entailment" else max(2, options.timed // 4)
         self.calls = [call_of(task, batch) for batch in pictures.single(task, few)]
@@ -123,7 +123,7 @@ class Search:
         # no token needs to go beyond the first layer that is good enough for all of them, with or without the margin
         levels = (self.goal, share * self.full["quality"])
         enough = {next((n for n, t in enumerate(self.fixed, 1) if t["quality"] >= level), None) for level in levels}
-        # the head knows an answer behind the layer that finds it; saturation and patience, which compare, a layer later
+        # the head knows an answer after the layer that finds it; saturation and patience, which compare, a layer later
         self.places = [
             [(points, most) for most in enough for points in self.seen.points(most or depth, lag)] for lag in (0, 1)
         ]
@@ -132,7 +132,7 @@ class Search:
     def tried(self, setting: Setting) -> Tried:
         """A setting with its quality and its layers."""
         rows = records(self.model, self.task, self.batches, setting, self.tokenizer)
-        found = {"quality": quality(self.task, rows, self.told), "layers": layers_run(rows)}
+        found = {"quality": quality(self.task, rows, self.captions), "layers": layers_run(rows)}
         return {**setting.to_dict(), **found}
 
     def timed(self, tried: Tried) -> Tried:
@@ -242,18 +242,18 @@ def scored(models: Models, chosen: dict[str, Any], sets: Sequence[Pictures], tok
         found[task] = {way: {"by_seed": [], "rows": []} for way in settings_of(chosen[task])}
         found[task] |= {way: {"by_seed": [], "rows": []} for way in ("blanked", *(set(models) & {"shallow"}))}
         for pictures in sets:
-            batches, told = pictures.batches(task, 50), pictures.captions
+            batches, captions = pictures.batches(task, 50), pictures.captions
             for way, setting in settings_of(chosen[task]).items():
                 rows = records(model, task, batches, setting, tokenizer)
-                found[task][way]["by_seed"].append(quality(task, rows, told))
+                found[task][way]["by_seed"].append(quality(task, rows, captions))
                 if task == "caption":
-                    rows = [{**row, "right": row["caption"] in told[row["uid"]]} for row in rows]
+                    rows = [{**row, "right": row["caption"] in captions[row["uid"]]} for row in rows]
                 found[task][way]["rows"] += rows
             others = {"blanked": (model, pictures.batches(task, 50, blank=True))}
             others |= {name: (one, batches) for name, one in models.items() if name == "shallow"}
             for name, (one, given) in others.items():
                 rows = records(one, task, given, Setting("full"), tokenizer)
-                found[task][name]["by_seed"].append(quality(task, rows, told))
+                found[task][name]["by_seed"].append(quality(task, rows, captions))
         for one in found[task].values():
             one["quality"] = sum(one["by_seed"]) / len(one["by_seed"])
             rows = one.pop("rows")
@@ -272,8 +272,8 @@ def separation(pictures: Pictures) -> dict[str, Any]:
             seen = observed(model, pictures.batches(task, 50), task)
             for criterion, by_run in found[task].items():
                 by_run[run] = seen.separation(criterion)
-                told = " ".join("   -" if one is None else f"{one:.2f}" for one in by_run[run])
-                print(f"{task:<11} {run:<10} {criterion:<11} {told}", flush=True)
+                cells = " ".join("   -" if one is None else f"{one:.2f}" for one in by_run[run])
+                print(f"{task:<11} {run:<10} {criterion:<11} {cells}", flush=True)
     return found
 
 
@@ -292,8 +292,8 @@ def timed(models: Models, chosen: dict[str, Any], pictures: Pictures, options: a
             if "shallow" in models:
                 own = cost_of_other(model, models["shallow"], calls, options.pairs, options.clock)
                 found[task].setdefault("shallow", {})[str(size)] = own
-            told = {way: round(v[str(size)]["measured"], 3) for way, v in found[task].items() if way != "where"}
-            print(task, size, told, flush=True)
+            shares = {way: round(v[str(size)]["measured"], 3) for way, v in found[task].items() if way != "where"}
+            print(task, size, shares, flush=True)
     return found
 
 

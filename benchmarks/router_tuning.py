@@ -324,8 +324,8 @@ def run_of(seed: int, split: str, names: list[str], every: int) -> dict[str, Any
     curves, ends = {}, {}
     for name in names:
         settings = settings_of(name, keep)
-        told = json.dumps([*settings, (CONFIGS / settings[0]).read_text(), every, SIZES])
-        key = hashlib.sha256(told.encode()).hexdigest()[:10]
+        text = json.dumps([*settings, (CONFIGS / settings[0]).read_text(), every, SIZES])
+        key = hashlib.sha256(text.encode()).hexdigest()[:10]
         kept = FOLDER / f"{name}-{folder.name}-{split}-{key}.json"
         tuned = made_once(kept, lambda name=name: tune(name, folder, seed, split, every, keep))
         curves[name], ends[name] = tuned["points"], excess(tuned["losses"], base_losses)

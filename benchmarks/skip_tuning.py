@@ -58,8 +58,8 @@ class Bench:
 
     def distance(self, nfe: int, seed: int, config: Any = None) -> float:
         """The Frechet distance of images drawn with a method on the network."""
-        told = "plain" if config is None else f"{type(config).__name__} {json.dumps(config.to_dict())}"
-        key = f"{nfe} {seed} {self.samples} {self.sampler} {told}"
+        label = "plain" if config is None else f"{type(config).__name__} {json.dumps(config.to_dict())}"
+        key = f"{nfe} {seed} {self.samples} {self.sampler} {label}"
 
         def measure() -> float:
             image_sampler = self.opened.image_sampler
@@ -72,7 +72,7 @@ class Bench:
                 if config is not None:
                     mmskip.remove_(image_sampler.unet)
             found = self.scorer.frechet(images)
-            shown = told if len(told) < 90 else f"{told[:87]}..."
+            shown = label if len(label) < 90 else f"{label[:87]}..."
             print(f"NFE {nfe:>3} seed {seed:>3}: {found:8.4f}  {shown}", flush=True)
             return found
 
@@ -161,8 +161,8 @@ def cached(bench: Bench, options: argparse.Namespace) -> list[dict[str, Any]]:
         mmskip.remove_(other.unet)
         row = {"nfe": nfe, "interval": interval, "depth": depth, "frechet_plain": plain, "frechet": quick}
         rows.append({**row, "change": quick / plain - 1, **_measure.summary(ratio, ideal)})
-        told = f"{ratio.median:.3f}x of {ideal:.3f}x counted, {quick / plain - 1:+.1%}"
-        print(f"step caching, NFE {nfe}, interval {interval}, depth {depth}: {told}", flush=True)
+        shares = f"{ratio.median:.3f}x of {ideal:.3f}x counted, {quick / plain - 1:+.1%}"
+        print(f"step caching, NFE {nfe}, interval {interval}, depth {depth}: {shares}", flush=True)
     return rows
 
 

@@ -56,7 +56,7 @@ def known(path: Path, about: dict[str, Any]) -> dict[str, Any]:
     return found.get("results", {}) if same else {}
 
 
-def told(total: Comparison) -> dict[str, Any]:
+def as_json(total: Comparison) -> dict[str, Any]:
     """A comparison, JSON-ready; margins in steps of the model's dtype at its largest logit."""
     return {
         "choices": total.choices,
@@ -98,7 +98,7 @@ def main() -> None:
             begin = time.perf_counter()
             total = watch(model, videos, head, (chunk, streams, reopen_after), rounded)
             way = f"{name}, chunks of {chunk}, {streams} streams" + (", restored" if reopen_after else "")
-            results[way] = told(total)
+            results[way] = as_json(total)
             write_json({**about, "results": results}, args.out)
             print(f"{way} ({time.perf_counter() - begin:.0f} s): {results[way]}", flush=True)
     weight, hidden = torch.randn(*args.head).bfloat16(), torch.randn(1, args.head[1]).bfloat16()

@@ -73,7 +73,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class Contender:
-    """A model watching streams that go on for ever."""
+    """A model watching endless streams."""
 
     clock = staticmethod(CLOCKS["wall"])
 

@@ -1,4 +1,4 @@
-"""Writing checkpoints whole, and finding the last one of a run."""
+"""Atomic checkpoints, resuming, and finding the last one of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ class WholeFileIO(TorchCheckpointIO):
 
 
 class Resume(Callback):
-    """What a run needs to go on from a checkpoint as if it had not stopped.
+    """Resumes a run from a checkpoint as if it had not stopped.
 
     Gives a training loader back its place in the epoch (see `mmskip.datasets.common.resumable`): Lightning stores
     that place, but forgets to restore it when a schedule has asked for the number of steps before. And saves the end
@@ -109,7 +109,7 @@ def load_weights(model: LightningModule, checkpoint: dict[str, Any], path: Path)
 
 
 def find_checkpoint(given: str | Path) -> Path:
-    """The checkpoint behind a path: the file, or the last one of a run (`runs/NAME/TIME`) or of all runs of a name.
+    """Find the checkpoint of a path: the file, or the last one of a run (`runs/NAME/TIME`) or of all runs of a name.
 
     Raises:
         ValueError: no such path, or no checkpoint there.

@@ -41,7 +41,7 @@ class TrainedRun:
 
 
 def find_run(given: str | Path, config: str | Path | None = None) -> TrainedRun:
-    """The run behind a path: a checkpoint file, the folder of a run (`runs/NAME/TIME`), or the folder of all runs of a
+    """Find the run of a path: a checkpoint file, the folder of a run (`runs/NAME/TIME`), or the folder of all runs of a
     name (the newest is taken).
 
     Args:

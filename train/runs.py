@@ -56,13 +56,13 @@ class SaveConfig(SaveConfigCallback):
                 tokenizer.save_pretrained(partial)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say how an interrupted training run goes on."""
+        """Say how to resume an interrupted training run."""
         last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         if isinstance(exception, (KeyboardInterrupt, SIGTERMException)) and trainer.is_global_zero:
             if last.is_file():
-                print(f"\ninterrupted; to go on from {last}, give the same arguments and --ckpt_path last")
+                print(f"\ninterrupted; to resume from {last}, give the same arguments and --ckpt_path last")
             else:
-                print("\ninterrupted before the first checkpoint; nothing to go on from")
+                print("\ninterrupted before the first checkpoint; nothing to resume from")
 
 
 class RunCLI(LightningCLI):
@@ -173,9 +173,9 @@ class RunCLI(LightningCLI):
 
 
 def explained(message: str) -> str:
-    """What the parser's message comes to: it prints every setting given and every type tried.
+    """Shorten a jsonargparse error to the relevant line: it prints every setting given and every type tried.
 
-    An unknown setting of a class is told with the settings that the class has; other messages lose the long values.
+    An unknown setting of a class is answered with the settings that the class has; other messages lose long values.
     """
     unknown = re.search(r"Option '([\w.]+)' is not accepted", message)
     owners = re.findall(r"given class_path '([\w.]+)'", message[: unknown.start()] if unknown else "")
@@ -189,7 +189,7 @@ def explained(message: str) -> str:
 
 
 def _unused(folder: Path) -> Path:
-    """The folder, with a number behind its name if it exists."""
+    """The folder, with a number after its name if it exists."""
     names = [folder, *(folder.with_name(f"{folder.name}-{number}") for number in range(2, 1000))]
     return next(path for path in names if not path.exists())
 

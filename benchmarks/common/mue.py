@@ -27,7 +27,7 @@ from mmskip.utils.timing import Ratio, interleaved_ratio
 PARTS = {"image": "image", "text": "prompt", "decoder": "decoder"}
 """What leaves, and what the records of a sample call it."""
 SCORED = EarlyExitConfig(image=0.99, text=0.99, decoder=0.99)
-"""A score behind every layer; see `_never`."""
+"""A score after every layer; see `_never`."""
 ONE_LAYER = EarlyExitConfig(encoder=FixedExit(1), decoder=FixedExit(1))
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Call = Callable[[Captioner], Any]
@@ -41,7 +41,7 @@ class Setting:
     Attributes:
         way: `full`, `mue`, `entropy`, `patience`, `random`, `shallow`, ...
         config: None: every layer runs.
-        odds: of `random`: by what leaves, the probability that a state leaves behind layer 1, 2, ... if it got there.
+        odds: of `random`: by what leaves, the probability that a state exits after layer 1, 2, ... if it got there.
     """
 
     way: str
@@ -53,10 +53,10 @@ class Setting:
         return {"way": self.way, "config": self.config.to_dict() if self.config else None, "odds": self.odds}
 
     @classmethod
-    def from_dict(cls, told: dict[str, Any]) -> "Setting":
+    def from_dict(cls, stored: dict[str, Any]) -> "Setting":
         """Inverse of `to_dict`; further keys do not matter."""
-        config = told["config"]
-        return cls(told["way"], EarlyExitConfig.from_dict(config) if config else None, told["odds"])
+        config = stored["config"]
+        return cls(stored["way"], EarlyExitConfig.from_dict(config) if config else None, stored["odds"])
 
 
 # --- random exits ---------------------------------------------------------------------------------------------------
@@ -83,9 +83,9 @@ def at_random(rows: Sequence[dict[str, Any]], model: Captioner, like: EarlyExitC
     odds = {}
     for part, name in PARTS.items():
         depth = len(model.view.decoder if part == "decoder" else model.view.encoder)
-        told = torch.tensor([n for row in rows for n in all_of(row[name])])
-        left = torch.stack([(told == layer).sum() for layer in range(1, depth)])
-        there = torch.stack([(told >= layer).sum() for layer in range(1, depth)])
+        ran = torch.tensor([n for row in rows for n in all_of(row[name])])
+        left = torch.stack([(ran == layer).sum() for layer in range(1, depth)])
+        there = torch.stack([(ran >= layer).sum() for layer in range(1, depth)])
         odds[part] = (left / there.clamp(min=1)).tolist()
     exits = {}
     for part in PARTS:

@@ -21,7 +21,7 @@ QUANTILES = {
     "entropy": (0.02, 0.1, 0.2, 0.35, 0.5, 0.7),
 }
 POINTS = (1, 2, 3)
-"""How many layers of the decoder an exit is possible behind, where it is not every one: each costs a score."""
+"""After how many layers of the decoder an exit is possible, where it is not every one: each costs a score."""
 SCORE = 0.15
 """What a score is taken to cost when points are chosen, in layers."""
 
@@ -31,7 +31,7 @@ class Observed:
     """What full depth shows of the validation texts.
 
     Attributes:
-        scores: `image`, `text`: saturations in the encoder; `saturation`, `entropy`: of the answers' tokens behind each
+        scores: `image`, `text`: saturations in the encoder; `saturation`, `entropy`: of the answers' tokens after each
             decoder layer but the last.
         settled: of each of these tokens the first decoder layer from which on the head says what it says in the end.
     """
@@ -40,7 +40,7 @@ class Observed:
     settled: list[int]
 
     def thresholds(self, part: str, points: Sequence[int] | None = None, most: int | None = None) -> list[float]:
-        """Thresholds that differ in what they let go behind some layers (None: all below `most`), and one that never
+        """Thresholds that differ in what they let exit after some layers (None: all below `most`), and one that never
         fires."""
         layers = self.scores[part][: None if most is None else max(most - 1, 1)]
         taken = [value for number, values in enumerate(layers, 1) if points is None or number in points
@@ -73,7 +73,7 @@ class Observed:
 
 
 def _ideal(settled: int, points: Sequence[int], most: int) -> float:
-    """Layers, scores among them, of a token that leaves at the first point at which it is settled."""
+    """Layers, scores among them, of a token that exits at the first point at which it is settled."""
     passed = [point for point in points if point < settled]
     left = next((point for point in points if point >= settled), most)
     return left + SCORE * min(len(passed) + 1, len(points))
@@ -81,7 +81,7 @@ def _ideal(settled: int, points: Sequence[int], most: int) -> float:
 
 @contextmanager
 def _states(blocks: Sequence[nn.Module]) -> Iterator[list[list[Tensor]]]:
-    """Of every run of the blocks inside, the states before the first one and behind each."""
+    """Of every run of the blocks inside, the states before the first one and after each."""
     runs: list[list[Tensor]] = []
     keep = blocks[0].register_forward_pre_hook(lambda _, given: runs.append([given[0]]))
     others = [block.register_forward_hook(lambda _, given, output: runs[-1].append(output)) for block in blocks]

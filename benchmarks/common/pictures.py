@@ -36,17 +36,17 @@ def picture(models: dict[str, dict[str, Any]], path: Path) -> None:
         marks |= {kind: {"marker": "D", "s": 30, "color": f"C{5 + place}"} for place, kind in enumerate(OTHERS)}
         for kind, style in marks.items():
             points = [
-                (fast, told[text])
-                for name, told in values["quality"].items()
-                if name.startswith(kind) and text in told and (fast := speed_of(name, speeds)) is not None
+                (fast, row[text])
+                for name, row in values["quality"].items()
+                if name.startswith(kind) and text in row and (fast := speed_of(name, speeds)) is not None
             ]
             if points:
                 axis.scatter(*zip(*points, strict=True), label=kind, **style)
         dense = values["quality"]["dense"][text]
         axis.plot(1, dense, "k*", ms=13, label="dense")
         drafts = values.get("speculation") or values.get("speculation_cpu", {})
-        if any("report" in told for told in drafts.values()):
-            best = max(told["speedup"] for told in drafts.values() if "report" in told)
+        if any("report" in row for row in drafts.values()):
+            best = max(row["speedup"] for row in drafts.values() if "report" in row)
             axis.plot(best, dense, "P", ms=10, color="tab:red", label="self-speculation")
         clock = "" if values.get("speed") else " (CPU seconds)"
         axis.set(
@@ -65,19 +65,19 @@ def bits_picture(models: dict[str, dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(6.5 * len(models), 4.8), dpi=110, layout="constrained")
     for axis, (model, values) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
         rows = {
-            name: told for name, told in values["quality"].items() if name.startswith("bits") and "refused" not in told
+            name: row for name, row in values["quality"].items() if name.startswith("bits") and "refused" not in row
         }
         text = next(iter(values["quality"]["dense"]))
         groups = sorted({name.split(" average ")[0] + " average " + name.split()[3] for name in rows})
         for place, group in enumerate(groups):
-            for name, told in rows.items():
+            for name, row in rows.items():
                 if name.startswith(group + " "):
                     column = name.removeprefix(group + " ").split()[0]
                     style = {"marker": "x", "color": "grey"} if column == "random" else {"marker": "o"}
                     known = ("bi", "lim", "drop_block", "drop_attn", "drop_mlp", "zd", "activity")
                     if column in known:
                         style["color"] = f"C{known.index(column)}"
-                    axis.scatter(place, told[text], s=30, label=column if place == 0 else None, **style)
+                    axis.scatter(place, row[text], s=30, label=column if place == 0 else None, **style)
         axis.axhline(values["quality"]["dense"][text], color="k", lw=0.8, ls=":")
         axis.set_xticks(range(len(groups)), [g.removeprefix("bits ") for g in groups], rotation=20, fontsize=8)
         axis.set(ylabel=f"perplexity, {text}", yscale="log", title=model)

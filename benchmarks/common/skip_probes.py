@@ -69,7 +69,7 @@ def noise_scaled(bench: Bench, nfe: int, options: argparse.Namespace) -> dict[st
 
 def ways(image_sampler: ImageSampler) -> dict[str, Callable[[float], mmskip.SkipScaleConfig]]:
     """Other courses of one dial rho: over the noise level, over depth as in the paper or reversed, over both, and the
-    paper's ablation of the two paths behind a concatenation."""
+    paper's ablation of the two paths after a concatenation."""
 
     def scale(**settings: Any) -> mmskip.SkipScaleConfig:
         return mmskip.SkipScaleConfig(**{**image_sampler.levels, **settings})

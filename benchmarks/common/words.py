@@ -14,7 +14,7 @@ VERBS = ("enters", "leaves", "moves", "hits", "hides", "comes")
 
 
 def word_kinds(text: str) -> list[str]:
-    """The kind of each word of a generated narration, and of the end behind it.
+    """The kind of each word of a generated narration, and of the end after it.
 
     `colour` and `shape` are those of the acting object, `other colour` and `other shape` those of the object it hits;
     `again` is that word or the end of the sentence, which earlier events decide.

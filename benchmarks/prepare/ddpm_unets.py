@@ -1,7 +1,7 @@
 """Two trained DDPM networks that belong to no library, made known to mmskip.
 
 The weights stand in ../shared/data/diffusion (MIT, github.com/BrianPulfer/PapersReimplementations): noise prediction on
-28 x 28 grey images, 1000 steps, linear betas, three skip connections. What a network of one's own needs is
+28 x 28 grey images, 1000 steps, linear betas, three skip connections. What a custom network needs is
 `describe_unet` and a function that returns a `ImageSampler`:
 
     python evaluate.py fid --checkpoint benchmarks/prepare/ddpm_unets.py:mnist --features runs/mnist_features --nfe 9 \\

@@ -146,9 +146,9 @@ def make(arguments: argparse.Namespace) -> Path:
     tokenizer.save_pretrained(folder)
     settings = {name: getattr(arguments, name) for name in ("variant", "steps", "rows", "length", "lr", "seed")}
     seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - computing}
-    told = {**settings, **seconds, "tokens": len(ids), "history": history}
-    write_json({**told, "environment": environment()}, folder / "training.json")
-    print(json.dumps({**told, "history": history[-1:]}))
+    summary = {**settings, **seconds, "tokens": len(ids), "history": history}
+    write_json({**summary, "environment": environment()}, folder / "training.json")
+    print(json.dumps({**summary, "history": history[-1:]}))
     return folder
 
 

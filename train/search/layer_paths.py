@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Search, print, write; goes on where its file stops."""
+    """Search, print, write; resumes where its file stops."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     settings = paths.PathSettings(

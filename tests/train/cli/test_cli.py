@@ -243,7 +243,7 @@ def test_a_run_ended_by_its_user_or_scheduler_says_how_it_goes_on(tmp_path, caps
     trainer = SimpleNamespace(default_root_dir=tmp_path, is_global_zero=True)
     callback = SaveConfig(None, None)
     callback.on_exception(trainer, None, ended)
-    assert "nothing to go on from" in capsys.readouterr().out
+    assert "nothing to resume from" in capsys.readouterr().out
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/last.ckpt").touch()
     callback.on_exception(trainer, None, ended)

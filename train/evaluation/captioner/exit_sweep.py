@@ -69,7 +69,7 @@ def add_exit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min_layers", type=int, default=1, help="layers that always run (default 1)")
     parser.add_argument("--max_layers", type=int, help="decoder layers that run at most, whatever the scores")
     parser.add_argument("--blank", action="store_true", help="also at full depth with the images blanked")
-    parser.add_argument("--timed", type=int, default=8, help="images behind measured times; 0: none (default 8)")
+    parser.add_argument("--timed", type=int, default=8, help="images whose calls are timed; 0: none (default 8)")
     parser.add_argument("--pairs_timed", type=int, default=15, help="paired runs of them (default 15)")
 
 
@@ -139,7 +139,7 @@ def current_settings(found: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def using(model: Captioner, config: EarlyExitConfig | None) -> Iterator[None]:
-    """The exits inside the block, none behind it."""
+    """Apply the exits inside the block and remove them after it."""
     if config is not None:
         mmskip.apply_(model.llm, config)
     try:

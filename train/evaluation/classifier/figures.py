@@ -85,7 +85,7 @@ class Stage:
     Attributes:
         name: the last module with this resolution.
         size: (H, W).
-        m: the mask [B, 1, H, W] behind it; 1 = kept.
+        m: the mask [B, 1, H, W] after it; 1 = kept.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Stage:
 
 @torch.inference_mode()
 def stage_masks(model: nn.Module, x: Tensor, m: Tensor) -> list[Stage]:
-    """The mask behind the last module of every resolution, the image first.
+    """Return the mask after the last module of every resolution, the image first.
 
     Args:
         x: images [B, 3, H, W].

@@ -1,4 +1,4 @@
-"""What `evaluate.py fid` and `python -m mmskip.search skip` share: networks that draw, methods in files, real images.
+"""Shared by `mmskip evaluate fid` and `mmskip search skip`: image samplers, methods in files, real images, scores.
 
 Shapes: N images, C channels, H and W pixels, F features.
 """
@@ -49,12 +49,12 @@ def device_of(given: str) -> torch.device:
 
 @dataclass(frozen=True)
 class LoadedSampler:
-    """A network that draws.
+    """An image sampler and where it comes from.
 
     Attributes:
         image_sampler: see there.
-        name: tells the network and its weights.
-        run: its training run; None for a network of the user's own.
+        name: identifies the network and its weights.
+        run: its training run; None for a custom network.
     """
 
     image_sampler: ImageSampler
@@ -68,7 +68,7 @@ class LoadedSampler:
 
 
 def load_sampler(given: str, guidance: float = 1.0, device: str | torch.device = "cpu") -> LoadedSampler:
-    """The network behind a run of `models/diffusion/module.py`, or FILE.py:FUNCTION that returns a
+    """Load the sampler of a run of `models/diffusion/module.py`, or FILE.py:FUNCTION that returns a
     `mmskip.models.diffusion.samplers.ImageSampler`.
 
     Raises:
@@ -133,7 +133,7 @@ def real_images(arguments: argparse.Namespace, opened: LoadedSampler) -> tuple[I
         raise ValueError(f"real_count is {count}; expected at least 2.")
     if source is None:
         if opened.run is None:
-            raise ValueError("a network of one's own has no images: give --real FOLDER, .npz or embedded.")
+            raise ValueError("a custom network has no images: give --real FOLDER, .npz or embedded.")
         data = load_data(opened.run)
         if not isinstance(data, ImageData):
             raise ValueError(f"the run's data is {type(data).__name__}; give --real FOLDER, .npz or embedded.")
@@ -151,8 +151,8 @@ def _digest(source: Path) -> str:
     if source.is_file():
         return fingerprint(source)
     files = sorted(path for path in source.rglob("*") if path.is_file())
-    told = [f"{path.relative_to(source)} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
+    described = [f"{path.relative_to(source)} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    return hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
 
 
 def pixels(images: ImageSet, indices: list[int], shape: tuple[int, int, int], resize: int | None) -> Tensor:
@@ -201,10 +201,10 @@ class FidScorer:
         self.statistics = self._statistics(real_NF)
 
     def _statistics(self, features_NF: Tensor) -> FeatureStatistics:
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             found = FeatureStatistics.of(features_NF)
-        for warning in told:
+        for warning in caught:
             if str(warning.message) not in self.notes:
                 self.notes.append(str(warning.message))
         return found

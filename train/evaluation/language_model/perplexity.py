@@ -262,15 +262,15 @@ def _print(results: dict[str, Any]) -> None:
             print(
                 f"{name:8} prompt {times['prompt_s'] * 1e3:.2f} ms, each decoded token {times['token_s'] * 1e3:.3f} ms"
             )
-    for name, told in results.get("baselines", {}).items():
-        if "refused" in told:
-            print(f"{name}: does not run here: {told['refused']}")
+    for name, entry in results.get("baselines", {}).items():
+        if "refused" in entry:
+            print(f"{name}: does not run here: {entry['refused']}")
         else:
-            same = "the same tokens" if told["equal"] else "OTHER tokens"
-            print(f"{name} {told['value']}: each decoded token {told['seconds']['token_s'] * 1e3:.3f} ms, {same}")
+            same = "the same tokens" if entry["equal"] else "OTHER tokens"
+            print(f"{name} {entry['value']}: each decoded token {entry['seconds']['token_s'] * 1e3:.3f} ms, {same}")
     if "agreement" in results:
-        told = results["agreement"]
+        agreed = results["agreement"]
         print(
-            f"greedy continuations: {told['rows_equal']:.1%} equal, "
-            f"{told['tokens_before_difference']:.1%} of the tokens before the first difference"
+            f"greedy continuations: {agreed['rows_equal']:.1%} equal, "
+            f"{agreed['tokens_before_difference']:.1%} of the tokens before the first difference"
         )

@@ -1,4 +1,4 @@
-"""Other budgets on trained weights: one checkpoint with another keep ratio, another router, no method, no video."""
+"""Evaluate one checkpoint at other compute: another keep ratio, another router, no method, no video."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -64,8 +64,8 @@ def plan_variants(
         learned = own is not None and own.router in LEARNED
         names = list(dict.fromkeys(routers or ())) or ["learned" if learned or own is None else own.router]
         if "learned" in names and not learned:
-            told = "no MoDConfig" if own is None else f"router={own.router!r}"
-            raise ValueError(f"the checkpoint has no learned router ({told}); give --router random uniform")
+            present = "no MoDConfig" if own is None else f"router={own.router!r}"
+            raise ValueError(f"the checkpoint has no learned router ({present}); give --router random uniform")
         base = own or MoDConfig()
         ratios: list[Any] = list(dict.fromkeys(keep)) if keep else [base.keep]
         if not all(isinstance(ratio, int | float) for ratio in ratios):
@@ -111,7 +111,7 @@ class Budgets:
 
     @contextmanager
     def using(self, methods: Sequence[Any]) -> Iterator[None]:
-        """The methods inside the block, the trained ones behind it."""
+        """Apply the methods inside the block, and the trained ones after it."""
         self.set(methods)
         try:
             yield

@@ -34,9 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--router", nargs="+", choices=ROUTERS, help="at each keep ratio: the learned one and controls")
     parser.add_argument("--blank", action="store_true", help="also with the video blanked")
-    parser.add_argument(
-        "--pairs", type=int, default=15, help="paired runs behind a measured time; 0: none (default 15)"
-    )
+    parser.add_argument("--pairs", type=int, default=15, help="paired runs of a measured time; 0: none (default 15)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -151,7 +149,7 @@ def _report(task: Task, variants: list[Variant], totals: dict[str, dict[str, Any
             "highlight": variant.series == "learned",
         }
         for variant in variants
-        # a blanked point would flatten all others, so it is told in words
+        # a blanked point would flatten all others, so it is written in words
         if "compute" in totals[variant.name] and not variant.blank and math.isfinite(totals[variant.name]["lm_ppl"])
     ]
     if points:

@@ -157,7 +157,7 @@ class Task:
                     store.add(score(samples))
                 bar.update(len(items))
         records = store.close()
-        return records, {uid: told for part in self.group.gather(broken) for uid, told in part.items()}
+        return records, {uid: message for part in self.group.gather(broken) for uid, message in part.items()}
 
     def left_out(self, broken: dict[str, str]) -> dict[str, Any]:
         """What was not evaluated: counts by reason with the first names, and the message of each broken file."""
