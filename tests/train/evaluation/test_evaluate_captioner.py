@@ -114,7 +114,7 @@ def test_files_of_ones_own_are_evaluated(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("command", "options", "told"),
     [
-        ("coco", ["--encoder", "1.5"], "encoder is 1.5"),
+        ("coco", ["--encoder", "1.5"], "--encoder: threshold is 1.5"),
         ("coco", ["--beams", "0"], "--beams is 0"),
         ("coco", ["--results", "x.json"], "either --results"),
         ("coco", ["--annotations", "x.json"], "belong together"),

@@ -89,25 +89,25 @@ def plan(options: argparse.Namespace) -> list[ExitVariant]:
         given = {name: value for name, value in zip(names, values, strict=True) if value is not None}
         if not given:
             continue
-        exits: dict[str, Any] = {
-            name: ExitAt(value, options.encoder_criterion, min_layers=options.min_layers)
-            for name, value in given.items()
-            if name != "decoder"
+        exits: dict[str, Any] = {"decoder": None} | {
+            name: _exit_at(name, value, options) for name, value in given.items()
         }
-        exits["decoder"] = None
-        if "decoder" in given:
-            exits["decoder"] = ExitAt(
-                given["decoder"],
-                options.criterion,
-                min_layers=options.min_layers,
-                max_layers=options.max_layers,
-                decay=options.decay,
-            )
         config = EarlyExitConfig(**exits, cache_policy=canonical(options.kv))
         found.append(ExitVariant(_name(given, options), config))
     if options.blank:
         found.append(ExitVariant("blanked", blank=True))
     return found
+
+
+def _exit_at(name: str, threshold: float, options: argparse.Namespace) -> ExitAt:
+    """The exits of one stack; an error names the flag of its threshold."""
+    further: dict[str, Any] = {"criterion": options.encoder_criterion}
+    if name == "decoder":
+        further = {"criterion": options.criterion, "max_layers": options.max_layers, "decay": options.decay}
+    try:
+        return ExitAt(threshold, min_layers=options.min_layers, **further)
+    except ValueError as error:
+        raise ValueError(f"--{name}: {error}") from error
 
 
 def _name(given: Mapping[str, float], options: argparse.Namespace) -> str:
