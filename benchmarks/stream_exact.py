@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from common.measure import RESULTS, emit, environment, interleaved_ratio, summary
 from common.stream_exactness import Comparison, compare
 from mmskip.models.common.fp32_head import fp32_linear
-from mmskip.models.video_llm.streaming.engine import StreamSettings
+from mmskip.models.video_llm.streaming.settings import StreamSettings
 from mmskip.train.load_run import find_run, load_data, load_model
 from mmskip.utils.command import CommandParser
 from mmskip.utils.files import write_json

@@ -267,7 +267,7 @@ class ImageData(LightningDataModule):
         source: see `open_images`; "embedded": the generated set.
         val_source: None: the `val` split of the source.
         image_size: side of the inputs, pixels.
-        resize: short side before the middle is cut out; None: the whole image is resized.
+        resize: short side before the middle is cut out; None: the uncropped image is resized.
         flip: flip training images at random.
         batch_size: images per step.
         num_workers: loader processes.

@@ -28,7 +28,7 @@ class Loaded:
     Attributes:
         model: takes normalised images.
         size: side of its input, pixels.
-        resize: short side before the middle is cut out; None: the whole image is resized.
+        resize: short side before the middle is cut out; None: the uncropped image is resized.
         mean, std: of images in [0, 1], per channel.
     """
 
@@ -168,11 +168,11 @@ class Classifier(BaseModule):
     # --- evaluation ---------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Accuracy on whole images, and on the same with half of the patches painted or hidden."""
+        """Accuracy on complete images, and on the same with half of the patches painted or hidden."""
         self._evaluate(batch, "val", batch_idx)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """As `validation_step`."""
+        """Accuracy on complete images, and on the same with half of the patches painted or hidden."""
         self._evaluate(batch, "test", batch_idx)
 
     def _evaluate(self, batch: dict[str, Any], stage: str, batch_idx: int) -> None:
@@ -198,8 +198,10 @@ class Classifier(BaseModule):
         labels = data.sets["val"].labels
         most = max(labels.count(label) for label in set(labels)) / len(labels)
         values = {k.removeprefix("val/"): float(v) for k, v in self.trainer.callback_metrics.items() if "accuracy" in k}
-        told = ", ".join(f"{name.replace('_', ', half of the patches ')} {value:.3f}" for name, value in values.items())
-        print(f"epoch {self.current_epoch}: this model: {told}; majority baseline: accuracy {most:.3f}", flush=True)
+        scores = ", ".join(
+            f"{name.replace('_', ', half of the patches ')} {value:.3f}" for name, value in values.items()
+        )
+        print(f"epoch {self.current_epoch}: this model: {scores}; majority baseline: accuracy {most:.3f}", flush=True)
 
     # --- from a checkpoint --------------------------------------------------------------------------------------
 

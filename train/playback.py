@@ -16,7 +16,8 @@ from torch import Tensor
 
 import mmskip
 from mmskip.datasets.narration.tokenizer import StreamTokens
-from mmskip.models.video_llm.streaming.engine import Said, StreamEngine
+from mmskip.models.video_llm.speaking import StreamUtterance
+from mmskip.models.video_llm.streaming.engine import StreamEngine
 from mmskip.replay import Selections
 
 
@@ -242,7 +243,7 @@ class Player:
         self.watched.stored_bytes = max(self.watched.stored_bytes, self.engine.cache.stored_bytes)
         self.watched.reserved_bytes = max(self.watched.reserved_bytes, self.engine.cache.reserved_bytes)
 
-    def _say(self, item: Said) -> None:
+    def _say(self, item: StreamUtterance) -> None:
         frame, asked = max(item.frame - self._frames_before, -1), None
         if item.question is not None:
             number = item.question - self._asked_before

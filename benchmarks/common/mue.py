@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mmskip import EarlyExitConfig
-from mmskip.datasets.captioning.module import CaptionCollate, CaptionData, PictureDataset
+from mmskip.datasets.captioning.batch import CaptionCollate, PictureDataset
+from mmskip.datasets.captioning.module import CaptionData
 from mmskip.datasets.synthetic.captions import SceneCaptionsConfig
 from mmskip.exits.criteria import Saturation
 from mmskip.exits.settings import ExitAt, FixedExit

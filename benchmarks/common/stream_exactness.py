@@ -19,7 +19,8 @@ from torch import Tensor
 import mmskip
 from mmskip.models.common.fp32_head import head_only_at
 from mmskip.models.video_llm.speaking import speaks
-from mmskip.models.video_llm.streaming.engine import StreamEngine, StreamSettings
+from mmskip.models.video_llm.streaming.engine import StreamEngine
+from mmskip.models.video_llm.streaming.settings import StreamSettings
 from mmskip.replay import Selections, replaying
 from mmskip.tokens.groups import TEXT
 

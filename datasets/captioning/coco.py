@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
-from torch.utils.data import Dataset
 
-from mmskip.datasets.common.pixels import to_input
 from mmskip.datasets.common.report import LoadReport
 from mmskip.utils.files import write_json
 
@@ -273,32 +270,3 @@ def read_image(path: Path) -> np.ndarray:
             return np.asarray(image.convert("RGB"))
     except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable image ({error})") from error
-
-
-class CaptionedImages(Dataset[dict[str, Any]]):
-    """Images with their captions: `image` [3, size, size] in [0, 1], `image_id`, `captions`.
-
-    Args:
-        images: with paths (see `find_images`).
-        size: side of the inputs, pixels.
-        resize: see `mmskip.datasets.images.to_input`.
-        blank: all pixels zero (the control that sees no image).
-    """
-
-    def __init__(
-        self, images: Sequence[CaptionedImage], size: int, resize: int | None = None, blank: bool = False
-    ) -> None:
-        pathless = [image.image_id for image in images if image.path is None]
-        if pathless:
-            raise ValueError(f"image {pathless[0]}{_others(pathless)} has no path; look its file up with find_images.")
-        self.images, self.size, self.resize, self.blank = images, size, resize, blank
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        image = self.images[index]
-        assert image.path is not None
-        x = to_input(read_image(image.path), self.resize, self.size)
-        x = torch.zeros_like(x) if self.blank else x
-        return {"image": x, "image_id": image.image_id, "captions": image.captions}

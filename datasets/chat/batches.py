@@ -112,8 +112,8 @@ class ChatCollate:
         labels: of the processor.
         arguments: further arguments of the processor's call, such as `max_pixels`.
         padding_side: "right" or "left".
-        pack: the conversations of a row stand behind one another. Each begins at position 0, by which transformers and
-            mmskip tell them apart; there is no attention mask then, and padding is a sequence of its own.
+        pack: the conversations of a row follow one another. Each begins at position 0, by which transformers and
+            mmskip distinguish them; there is no attention mask then, and padding is a separate sequence.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a chat file holds: which conversations can be used, how long they are, and how they are packed into rows."""
+"""Index a chat file: usable conversations, their lengths, and how they are packed into rows."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ class ChatIndex:
         self.examples.setdefault(reason, message)
 
     def report(self) -> str:
-        """What was left out, in words; empty: nothing."""
+        """Say what was left out; empty: nothing."""
         return "; ".join(
             f"{count} {reason} (the first: {self.examples[reason]})" for reason, count in self.left_out.items()
         )

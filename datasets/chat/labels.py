@@ -77,7 +77,7 @@ class ChatLabels:
                 stretches[-1][1].append(flag)
         found = [stretch for stretch in stretches if any(stretch[1])]
         if not found:
-            raise ValueError(f"{chat.uid}: the chat template leaves no assistant word to be learned")
+            raise ValueError(f"{chat.uid}: the chat template renders no assistant word to learn")
         return found
 
     def _marked(self, chat: Chat) -> tuple[list[int], list[bool]]:
@@ -96,13 +96,13 @@ class ChatLabels:
             if message["role"] != "assistant":
                 continue
             before = self.render(chat.messages[:index], prompt=True)
-            behind = self.render(chat.messages[: index + 1])
-            if not text.startswith(behind.rstrip()) or not behind.startswith(before):
+            after = self.render(chat.messages[: index + 1])
+            if not text.startswith(after.rstrip()) or not after.startswith(before):
                 raise ValueError(
                     f"{chat.uid}: the chat template writes turn {index} otherwise once turns follow it, so its words "
-                    "cannot be told; give a chat_template with {% generation %} marks"
+                    "cannot be found; give a chat_template with {% generation %} marks"
                 )
-            spans.append((len(before), len(behind.rstrip())))
+            spans.append((len(before), len(after.rstrip())))
         learned = [False] * len(text)
         for begin, end in spans:
             learned[begin:end] = [True] * (end - begin)
@@ -145,7 +145,7 @@ class ChatLabels:
 
 
 def _find(ids: Sequence[int], part: Sequence[int], start: int) -> int:
-    """The first place at or behind `start` where `part` stands in `ids`; -1: nowhere."""
+    """The first place at or after `start` where `part` stands in `ids`; -1: nowhere."""
     wanted, length = list(part), len(part)
     for begin in range(start, len(ids) - length + 1):
         if ids[begin] == wanted[0] and list(ids[begin : begin + length]) == wanted:

@@ -5,17 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 from transformers import AutoProcessor
 
 from mmskip.datasets.chat.batches import ChatCollate, ChatLoader, Loaded, PromptCollate
 from mmskip.datasets.chat.format import Chat, read_records
 from mmskip.datasets.chat.index import ChatIndex, cache_key, cut_long, measure_all, pack_rows, parse_all
 from mmskip.datasets.chat.labels import ChatLabels
-from mmskip.datasets.common.resumable import ResumableLoader
-from mmskip.datasets.common.samplers import UnrepeatedSampler
+from mmskip.datasets.common.module import BaseData
 from mmskip.datasets.common.splits import SPLITS
 from mmskip.datasets.synthetic.chat import CLIP_FPS, SceneChatConfig, generate_chat, scene_processor
 from mmskip.utils.pretrained import pretrained
@@ -37,7 +35,7 @@ class ChatDataset(Dataset[list[Loaded]]):
         return [self.loader(chat) for number in self.rows[index] if (chat := self.chats[number]) is not None]
 
 
-class ChatData(LightningDataModule):
+class ChatData(BaseData):
     """Conversations with images and videos: batches of `mmskip.datasets.chat.batches.ChatCollate`.
 
     Without `files` it is the embedded set, written under `root` on first use. Your own files are read once before the
@@ -87,7 +85,6 @@ class ChatData(LightningDataModule):
         blank: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
         if padding_side not in ("right", "left"):
             raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}")
         if batch_size < 1 or max_frames < 1 or (fps is not None and not fps > 0):
@@ -102,14 +99,13 @@ class ChatData(LightningDataModule):
         if files is not None and processor is None:
             raise ValueError("files need a processor: the name or folder of the model they are for")
         _check_files(files, media_dir)
+        super().__init__(batch_size, eval_batch_size, num_workers, seed)
         self.generated, self.files, self.media_dir = generated, files, media_dir
         self.processor_name, self.processor_kwargs = processor, processor_kwargs or {}
         self.chat_template = _template(chat_template)
         self.fps = fps or (CLIP_FPS if files is None else _FILE_FPS)
-        self.max_frames, self.batch_size = max_frames, batch_size
-        self.eval_batch_size = eval_batch_size or batch_size
-        self.num_workers, self.max_tokens, self.pack = num_workers, max_tokens, pack
-        self.padding_side, self.blank, self.seed = padding_side, blank, seed
+        self.max_frames, self.max_tokens, self.pack = max_frames, max_tokens, pack
+        self.padding_side, self.blank = padding_side, blank
         self.root = Path(root)
         self.folder = self.root / (f"chat-{generated.id}" if files is None else "chat")
         self.indices: dict[str, ChatIndex] = {}
@@ -175,53 +171,33 @@ class ChatData(LightningDataModule):
         return ChatDataset(self._chats[split], rows, loader)
 
     def collate(self, pack: bool = False) -> ChatCollate:
-        """What makes batches of rows."""
+        """Make the function that collates rows to batches."""
         return ChatCollate(self.labels, self.processor_kwargs, self.padding_side, pack)
 
-    def train_dataloader(self) -> DataLoader:
-        """Shuffled training batches; the order is a function of seed and epoch."""
-        dataset = self.dataset("train")
-        sampler: DistributedSampler = DistributedSampler(dataset, *self._ranks(), shuffle=True, seed=self.seed)
-        return self._loader(dataset, sampler, self.batch_size, self.collate(self.pack))
+    def has(self, split: str) -> bool:
+        """Whether there is such a split."""
+        return self.files is None or split in self.files
 
-    def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        """Validation batches, in order; ranks share them without repeats."""
-        return self._eval_loader("val") if "val" in self._splits() else []
-
-    def test_dataloader(self) -> DataLoader:
-        """Test batches, in order; ranks share them without repeats."""
-        return self._eval_loader("test")
+    def collate_of(self, split: str) -> ChatCollate:
+        """As `collate`; training rows may be packed."""
+        return self.collate(self.pack and split == "train")
 
     def predict_dataloader(self) -> DataLoader:
         """The test conversations (of val, where there is no test) without their last answers."""
-        split = "test" if "test" in self._splits() else "val"
-        dataset = self.dataset(split, prompt=True)
-        sampler = UnrepeatedSampler(dataset, *self._ranks())
-        return self._loader(dataset, sampler, self.eval_batch_size, PromptCollate(self.labels, self.processor_kwargs))
+        dataset = self.dataset(self.predicted_split(), prompt=True)
+        return self.in_order(dataset, PromptCollate(self.labels, self.processor_kwargs))
 
     # --- parts --------------------------------------------------------------------------------------------------
 
-    def _eval_loader(self, split: str) -> DataLoader:
-        dataset = self.dataset(split)
-        return self._loader(dataset, UnrepeatedSampler(dataset, *self._ranks()), self.eval_batch_size, self.collate())
-
-    def _loader(self, dataset: ChatDataset, sampler: Any, batch_size: int, collate: ChatCollate) -> DataLoader:
-        return ResumableLoader(
-            dataset, batch_size=batch_size, sampler=sampler, num_workers=self.num_workers, collate_fn=collate
-        )
-
-    def _ranks(self) -> tuple[int, int]:
-        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
-
     def _splits(self) -> list[str]:
-        return [split for split in SPLITS if self.files is None or split in self.files]
+        return [split for split in SPLITS if self.has(split)]
 
     def _index(self, split: str) -> ChatIndex:
         if split not in self.indices:
             source = self.folder / f"{split}.jsonl" if self.files is None else Path(self.files[split])
             folder = source.parent if self.media_dir is None else Path(self.media_dir)
             chats, index = parse_all(read_records(source), folder, source.name)
-            # the embedded set is whole; its lengths matter only where they are limited
+            # the embedded set is complete; its lengths matter only where they are limited
             if self.files is not None or self.max_tokens is not None:
                 measure_all(chats, index, self._measure, self._cache(split, source, folder), self.num_workers)
             if self.max_tokens is not None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def to_input(image: np.ndarray, resize: int | None, crop: int) -> Tensor:
-    """[3, crop, crop] in [0, 1]: the short side resized to `resize` (None: the whole image to the crop), the middle
+    """[3, crop, crop] in [0, 1]: the short side resized to `resize` (None: the uncropped image to the crop), the middle
     cut out."""
     picture = Image.fromarray(image)
     if resize is None:

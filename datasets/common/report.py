@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class LoadReport:
-    """What was left out or mended while loading, counted by reason; some names for each."""
+    """Samples left out or repaired while loading, counted by reason, with some names for each."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -18,6 +18,13 @@ class LoadReport:
             names = self.examples.setdefault(reason, [])
             if len(names) < 3 and example not in names:
                 names.append(example)
+
+    def merge(self, other: "LoadReport") -> None:
+        """Add the counts and examples of another report."""
+        for reason, count in other.counts.items():
+            for example in other.examples[reason]:
+                self.add(reason, example, count)
+                count = 0
 
     def __str__(self) -> str:
         if not self.counts:

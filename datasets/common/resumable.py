@@ -1,4 +1,4 @@
-"""A DataLoader that goes on where a checkpoint in the middle of an epoch was written."""
+"""A DataLoader that resumes where a checkpoint in the middle of an epoch was written."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -11,7 +11,10 @@ class ResumableLoader(DataLoader):
     """A `DataLoader` (same arguments) that remembers how many batches of its epoch were taken. Lightning stores that in
     checkpoints (`state_dict`) and gives it back on resuming; the batches taken before are then skipped unread.
 
-    The sampler must give the same order again: seeded, and told the epoch by `set_epoch`, as a `DistributedSampler`.
+    torchdata's `StatefulDataLoader` resumes too, but its state does not fit another number of workers, and it cannot
+    read the state below, which checkpoints hold.
+
+    The sampler must give the same order again: seeded, with the epoch set by `set_epoch`, as a `DistributedSampler`.
     """
 
     _taken = 0
@@ -39,7 +42,7 @@ class ResumableLoader(DataLoader):
 
 
 class _Rest:
-    """The index batches of an epoch without those to be skipped; its length stays that of a whole epoch."""
+    """The index batches of an epoch without those to be skipped; its length stays that of a full epoch."""
 
     def __init__(self, batches: Any, skip: int) -> None:
         self.batches, self.skip = batches, skip

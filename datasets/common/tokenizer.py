@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """A word-level tokenizer over the words of `texts` in lower case, with pad, bos, eos and unk.
 
-    Every character that is neither a letter, a digit nor a blank is a token of its own. Same texts, same ids.
+    Every character that is neither a letter, a digit nor a blank is a separate token. Same texts, same ids.
 
     Raises:
         ValueError: `texts` holds no word.

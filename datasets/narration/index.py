@@ -16,17 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmskip.datasets.common.report import LoadReport
-from mmskip.datasets.narration.formats.ego4d import (
-    LEVELS,
-    PASSES,
-    outside,
-    read_goalstep,
-    read_lta,
-    read_narrations,
-    read_redactions,
-)
+from mmskip.datasets.narration.formats.ego4d import PASSES, outside, read_lta, read_narrations, read_redactions
 from mmskip.datasets.narration.formats.egoexo4d import read_descriptions
 from mmskip.datasets.narration.formats.epic_kitchens import read_epic
+from mmskip.datasets.narration.formats.goal_step import LEVELS, read_goalstep
 from mmskip.datasets.narration.parsing import MOMENTS, Annotated, Moment, NarratedVideo, read_json
 from mmskip.datasets.video.files import find_videos
 from mmskip.datasets.video.reader import VideoError, video_info
@@ -54,7 +47,7 @@ def detect_format(path: str | Path) -> str:
     """The format of an annotation file, from its suffix and its top-level keys.
 
     Raises:
-        ValueError: no such file, not JSON, or COIN's (which asks questions and has a reader of its own).
+        ValueError: no such file, not JSON, or COIN's (which asks questions and has a separate reader).
     """
     path = Path(path)
     if path.suffix.lower() == ".csv":
@@ -123,17 +116,17 @@ def load_narrations(
     Args:
         annotations: the file, UTF-8.
         video_dir: folder with <uid>.mp4 (or another video suffix), at any depth.
-        passes: as for `read_annotations`; each gives entries of its own.
+        passes: as for `read_annotations`; each gives separate entries.
         check_videos: read every video's packets to find broken files and narrations past the end. Without it both are
             found later, when the video is encoded.
         format: as for `read_annotations`.
-        narrate_at: when a segment is told: at its "end", its "start", or when the annotator has "spoken"
+        narrate_at: when a segment is narrated: at its "end", its "start", or when the annotator has "spoken"
             (EPIC-KITCHENS); None: when spoken where that is known, else at the end.
         redactions: Ego4D's `ego4d.json`; narrations that touch a redacted interval are left out.
         encoded: uids whose features exist already: their video files may be missing.
 
     Returns:
-        The usable entries by uid, and the report of `read_annotations` with, beside it, whole videos left out
+        The usable entries by uid, and the report of `read_annotations` with, in addition, complete videos left out
         ("redacted", "no narrations", "video missing", "corrupt video"), videos in the folder that nobody narrates
         ("video without narration"), and single narrations ("past the end", "in a redacted interval").
 
@@ -165,13 +158,13 @@ def _count_unpaired(entries: Sequence[Annotated], files: Iterable[str], report: 
     named = {name for entry in entries for name in (entry.uid, *entry.names, *(entry.whole or ())[:1])}
     for uid in sorted(set(files) - named):
         report.add("video without narration", uid)
-    told = {entry.uid for entry in entries if entry.moments}
-    for uid, reason in {entry.uid: entry.empty for entry in entries if entry.uid not in told}.items():
+    narrated = {entry.uid for entry in entries if entry.moments}
+    for uid, reason in {entry.uid: entry.empty for entry in entries if entry.uid not in narrated}.items():
         report.add(reason, uid)
 
 
 def _narrated(entry: Annotated, finder: "_Finder", narrate_at: str | None) -> NarratedVideo | None:
-    """An entry with its video; None, and counted, where there is no video or nothing is told in it."""
+    """An entry with its video; None, and counted, where there is no video or it has no narrations."""
     found = finder.find(entry)
     if found is None:
         return None
@@ -233,7 +226,7 @@ def _redacted(
 ) -> list[Annotated]:
     found = []
     for entry in entries:
-        # intervals are those of the whole video, also where an entry is a clip of it
+        # intervals are those of the full video, also where an entry is a clip of it
         uid, start_s = entry.whole or (entry.uid, 0.0)
         own = [(begin - start_s, end - start_s) for begin, end in intervals.get(uid, ())]
         kept = outside(entry.moments, own)

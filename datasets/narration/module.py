@@ -1,57 +1,39 @@
 """The DataModule of streaming narration: the embedded generated set, or annotated videos of any known format."""
 
-import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from mmskip.datasets.common.module import BaseData
 from mmskip.datasets.common.report import LoadReport
-from mmskip.datasets.common.resumable import ResumableLoader
-from mmskip.datasets.common.samplers import UnrepeatedSampler
 from mmskip.datasets.common.splits import SPLITS
+from mmskip.datasets.narration.encoding import TowerFeatures, tower_arguments
 from mmskip.datasets.narration.index import check_format, load_narrations
-from mmskip.datasets.narration.parsing import NarratedVideo, read_json
+from mmskip.datasets.narration.parsing import NarratedVideo
 from mmskip.datasets.narration.tokenizer import StreamTokens, prepare_tokenizer, train_tokenizer
 from mmskip.datasets.narration.turns import collate_narration, plan_turns, split_turns
 from mmskip.datasets.narration.windows import Entry, NarrationDataset, check_sources
 from mmskip.datasets.synthetic.videos import GeneratedConfig, generate
-from mmskip.datasets.video.features import (
-    FeatureStore,
-    encode_videos,
-    features_key,
-    read_statistics,
-    write_statistics,
-    write_tower,
-)
+from mmskip.datasets.video.features import read_statistics
 from mmskip.datasets.video.files import find_videos
 from mmskip.datasets.video.reader import read_video
-from mmskip.datasets.video.tower import VisionTower, check_tower_name, tower_id
-from mmskip.env import pick_device
 from mmskip.utils.files import whole
 from mmskip.utils.pretrained import pretrained
 
-# The embedded set's tower: random weights, one patch per cell of the stage, one block.
-EMBEDDED_TOWER: dict[str, Any] = {
-    "name": "timm/vit_tiny_patch16_224",
-    "image_size": 96,
-    "tower_kwargs": {"depth": 1, "patch_size": 32, "embed_dim": 384, "num_heads": 6},
-}
 _EMBEDDED = GeneratedConfig()
 PICTURE_SIZE = 224
-_STATISTICS_VIDEOS = 100
 
 
-class NarrationData(LightningDataModule):
+class NarrationData(BaseData):
     """Streaming narration of videos: batches of `collate_narration`.
 
     Without `annotations` it is the embedded set, written under `root` on first use. Features of the frozen tower are
@@ -65,8 +47,8 @@ class NarrationData(LightningDataModule):
         video_dir: folder of videos, one for all splits or one per split; with `annotations` only.
         format: of the annotations, see `mmskip.datasets.narration.index`; "auto": found out per file.
         narration_passes: annotators (or levels) to use; None: the format's first.
-        narrate_at: when an annotated segment is told: "end", "start" or "spoken"; None: when it was spoken where that
-            is known, else at its end.
+        narrate_at: when a segment is narrated: "end", "start" or "spoken"; None: when it was spoken where that is
+            known, else at its end.
         redactions: Ego4D's metadata file `ego4d.json`, whose redacted intervals are left out.
         features_dir: folder of features, as `python -m mmskip.datasets.video.encode` fills it (`--out`); None: under
             `root`. Videos whose features lie there need not exist.
@@ -81,7 +63,7 @@ class NarrationData(LightningDataModule):
         max_frames, max_tokens: longest sample; longer videos are cut into several at turn borders.
         min_words: shortest narration used, words.
         padding_side: "right" or "left".
-        instruction: text put behind `<bos>` in every sample.
+        instruction: text put after `<bos>` in every sample.
         blank: replace features by zeros (control).
         seed: of the order of training samples.
 
@@ -120,29 +102,25 @@ class NarrationData(LightningDataModule):
         blank: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
         _check_batches(padding_side, fps, batch_size)
-        self.tower_args = _tower_args(tower, tower_pretrained, grid, image_size, tower_kwargs, tower_seed)
+        super().__init__(batch_size, eval_batch_size, num_workers, seed)
+        self.tower_args = tower_arguments(tower, tower_pretrained, grid, image_size, tower_kwargs, tower_seed)
         self.generated, self.annotations = generated, annotations
         self.video_dir = check_sources(annotations, video_dir)
         self.source = _source(format, narration_passes, narrate_at, redactions)
         self.encode_device, self.tokenizer_name = encode_device, tokenizer
-        self.fps, self.batch_size = fps, batch_size
-        self.eval_batch_size = eval_batch_size or batch_size
-        self.num_workers, self.seed = num_workers, seed
+        self.fps = fps
         self.max_frames, self.max_tokens, self.min_words = max_frames, max_tokens, min_words
         self.padding_side, self.instruction = padding_side, instruction
         self.blank = blank
         self.folder = Path(root) / (f"embedded-{generated.id}" if annotations is None else "narrated")
-        self.features_key = features_key(tower_id(**self.tower_args), fps)
         self.features_dir = features_dir
-        self.features_folder = Path(features_dir or self.folder / "features") / self.features_key
-        self.store = FeatureStore(self.features_folder, self.features_key)
+        self.features = TowerFeatures(Path(features_dir or self.folder / "features"), self.tower_args, fps)
+        self.features_key, self.store = self.features.key, self.features.store
         self.counts: dict[str, Counter[str]] = {}
         self.reports: dict[str, LoadReport] = {}
         self.broken: dict[str, str] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._dim: int | None = None
         self._datasets: dict[str, NarrationDataset] = {}
         if annotations is not None and tokenizer is None and "train" not in annotations:
             self._check_tokenizer()
@@ -167,11 +145,12 @@ class NarrationData(LightningDataModule):
     @property
     def feature_dim(self) -> int:
         """C, channels of a frame feature."""
-        if self._dim is None:
-            # read from the cache, so that a finished one needs no tower
-            exists = self._shape_path.exists()
-            self._dim = read_json(self._shape_path)["shape"]["dim"] if exists else VisionTower(**self.tower_args).dim
-        return self._dim
+        return self.features.dim
+
+    @property
+    def features_folder(self) -> Path:
+        """Folder of the features of this tower and frame rate."""
+        return self.features.folder
 
     @property
     def frame_tokens(self) -> int:
@@ -185,24 +164,16 @@ class NarrationData(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Generate, encode and write the tokenizer, as far as not done yet. Lightning calls it on one rank."""
-        # A tower that cannot be had must fail before hundreds of videos are written.
-        tower = None if self._shape_path.exists() else VisionTower(**self.tower_args)
+        self.features.require_tower()
         if self.tokenizer_name is not None:
             self._tokenizer = self._make_tokenizer()
         if self.annotations is None:
             generate(self.folder, self.generated)
-        splits = [split for split in SPLITS if self._has(split)]
+        splits = [split for split in SPLITS if self.has(split)]
         videos = {self._feature_name(s, video.uid): video.path for s in splits for video in self._load(s)}
-        if not all(self.store.is_current(name, path) for name, path in videos.items()):
-            device = pick_device(self.encode_device)
-            tower = tower or VisionTower(**self.tower_args)
-            write_tower(self.features_folder, self.tower_args, self.fps, tower.dim)
-            report = encode_videos(tower, sorted(videos.items()), self.features_folder, self.fps, device)
-            self.broken = report.broken
-            if report.broken:
-                names = "; ".join(list(report.broken.values())[:3])
-                warnings.warn(f"{len(report.broken)} of {len(videos)} videos left out: {names}", stacklevel=2)
-        self._write_statistics()
+        self.broken = self.features.encode(videos, self.encode_device) or self.broken
+        if not self._statistics_path.exists():
+            self.features.write_statistics(self._statistics_path, self._statistics_names())
         folder = self._tokenizer_folder
         if self.tokenizer_name is None and not folder.exists():
             with whole(folder) as partial:
@@ -212,27 +183,24 @@ class NarrationData(LightningDataModule):
         """Read narrations and plan the samples of the splits a stage needs ("fit", "validate", "test", "predict")."""
         needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
         for split in needed.get(stage or "", SPLITS):
-            if self._has(split) and split not in self._datasets:
+            if self.has(split) and split not in self._datasets:
                 self._datasets[split] = self._dataset(split)
 
-    def train_dataloader(self) -> DataLoader:
-        """Training batches; the order depends on seed and epoch only."""
-        dataset = self.dataset("train")
-        world, rank = self._ranks()
-        sampler: DistributedSampler = DistributedSampler(dataset, world, rank, shuffle=True, seed=self.seed)
-        return self._loader(dataset, sampler, self.batch_size)
-
     def val_dataloader(self) -> DataLoader:
-        """Validation batches, in order; ranks share them without repeats."""
-        return self._eval_loader("val")
+        """Validation batches, in order.
 
-    def test_dataloader(self) -> DataLoader:
-        """Test batches, in order; ranks share them without repeats."""
-        return self._eval_loader("test")
+        Raises:
+            ValueError: there is no such split.
+        """
+        return self.in_order(self.dataset("val"), self.collate_of("val"))
 
-    def predict_dataloader(self) -> DataLoader:
-        """The test batches."""
-        return self._eval_loader("test")
+    def predicted_split(self) -> str:
+        """Test."""
+        return "test"
+
+    def collate_of(self, split: str) -> Callable[[Any], Any]:
+        """Collate samples of `build_sample`, see `collate_narration`."""
+        return partial(collate_narration, pad_token_id=self.tokens.pad, padding_side=self.padding_side)
 
     def dataset(self, split: str) -> NarrationDataset:
         """The samples of a split, after `prepare_data`.
@@ -240,7 +208,7 @@ class NarrationData(LightningDataModule):
         Raises:
             ValueError: the split has no annotations.
         """
-        if not self._has(split):
+        if not self.has(split):
             raise ValueError(f"no annotations for split {split!r}; given: {sorted(self.annotations or {})}")
         if split not in self._datasets:
             self._datasets[split] = self._dataset(split)
@@ -261,24 +229,12 @@ class NarrationData(LightningDataModule):
         size = self.tower_args["image_size"] or PICTURE_SIZE
         return read_video(entry.path, self.fps, size, start_s, start_s + limit / self.fps).frames[:limit]
 
-    def _eval_loader(self, split: str) -> DataLoader:
-        dataset = self.dataset(split)
-        return self._loader(dataset, UnrepeatedSampler(dataset, *self._ranks()), self.eval_batch_size)
-
-    def _loader(self, dataset: NarrationDataset, sampler: DistributedSampler, batch_size: int) -> DataLoader:
-        collate = partial(collate_narration, pad_token_id=self.tokens.pad, padding_side=self.padding_side)
-        return ResumableLoader(
-            dataset, batch_size=batch_size, sampler=sampler, num_workers=self.num_workers, collate_fn=collate
-        )
-
-    def _ranks(self) -> tuple[int, int]:
-        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
-
-    def _has(self, split: str) -> bool:
+    def has(self, split: str) -> bool:
+        """Whether there is such a split."""
         return self.annotations is None or split in self.annotations
 
     def _load(self, split: str) -> list[NarratedVideo]:
-        if not self._has(split):
+        if not self.has(split):
             return []
         if self.annotations is None:
             source, videos = self.folder / split / "narrations.json", self.folder / split / "videos"
@@ -336,31 +292,24 @@ class NarrationData(LightningDataModule):
     def _count_frames(self, split: str, uid: str, path: Path) -> int | None:
         """Frames of a video's features; None, and counted, where they are missing, cannot be read, or are those of the
         video before it broke."""
-        name = self._feature_name(split, uid)
         try:
-            if self.store.is_current(name, path):
-                return self.store.count_frames(name)
-            if name in self.store:
-                self.store.count_frames(name)
+            frames = self.features.count_frames(self._feature_name(split, uid), path)
         except ValueError as error:
             self.counts[split]["corrupt features"] += 1
             self.broken[uid] = str(error)
-        else:
+            return None
+        if frames is None:
             self.counts[split]["corrupt video"] += 1
-        return None
+        return frames
 
     @property
     def _statistics_path(self) -> Path:
-        return self.features_folder / f"statistics{self._data_id}"
+        return self.features.folder / f"statistics{self._data_id}"
 
-    def _write_statistics(self) -> None:
-        """Over the first training videos (of the first split there is, without training): enough, and quick."""
-        if self._statistics_path.exists():
-            return
-        split = next(split for split in SPLITS if self._has(split))
-        names = [self._feature_name(split, video.uid) for video in self._load(split)]
-        readable = [name for name in names if self.store.is_readable(name)]
-        write_statistics(self._statistics_path, self.store, readable[:_STATISTICS_VIDEOS])
+    def _statistics_names(self) -> list[str]:
+        """Features of the training videos (of the first split there is, without training)."""
+        split = next(split for split in SPLITS if self.has(split))
+        return [self._feature_name(split, video.uid) for video in self._load(split)]
 
     @property
     def _data_id(self) -> str:
@@ -392,10 +341,6 @@ class NarrationData(LightningDataModule):
             texts = (item.text for video in self._load("train") for item in video.narrations)
         return prepare_tokenizer(train_tokenizer(texts))
 
-    @property
-    def _shape_path(self) -> Path:
-        return self.features_folder / "tower.json"
-
 
 def _check_batches(padding_side: str, fps: float, batch_size: int) -> None:
     if padding_side not in ("right", "left"):
@@ -417,24 +362,3 @@ def _source(format: str, passes: list[str] | None, narrate_at: str | None, redac
         "narrate_at": narrate_at,
         "redactions": redactions,
     }
-
-
-def _tower_args(
-    name: str | None,
-    pretrained: bool,
-    grid: int,
-    image_size: int | None,
-    tower_kwargs: dict[str, Any] | None,
-    seed: int,
-) -> dict[str, Any]:
-    """Arguments of `VisionTower`; without a name those of the embedded set's.
-
-    Raises:
-        ValueError: settings without a tower, or an unknown tower.
-    """
-    if name is None and (image_size or tower_kwargs or pretrained):
-        raise ValueError("image_size, tower_kwargs and tower_pretrained need a tower; name one, or leave them out")
-    given = {"name": name, "pretrained": pretrained, "grid": grid, "image_size": image_size}
-    args = {**given, "tower_kwargs": tower_kwargs, "seed": seed, **({} if name else EMBEDDED_TOWER)}
-    check_tower_name(args["name"])
-    return args

@@ -1,4 +1,4 @@
-"""What every annotation format is read into: moments of videos, by annotator, and a count of what was left out."""
+"""The common form of all annotation formats: moments of videos, by annotator."""
 
 import json
 import math
@@ -29,7 +29,7 @@ class Moment:
     spoken_s: float | None = None
 
     def narration(self, narrate_at: str | None) -> Narration:
-        """The moment as a narration: told at its "end", its "start", or when it was "spoken"; None: when it was spoken
+        """The moment as a narration: at its "end", its "start", or when it was "spoken"; None: when it was spoken
         where that is known, else at its end."""
         time_s = self.start_s if narrate_at == "start" else self.end_s
         if narrate_at in (None, "spoken") and self.spoken_s is not None:

@@ -49,7 +49,7 @@ class StreamTokens:
     """Token ids of the stream template for one tokenizer. Build it with `StreamTokens.of`.
 
     Pieces of text are tokenized one by one and joined as ids, never as text: a byte-pair tokenizer would merge `]` with
-    the newline behind it, and the decision token would be lost.
+    the newline after it, and the decision token would be lost.
 
     Attributes:
         vision: id of `<v>`.
@@ -99,7 +99,7 @@ class StreamTokens:
         return [self.bos, *_encode(self.tokenizer, instruction)] if instruction else [self.bos]
 
     def narration(self, text: str) -> list[int]:
-        """The words of a narration behind `Assistant:`, and the eos."""
+        """The words of a narration after `Assistant:`, and the eos."""
         return [*_encode(self.tokenizer, f" {text}"), self.eos]
 
     def question(self, text: str) -> list[int]:
@@ -115,7 +115,7 @@ class StreamTokens:
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """A word-level tokenizer over the words of `texts`, with the stream's own tokens.
 
-    Words are kept as written; every other character but blanks is a token of its own. Unknown words become `<unk>`.
+    Words are kept as written; every other character but blanks is a separate token. Unknown words become `<unk>`.
     Same texts, same ids: special tokens first, then the template, then words in alphabetical order.
 
     Raises:

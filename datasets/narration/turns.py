@@ -4,7 +4,7 @@ Template of one sample (VideoLLM-online, arXiv 2406.11816; VideoLLM-MoD, arXiv 2
 
     <bos>instruction\\n[FRAME,FRAME,...,FRAME]\\nAssistant: narration<eos>\\n[FRAME,...
 
-FRAME is `frame_tokens` copies of the vision token `<v>`. The token behind a frame is the decision made at the
+FRAME is `frame_tokens` copies of the vision token `<v>`. The token after a frame is the decision made at the
 frame's last vision token: `,` (stay silent) or `]` (speak now). The first frame of a sample opens the stream and
 is never learned; it belongs to no turn.
 
@@ -56,7 +56,7 @@ class TurnSpan(NamedTuple):
 
     Attributes:
         frames: frame index range [start, stop) of the stream part, counted in the sample's own frames.
-        stream: token index of the last vision token of each of these frames; the label behind each is learned.
+        stream: token index of the last vision token of each of these frames; the label after each is learned.
         text: token index range [start, stop) of the narration with its eos, all of them labels.
         narration: the text as given.
         time_s: the narration's time in the video, seconds.
@@ -87,7 +87,7 @@ def plan_turns(
 
     Times are rounded up to the grid (between the last frame and the end of the video: to the last frame); of several
     narrations on one frame the last is kept; consecutive duplicates and texts of fewer than `min_words` words are
-    dropped. The frames behind the last narration belong to no turn.
+    dropped. The frames after the last narration belong to no turn.
 
     Args:
         narrations: in any order; sorted here by time, stable.
@@ -222,12 +222,12 @@ def build_sample(
 
     Args:
         turns: at least one, each starting where the one before it stopped; the first at `first_frame + 1`.
-        features: [F, N, C] features of the frames `first_frame`, `first_frame + 1`, ...; frames behind the last turn
+        features: [F, N, C] features of the frames `first_frame`, `first_frame + 1`, ...; frames after the last turn
             are not used.
         tokens: the tokenizer's stream tokens (`StreamTokens.of`).
         uid: name of the sample.
         first_frame: the video's frame that opens the sample (not learned).
-        instruction: text put behind `<bos>`.
+        instruction: text put after `<bos>`.
 
     Returns:
         Dict with `input_ids`, `labels`, `layout` (LongTensor [T]; labels unshifted, -100 where not learned; layout is

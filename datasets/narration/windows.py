@@ -22,7 +22,7 @@ class Entry:
         features: name of the video's features.
         turns: at least one.
         path: the video file.
-        instruction: text behind `<bos>`.
+        instruction: text after `<bos>`.
     """
 
     uid: str

@@ -33,7 +33,8 @@ from tqdm.auto import tqdm
 
 from mmskip.datasets.common.labels import ENTAILMENT
 from mmskip.datasets.common.splits import SPLITS
-from mmskip.datasets.synthetic.world import COLOURS, SHAPES, SIDES, SIZES, Cell, SceneConfig, Thing, World, draw_world
+from mmskip.datasets.synthetic.render import draw_world
+from mmskip.datasets.synthetic.world import COLOURS, SHAPES, SIDES, SIZES, Cell, SceneConfig, Thing, World
 from mmskip.utils.files import write_json, write_text
 
 PLACES = (("northwest", "north", "northeast"), ("west", "centre", "east"), ("southwest", "south", "southeast"))

@@ -34,7 +34,8 @@ from transformers import (
 )
 
 from mmskip.datasets.common.splits import SPLITS
-from mmskip.datasets.synthetic.world import COLOURS, SHAPES, SceneConfig, Thing, World, draw_world, plan_world
+from mmskip.datasets.synthetic.render import draw_world
+from mmskip.datasets.synthetic.world import COLOURS, SHAPES, SceneConfig, Thing, World, plan_world
 from mmskip.datasets.video.reader import write_video
 
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
@@ -103,7 +104,7 @@ class SceneChatConfig:
 
     @property
     def scene(self) -> SceneConfig:
-        """The worlds behind the pictures."""
+        """The worlds that the pictures show."""
         return SceneConfig(ticks=8, colours=self.colours, shapes=self.shapes, max_objects=self.max_objects, rest=0.9)
 
 
@@ -156,12 +157,12 @@ def _place(thing: Thing) -> str:
 def _clip(config: SceneChatConfig, rng: np.random.Generator) -> Scene:
     while True:
         world = plan_world(replace(config.scene, start_objects=int(rng.integers(1, config.max_objects))), rng)
-        if world.told:
+        if world.narrations:
             break
-    told = world.told[rng.integers(len(world.told))]
-    begin = told.tick - 1
+    narration = world.narrations[rng.integers(len(world.narrations))]
+    begin = narration.tick - 1
     actor = next(thing for thing in world.things if begin in thing.acts)
-    turns = ((WHO, actor.kind), (WHAT, VERBS[told.event]))
+    turns = ((WHO, actor.kind), (WHAT, VERBS[narration.event]))
     return Scene(world, begin * FRAMES_PER_TICK, CLIP_FRAMES, turns)
 
 
@@ -265,5 +266,5 @@ def blind_baseline(root: Path, split: str = "val") -> float:
 def _answers(path: Path) -> Iterator[tuple[str, str]]:
     for line in path.read_text().splitlines():
         messages = json.loads(line)["messages"]
-        for asked, told in zip(messages[::2], messages[1::2], strict=True):
-            yield asked["content"][-1]["text"], told["content"][0]["text"]
+        for asked, answered in zip(messages[::2], messages[1::2], strict=True):
+            yield asked["content"][-1]["text"], answered["content"][0]["text"]

@@ -25,7 +25,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from mmskip.datasets.common.splits import SPLITS
-from mmskip.datasets.synthetic.world import SceneConfig, World, draw_world, plan_world
+from mmskip.datasets.synthetic.render import draw_world
+from mmskip.datasets.synthetic.world import SceneConfig, World, plan_world
 from mmskip.datasets.video.reader import write_video
 from mmskip.utils.files import write_json
 
@@ -78,7 +79,7 @@ class GeneratedConfig:
     def texts(self, split: str) -> Iterator[str]:
         """The narrations of a split, without writing anything."""
         for index in range(getattr(self, split)):
-            yield from (told.text for told in world_of(self, split, index).told)
+            yield from (item.text for item in world_of(self, split, index).narrations)
 
 
 def generate(
@@ -128,7 +129,7 @@ def generate(
 
 
 def world_of(config: GeneratedConfig, split: str, index: int) -> World:
-    """The world behind a video of the set: the ground truth of its narrations."""
+    """The world of a video of the set: the ground truth of its narrations."""
     return plan_world(config.scene, _generators(config, split, index)[0])
 
 
@@ -177,14 +178,14 @@ def _narrations(config: GeneratedConfig, split: str) -> dict[str, Any]:
         uid = video_uid(split, index)
         plan, _, times = _generators(config, split, index)
         narrations = []
-        for number, told in enumerate(plan_world(config.scene, plan).told):
-            seconds = round((told.tick - float(times.uniform(0, 0.8))) / config.fps, 4)
+        for number, item in enumerate(plan_world(config.scene, plan).narrations):
+            seconds = round((item.tick - float(times.uniform(0, 0.8))) / config.fps, 4)
             narrations.append(
                 {
                     "timestamp_sec": seconds,
                     "timestamp_frame": int(seconds * config.fps * config.frames_per_tick),
                     "_unmapped_timestamp_sec": seconds,
-                    "narration_text": told.text,
+                    "narration_text": item.text,
                     "annotation_uid": f"{uid}-{number}",
                 }
             )

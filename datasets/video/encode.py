@@ -3,7 +3,7 @@
     mmskip encode --videos VIDEOS --out FEATURES --tower open_clip/ViT-L-16-SigLIP-384/webli
 
 Features go to FEATURES/<key>/, <key> naming tower and rate: shards (safetensors, one fp16 tensor [F, N, C] per video)
-and `index.json`. A shard is written whole; a second run goes on behind the last one.
+and `index.json`. A shard is written atomically; a second run resumes after the last one.
 `NarrationData(features_dir=FEATURES)` reads them.
 """
 
@@ -92,11 +92,11 @@ def encode_folder(
     report.reused = len(videos) - len(todo)
     bar = tqdm(total=len(videos), initial=report.reused, desc="encoding", unit="video", disable=not progress)
     try:
-        for name, features, told in _encoded(todo, tower, tower_args, fps, workers, device):
+        for name, features, facts in _encoded(todo, tower, tower_args, fps, workers, device):
             if features is None:
-                report.broken[name] = told["error"]
+                report.broken[name] = facts["error"]
             else:
-                writer.add(name, features, told)
+                writer.add(name, features, facts)
                 report.encoded += 1
             bar.set_postfix(broken=len(report.broken))
             bar.update()
@@ -133,7 +133,7 @@ class _ShardWriter:
         self.index.update({name: {"shard": shard, **record} for name, record in self._records.items()})
         self._write_index()
         for name in self._records:
-            # a file of its own would go before the shard; here it is one of a video that has changed since
+            # a separate file would go before the shard; here it is one of a video that has changed since
             features_path(self.folder, name).unlink(missing_ok=True)
         self._tensors, self._records = {}, {}
 

@@ -32,7 +32,7 @@ _EDGE = 1 << 16  # bytes at both ends of a video that go into its fingerprint
 
 @dataclass
 class EncodeReport:
-    """What an encoding run did.
+    """The outcome of an encoding run.
 
     Attributes:
         encoded, reused: videos encoded now, and found in the cache.
@@ -112,7 +112,7 @@ class FeatureStore:
         return same_size and metadata.get("content", fingerprint(video)) == fingerprint(video)
 
     def is_readable(self, name: str) -> bool:
-        """Whether the features are here and whole."""
+        """Whether the features are here and complete."""
         if name not in self:
             return False
         try:
@@ -122,8 +122,8 @@ class FeatureStore:
         return True
 
     def content(self, name: str) -> str:
-        """What tells the features of a video from those of another of the same name: its `fingerprint`; its size, in
-        files of earlier versions.
+        """The mark that distinguishes a video's features from those of another of the same name: its `fingerprint`; its
+        size, in files of earlier versions.
 
         Raises:
             ValueError: missing or unreadable.
@@ -160,7 +160,7 @@ class FeatureStore:
 
     @contextmanager
     def _open(self, name: str) -> Iterator[tuple[Any, str]]:
-        """The open file of a video, and the name of its tensor. A file of its own goes before a shard: it is newer."""
+        """The open file of a video, and the name of its tensor. A separate file goes before a shard: it is newer."""
         path, tensor = features_path(self.folder, name), _TENSOR
         if not path.exists() and name in self.shards:
             path, tensor = self.folder / self.shards[name]["shard"], name
@@ -198,8 +198,8 @@ def encode_videos(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> EncodeReport:
-    """Encode the frames of videos that are not in the cache yet, one file each. Each file is written whole; a second
-    run goes on.
+    """Encode the frames of videos that are not in the cache yet, one atomically written file each. A second run
+    resumes.
 
     Args:
         tower: the frozen tower; moved to `device`.
@@ -286,6 +286,6 @@ def write_tower(folder: Path, tower_args: dict[str, Any], fps: float, dim: int) 
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, whole or not at all."""
+    """Write a safetensors file atomically."""
     with whole(path) as partial:
         save_file(tensors, str(partial), metadata=metadata)

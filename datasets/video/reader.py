@@ -1,4 +1,4 @@
-"""Reading frames of a video at a fixed rate, by decord with PyAV behind it, and writing small videos.
+"""Read frames of a video at a fixed rate, by decord with PyAV as its fallback, and write small videos.
 
 Shapes: F frames, H height, W width. Frames are RGB uint8.
 """
@@ -29,7 +29,7 @@ class VideoError(ValueError):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a scan of a video's packets says, without decoding.
+    """Facts from a scan of a video's packets, without decoding.
 
     Attributes:
         duration_s: seconds from the first frame's start to the last frame's end.
@@ -57,7 +57,7 @@ class Video:
         frames: uint8 [F, H, W, 3], RGB.
         times_s: float64 [F], the sampling times in seconds from the start of the video; the frame is the one shown
             then.
-        duration_s: length of the whole video, seconds.
+        duration_s: length of the full video, seconds.
         source_fps: average rate of the file, frames per second.
     """
 
@@ -94,7 +94,7 @@ def read_video(
         path: a file that ffmpeg reads: mp4, mkv, webm, avi, GIF, ...
         fps: samples per second, > 0; may be above the source's rate (frames repeat then).
         size: if given, the short side is resized to it and the centre size x size is cut out, pixels.
-        start_s, end_s: part of the video, seconds; the end is exclusive and may lie behind the video's.
+        start_s, end_s: part of the video, seconds; the end is exclusive and may lie after the video's.
 
     Raises:
         VideoError: missing, zero-length, truncated, not a video, fps <= 0, or nothing between start and end.
@@ -109,7 +109,7 @@ class VideoStream:
     Arguments and errors as `read_video`; the file is scanned when the stream is made and decoded as it is iterated.
 
     Attributes:
-        info: the whole file's `VideoInfo`.
+        info: the full file's `VideoInfo`.
         times_s: float64 [F], the sampling times.
     """
 
@@ -154,7 +154,7 @@ class VideoStream:
 
 
 def write_video(path: str | Path, frames: np.ndarray | Iterable[np.ndarray], fps: float, crf: int = 18) -> None:
-    """Write frames as an H.264 mp4 (yuv420p). The file appears whole or not at all.
+    """Write frames as an H.264 mp4 (yuv420p). The file is written atomically.
 
     Args:
         path: target; its folder is made.
@@ -209,7 +209,7 @@ class _Scan:
 
 
 def _scan(path: Path) -> _Scan:
-    """Read all packets of the video stream: exact times, and whether the file is whole."""
+    """Read all packets of the video stream: exact times, and whether the file is complete."""
     if not path.is_file():
         raise VideoError(f"{path}: no such file")
     if path.stat().st_size == 0:
@@ -262,7 +262,7 @@ def _quarter_turns(path: Path) -> int:
         with av.open(str(path)) as container:
             return round(next(container.decode(video=0)).rotation / 90) % 4
     except (FFmpegError, StopIteration):
-        return 0  # nothing can be decoded: that is told when the frames are asked for
+        return 0  # nothing can be decoded: the error comes when frames are asked for
 
 
 def _read_packets(container: Any, stream: Any) -> tuple[list[tuple[int, int]], int, bool]:

@@ -129,6 +129,21 @@ MOVED = {
 }
 """Old path -> new path, both inside `mmskip`."""
 
+NAMES = {
+    "datasets.ego4d": {"read_goalstep": "datasets.narration.formats.goal_step:read_goalstep"},
+    "datasets.scene": {
+        "draw_world": "datasets.synthetic.render:draw_world",
+        "Told": "datasets.synthetic.world:EventNarration",
+    },
+    "datasets.tokenizer": {"word_tokenizer": "datasets.common.tokenizer:word_tokenizer"},
+    "models.captioner_build": {
+        "left_behind": "models.captioner.exit_training:exiting",
+        "moved": "models.captioner.exit_training:saturation_loss",
+    },
+    "models.stream": {"Said": "models.video_llm.speaking:StreamUtterance"},
+}
+"""Old path -> old name -> module:name of today, for names that are no longer in the module of `MOVED`."""
+
 FUNCTIONS = {
     "trace": "tracing",
     "cost": "costs",
@@ -162,7 +177,22 @@ class _Finder(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         """Put the module of today in the place of the old one."""
         old = module.__name__.removeprefix("mmskip.")
-        sys.modules[module.__name__] = _target(old, MOVED[old])
+        today = _target(old, MOVED[old])
+        sys.modules[module.__name__] = _Split(today, NAMES[old]) if old in NAMES else today
+
+
+class _Split(ModuleType):
+    """A module of `NAMES`."""
+
+    def __init__(self, today: ModuleType, names: dict[str, str]) -> None:
+        super().__init__(today.__name__)
+        self._today, self._names = today, names
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._names:
+            return getattr(self._today, name)
+        module, _, today = self._names[name].partition(":")
+        return getattr(importlib.import_module(f"mmskip.{module}"), today)
 
 
 class _StandIn(ModuleType):

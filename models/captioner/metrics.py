@@ -40,7 +40,7 @@ class CaptionScores:
     """Scores of a set of captions.
 
     Attributes:
-        totals: name of the score -> of the whole set.
+        totals: name of the score -> over all captions.
         images: image -> name -> score of its caption alone.
         caption_tokens, reference_tokens: summed lengths BLEU's brevity penalty compares.
     """
@@ -95,12 +95,12 @@ def score_captions(
     _check(captions, references)
     if frequency is None and len(references) < 2:
         raise ValueError("CIDEr weighs words by the images they stand at and got one image; give `frequency` as well.")
-    told = _tokenized(references)
+    tokens = _tokenized(references)
     said = dict(zip(references, tokenize_all([captions[image] for image in references]), strict=True))
-    weights = _Weights(frequency or DocumentFrequency.of_tokens(list(told.values())))
+    weights = _Weights(frequency or DocumentFrequency.of_tokens(list(tokens.values())))
     total = BleuCounts()
     images: dict[Any, dict[str, float]] = {}
-    for image, known in told.items():
+    for image, known in tokens.items():
         counts = bleu_counts(said[image], known)
         total = total + counts
         scores = dict(zip(NAMES, counts.scores(), strict=False))
@@ -113,14 +113,14 @@ def score_captions(
 def _check(captions: Mapping[Any, str], references: Mapping[Any, Sequence[str]]) -> None:
     if not references:
         raise ValueError("there are no references to score against.")
-    for told, names in (
+    for fault, names in (
         ("no caption is given", references.keys() - captions.keys()),
         ("no references are given", captions.keys() - references.keys()),
         ("the list of references is empty", {image for image, texts in references.items() if not texts}),
     ):
         if names:
             some = ", ".join(sorted(map(str, names))[:5])
-            raise ValueError(f"{told} for {len(names)} images ({some}{', ...' if len(names) > 5 else ''}).")
+            raise ValueError(f"{fault} for {len(names)} images ({some}{', ...' if len(names) > 5 else ''}).")
 
 
 def _tokenized(references: Mapping[Any, Sequence[str]]) -> dict[Any, list[list[str]]]:
@@ -138,7 +138,7 @@ def _grams(tokens: Tokens) -> Grams:
 
 @dataclass(frozen=True)
 class BleuCounts:
-    """What BLEU is made of; the counts of a set are the sums over its captions.
+    """The counts BLEU is computed from; those of a set are the sums over its captions.
 
     Attributes:
         right: n-grams that stand in a reference, clipped, for n = 1..4.
@@ -244,8 +244,8 @@ def java_version() -> int | None:
     """Major version of the Java on the path (8 for 1.8); None: there is none."""
     if shutil.which("java") is None:
         return None
-    told = subprocess.run(["java", "-version"], capture_output=True, text=True, check=False).stderr
-    found = re.search(r'version "(?:1\.)?(\d+)', told)
+    printed = subprocess.run(["java", "-version"], capture_output=True, text=True, check=False).stderr
+    found = re.search(r'version "(?:1\.)?(\d+)', printed)
     return int(found[1]) if found else None
 
 

@@ -1,4 +1,4 @@
-"""An encoder-decoder that captions images and judges statements about them, trained to be left early (MuE).
+"""An encoder-decoder that captions images and judges statements about them, trained to exit early (MuE).
 
 Shapes: I images, R rows (texts), N image tokens, T prompt tokens, S states of a row, L answer tokens, D width, P
 labelled positions, V vocabulary, A answers.
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
 from mmskip.config import MethodConfig
-from mmskip.datasets.captioning.module import Texts
+from mmskip.datasets.captioning.batch import Texts
 from mmskip.datasets.common.labels import IGNORE
 from mmskip.datasets.video.tower import VisionTower, check_tower_name
 from mmskip.families.encoder_decoder import EncoderDecoderView
@@ -24,14 +24,8 @@ from mmskip.methods.early_exit import image_tokens
 from mmskip.models.captioner.build import (
     build_meta,
     build_text,
-    captured,
     check_settings,
     decoder_of,
-    drawn,
-    gathered,
-    layer_weights,
-    left_behind,
-    moved,
     normalised,
     parameter_groups,
     sees,
@@ -39,7 +33,8 @@ from mmskip.models.captioner.build import (
     token_ids,
     view_of,
 )
-from mmskip.models.captioner.metrics import score_captions
+from mmskip.models.captioner.exit_training import captured, draw_layers, exiting, layer_losses, layer_weights
+from mmskip.models.captioner.validation import ValidationScores
 from mmskip.models.common.base import StepLossModule
 from mmskip.models.common.methods import check_methods
 from mmskip.models.common.pretrained import adapt, scale_residual
@@ -51,7 +46,7 @@ class Captioner(StepLossModule):
     """An image tower and a text encoder-decoder of transformers, or a stock Florence-2, for captions and entailment.
 
     As in MuE (arXiv 2211.11152), image and prompt run the encoder apart, with the same weights, and meet in the
-    decoder's cross-attention; every decoder layer learns to answer through the model's own head, so that it may be left
+    decoder's cross-attention; every decoder layer learns to answer through the model's head, so that tokens may exit
     early. Exits are no setting of the model: apply an `EarlyExitConfig` to `llm` when evaluating. Batches are those of
     `mmskip.datasets.captioning.CaptionData`. The loss of an optimizer step is the summed loss of all its labels over
     their number (captions weighted), over micro-batches and ranks.
@@ -68,14 +63,15 @@ class Captioner(StepLossModule):
         grid: G, the tower gives 1 + G * G tokens.
         train_tower: train the tower too.
         separate: image and prompt run the encoder apart; False: together, as one sequence.
-        layer_loss: weights of the losses of the decoder's layers, see `mmskip.models.captioner.build.layer_weights`.
-        random_exits: share of the training rows whose image, and of those whose prompt, leaves the encoder behind a
+        layer_loss: weights of the losses of the decoder's layers, see
+            `mmskip.models.captioner.exit_training.layer_weights`.
+        random_exits: share of the training rows whose image, and of those whose prompt, exits the encoder after a
             random layer, in [0, 1]; 0: as in the paper.
-        random_token_exits: the same for answer tokens and the decoder, so that it learns to read what tokens hand on
-            that left early; they do not count in the losses of the layers above.
+        random_token_exits: the same for answer tokens and the decoder, so that it learns to read the states of tokens
+            that exited early; they do not count in the losses of later layers.
         caption_weight: factor on the loss of captions (all else has 1), > 0.
-        settle_weight: weight of how far answer tokens still move (1 - cosine, summed over layers) where the layer below
-            is sure of the label, so that saturation tells what is settled; >= 0. The paper has none.
+        settle_weight: weight of the saturation loss (1 - cosine of an answer token's states before and after a layer)
+            where the layer before is already confident of the label; >= 0. The paper has none.
         label_smoothing: in [0, 1).
         residual_init: factor, >= 0, on the initial weights of a model from scratch that write into its residual
             stream; 0: every block starts as the identity.
@@ -142,7 +138,7 @@ class Captioner(StepLossModule):
         self._config = text_config(text)
         if (tower is None) != sees(self._config):
             raise ValueError(
-                f"tower is {tower!r} and text a {self._config.model_type}; a Florence-2 has a tower of its own "
+                f"tower is {tower!r} and text a {self._config.model_type}; a Florence-2 brings its tower "
                 "(tower: null), every other text model needs one"
             )
         if tower is not None:
@@ -210,7 +206,7 @@ class Captioner(StepLossModule):
     # --- encoder ------------------------------------------------------------------------------------------------
 
     def image_embeddings(self, images: Tensor) -> Tensor:
-        """What the encoder gets of images [I, 3, H, W] in 0..1: [I, N, D]."""
+        """Embed images [I, 3, H, W] in 0..1 for the encoder: [I, N, D]."""
         if self.tower is None:
             pixels = normalised(images).to(self.llm.dtype)
             return self.llm.get_image_features(pixels, return_dict=True).pooler_output
@@ -218,13 +214,13 @@ class Captioner(StepLossModule):
         return self.connector(self.tower(images)).to(self.llm.dtype)
 
     def see(self, images: Tensor) -> Tensor:
-        """What `encode` needs of images [I, 3, H, W] in 0..1: their states behind the encoder, where images and prompts
+        """Prepare images [I, 3, H, W] in 0..1 for `encode`: their states after the encoder, where images and prompts
         run it apart (so that they run once for all their texts), else their embeddings; [I, N, D]."""
         embedded = self.image_embeddings(images)
         if not self.hparams["separate"]:
             return embedded
-        whole = torch.ones(embedded.shape[:2], dtype=torch.long, device=embedded.device)
-        with self._exits_drawn(len(embedded)), self._told(whole):
+        every = torch.ones(embedded.shape[:2], dtype=torch.long, device=embedded.device)
+        with self._exits_drawn(len(embedded)), self._image_exits(every):
             return self.llm.get_encoder()(inputs_embeds=embedded)[0]
 
     def encode(self, seen: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
@@ -239,24 +235,24 @@ class Captioner(StepLossModule):
         mask = torch.cat([there, texts.prompt_mask], 1)
         if not self.hparams["separate"]:
             words = self.llm.get_input_embeddings()(texts.prompt)
-            whole = torch.cat([seen[image].to(words.dtype), words], 1)
+            joined = torch.cat([seen[image].to(words.dtype), words], 1)
             images = torch.cat([there, torch.zeros_like(texts.prompt_mask)], 1)
-            with self._exits_drawn(len(image)), self._told(images):
-                return encoder(inputs_embeds=whole, attention_mask=mask)[0], mask
+            with self._exits_drawn(len(image)), self._image_exits(images):
+                return encoder(inputs_embeds=joined, attention_mask=mask)[0], mask
         with self._exits_drawn(len(image)):
             read_RTD = encoder(input_ids=texts.prompt, attention_mask=texts.prompt_mask)[0]
         return torch.cat([seen[image], read_RTD], 1), mask
 
-    def _told(self, images: Tensor) -> Any:
-        """Exits with thresholds for image and text are told which tokens [B, T] of an encoding are the image's."""
+    def _image_exits(self, images: Tensor) -> Any:
+        """Mark which tokens [B, T] of an encoding are the image's, for exits with thresholds for image and text."""
         apart = isinstance(self.view.encoder[0], SplitEncoder)
         return image_tokens(self.llm, images.bool()) if apart else nullcontext()
 
     def _exits_drawn(self, rows: int) -> Any:
-        """In training, the encoder is left behind random layers by a share of the rows."""
+        """In training, let a share of the rows exit the encoder after random layers."""
         blocks = self.view.encoder
-        depth = drawn(self.hparams["random_exits"] if self.training else 0.0, (rows,), len(blocks), self.device)
-        return nullcontext() if depth is None else left_behind(blocks, depth)
+        depth = draw_layers(self.hparams["random_exits"] if self.training else 0.0, (rows,), len(blocks), self.device)
+        return nullcontext() if depth is None else exiting(blocks, depth)
 
     # --- decoder ------------------------------------------------------------------------------------------------
 
@@ -267,11 +263,11 @@ class Captioner(StepLossModule):
         return [head(found[number - 1]) for number in wanted], labels[labels != IGNORE]
 
     def _layer_states(self, states: Tensor, mask: Tensor, labels: Tensor, depth: Tensor | None = None) -> list[Tensor]:
-        """States [P, D] at the labelled positions, behind each decoder layer; tokens leave behind layer `depth` [R, L],
-        None: behind the last one."""
+        """States [P, D] at the labelled positions, after each decoder layer; tokens exit after layer `depth` [R, L],
+        None: after the last one."""
         at, blocks = labels != IGNORE, self.view.decoder
-        left = nullcontext() if depth is None else left_behind(blocks, depth)
-        with left, captured(blocks) as found:
+        exits = nullcontext() if depth is None else exiting(blocks, depth)
+        with exits, captured(blocks) as found:
             decoder_of(self.llm)(
                 input_ids=self._shifted(labels),
                 encoder_hidden_states=states,
@@ -281,14 +277,14 @@ class Captioner(StepLossModule):
         return [of[at] for of in found]
 
     def _shifted(self, labels: Tensor) -> Tensor:
-        """What the decoder has read before each label."""
+        """The token that the decoder reads before each label."""
         before = labels.new_full(labels.shape, self.start_id)
         before[:, 1:] = labels[:, :-1]
         return before.masked_fill(before == IGNORE, self._pad)
 
     @property
     def start_id(self) -> int:
-        """The token behind which the decoder begins."""
+        """The token the decoder starts with."""
         given = self.llm.generation_config.decoder_start_token_id
         config = self.llm.config.get_text_config() if sees(self.llm.config) else self.llm.config
         start = given if given is not None else config.decoder_start_token_id
@@ -301,7 +297,7 @@ class Captioner(StepLossModule):
         captions, of entailment, and of questions."""
         seen = self.see(batch["images"])
         zero = seen.new_zeros((), dtype=torch.float32)
-        total, count, told = zero, zero, dict.fromkeys(TRAINED, (zero, zero))
+        total, count, by_task = zero, zero, dict.fromkeys(TRAINED, (zero, zero))
         # pairs and questions, whose answers are short, run together
         for tasks, weight in ((TRAINED[:1], self.hparams["caption_weight"]), (TRAINED[1:], 1.0)):
             given = [task for task in tasks if batch[task] is not None]
@@ -312,28 +308,27 @@ class Captioner(StepLossModule):
             begin = 0
             for task in given:
                 own = (row_P >= begin) & (row_P < begin + len(batch[task].uids))
-                told[task], begin = (last_P[own].sum(), own.sum().to(zero)), begin + len(batch[task].uids)
+                by_task[task], begin = (last_P[own].sum(), own.sum().to(zero)), begin + len(batch[task].uids)
         if not count:
             total = total + 0.0 * seen.sum()  # every rank of DDP needs gradients
-        return torch.stack([total, count, *(value for task in TRAINED for value in told[task])])
+        return torch.stack([total, count, *(value for task in TRAINED for value in by_task[task])])
 
     def _losses(self, seen: Tensor, texts: Texts) -> tuple[Tensor, Tensor, Tensor]:
         """The weighted loss of all layers, and of each label the cross-entropy of the last layer and its row, [P]."""
         weights = layer_weights(self.hparams["layer_loss"], len(self.view.decoder))
-        settle, at = self.hparams["settle_weight"], texts.labels != IGNORE
-        share = self.hparams["random_token_exits"] if self.training else 0.0
-        depth = drawn(share, texts.labels.shape, len(weights), self.device)
-        states = self._layer_states(*self.encode(seen, texts), texts.labels, depth)
-        labels, head = texts.labels[at], exit_head(self.view)
-        logits = {n: head(states[n - 1]) for n, weight in enumerate(weights, 1) if weight or settle}
-        total = settle * moved(states, list(logits.values()), labels) if settle else labels.new_zeros(()).float()
-        for number, of in logits.items():
-            smoothing = self.hparams["label_smoothing"]
-            loss_P = F.cross_entropy(of.float(), labels, reduction="none", label_smoothing=smoothing)
-            kept_P = loss_P if depth is None else loss_P * (depth[at] >= number)
-            total = total + weights[number - 1] * kept_P.sum()
-        last_P = F.cross_entropy(logits[len(weights)].detach().float(), labels, reduction="none")
-        return total, last_P, at.nonzero()[:, 0]
+        share, at = self.hparams["random_token_exits"] if self.training else 0.0, texts.labels != IGNORE
+        exits = draw_layers(share, texts.labels.shape, len(weights), self.device)
+        states = self._layer_states(*self.encode(seen, texts), texts.labels, exits)
+        loss, last_P = layer_losses(
+            states,
+            exit_head(self.view),
+            texts.labels[at],
+            weights,
+            None if exits is None else exits[at],
+            self.hparams["settle_weight"],
+            self.hparams["label_smoothing"],
+        )
+        return loss, last_P, at.nonzero()[:, 0]
 
     @property
     def _pad(self) -> int:
@@ -360,13 +355,13 @@ class Captioner(StepLossModule):
         """The ids all three answers begin with, and the first id in which they differ, of each.
 
         Raises:
-            ValueError: two of them go on alike, so that one step of the decoder cannot tell them apart.
+            ValueError: two of them go on alike, so that one step of the decoder cannot distinguish them.
         """
         rows = self.hparams["tokens"]["answers"]
         length = next(n for n, ids in enumerate(zip(*rows, strict=False)) if len(set(ids)) > 1)
         ids = [row[length] for row in rows]
         if len(set(ids)) < len(rows):
-            raise ValueError(f"the answers' ids {rows} are told apart by more than one token")
+            raise ValueError(f"the answers' ids {rows} differ in more than one token")
         return rows[0][:length], ids
 
     def judge(self, states: Tensor, mask: Tensor) -> Tensor:
@@ -397,30 +392,26 @@ class Captioner(StepLossModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums anew."""
-        self._scores = torch.zeros(6, device=self.device, dtype=torch.float64)
-        self._captions: dict[str, tuple[str, tuple[str, ...]]] = {}
+        self._scores = ValidationScores(self.device)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Add up losses and right answers; caption the first images."""
         seen = self.see(batch["images"])
-        for place, task in enumerate(("caption", "entailment")):
+        for task in ("caption", "entailment"):
             texts: Texts | None = batch[task]
             if texts is None:
                 continue
             states, mask = self.encode(seen, texts)
             (logits,), labels = self.layer_logits(states, mask, texts.labels, [len(self.view.decoder)])
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-            self._scores[2 * place] += loss.double()
-            self._scores[2 * place + 1] += len(labels)
+            self._scores.add_loss(task, F.cross_entropy(logits.float(), labels, reduction="sum"), len(labels))
             if task == "entailment":
-                right = self.judge(states, mask).argmax(-1) == torch.tensor(texts.label, device=self.device)
-                self._scores[4] += right.sum()
-                self._scores[5] += len(right)
+                truth = torch.tensor(texts.label, device=self.device)
+                self._scores.add_answers(self.judge(states, mask).argmax(-1) == truth)
         self._caption_some(batch, seen)
 
     def _caption_some(self, batch: dict[str, Any], seen: Tensor) -> None:
         texts: Texts | None = batch["caption"]
-        room = self.hparams["val_captions"] - len(self._captions)
+        room = self.hparams["val_captions"] - len(self._scores.captions)
         if texts is None or room <= 0:
             return
         tokenizer = self._tokenizer()
@@ -435,7 +426,7 @@ class Captioner(StepLossModule):
             return
         rows = texts.rows([first[uid] for uid in chosen])
         said = tokenizer.batch_decode(self.caption(*self.encode(seen, rows)), skip_special_tokens=True)
-        self._captions |= {uid: (text, tuple(references[uid])) for uid, text in zip(chosen, said, strict=True)}
+        self._scores.captions |= {uid: (text, tuple(references[uid])) for uid, text in zip(chosen, said, strict=True)}
 
     def _tokenizer(self) -> Any:
         return self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
@@ -445,33 +436,20 @@ class Captioner(StepLossModule):
         self._log_scores("val")
 
     def on_test_epoch_start(self) -> None:
-        """As `on_validation_epoch_start`."""
+        """Start the sums anew."""
         self.on_validation_epoch_start()
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """As `validation_step`."""
+        """Add up losses and right answers; caption the first images."""
         self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
-        """As `on_validation_epoch_end`."""
+        """Log losses, accuracy and CIDEr, over the samples of all ranks."""
         self._log_scores("test")
 
     def _log_scores(self, stage: str) -> None:
-        sums: Any = self.trainer.strategy.reduce(self._scores, reduce_op="sum")
-        caption, captions, pair, pairs, right, judged = sums.tolist()
-        self.said = gathered(self._captions)
-        found = {}
-        if captions:
-            found["caption_loss"] = caption / captions
-        if pairs:
-            found |= {"entailment_loss": pair / pairs, "accuracy": right / judged, "pairs": judged}
-        if len(self.said) > 1:
-            scores = score_captions(
-                {uid: text for uid, (text, _) in self.said.items()},
-                {uid: told for uid, (_, told) in self.said.items()},
-            )
-            found |= {"cider": scores.totals["CIDEr"], "captions": float(len(self.said))}
-        self.results = found
+        found = self._scores.compute(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
+        self.said, self.results = self._scores.captions, found
         for name, value in found.items():
             if name not in ("pairs", "captions"):
                 self.log(f"{stage}/{name}", value, prog_bar=name in ("accuracy", "cider"), rank_zero_only=False)

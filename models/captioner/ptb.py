@@ -1,7 +1,7 @@
 """Penn Treebank tokens of captions as COCO's evaluation defines them, without Java.
 
 COCO's scores are taken on the lower-cased tokens of Stanford's English tokenizer of 2014 (CoreNLP 3.4.1) without
-punctuation. `tokenize` gives the same tokens by rules of its own, found by comparing outputs: at each place the longest
+punctuation. `tokenize` gives the same tokens by other rules, found by comparing outputs: at each place the longest
 rule wins, the earlier one of equally long ones. Rare symbols beyond Latin text may differ.
 """
 
@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Sequence
 
 DROPPED = frozenset(("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", *".?!,:;-", "--", "..."))
-"""What COCO's evaluation calls punctuation. Brackets are lower-cased before and so stay, as "-lrb-"."""
+"""Punctuation, as COCO's evaluation defines it. Brackets are lower-cased before and so stay, as "-lrb-"."""
 
 _NUMERALS = "\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u2079\u2080-\u2089\u2150-\u2189\u2460-\u24ff\u2776-\u2793"
 _L = rf"(?:(?![{_NUMERALS}])[^\W\d_]|[\u00ad\u0300-\u036f])"  # a letter
@@ -129,8 +129,8 @@ def tokenize(caption: str, following: str = "") -> list[str]:
 
     Args:
         caption: text; line breaks count as spaces.
-        following: the caption that comes behind it in COCO's evaluation, which gives all captions to the tokenizer as
-            one text: behind a single letter ("sign K.") the full stop is a part of the token unless the next sentence
+        following: the caption that follows it in COCO's evaluation, which gives all captions to the tokenizer as
+            one text: after a single letter ("sign K.") the full stop is a part of the token unless the next sentence
             opens with a word such as "The".
     """
     text = f"{_one_line(caption)}\n{_one_line(following)[:20]} "
@@ -194,5 +194,5 @@ def _written(token: str) -> list[str]:
 
 
 def _untold(mark: str) -> bool:
-    """Whether the tokenizer leaves a character out: controls, invisible ones, emoji beyond the basic plane."""
+    """Whether the tokenizer drops a character: controls, invisible ones, emoji beyond the basic plane."""
     return ord(mark) > 0xFFFC or unicodedata.category(mark) in ("Cc", "Cf", "Cn", "Co", "Cs")

@@ -21,7 +21,7 @@ SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 
 def check_strategy(strategy: Any) -> None:
-    """Raise unless every rank holds the whole model, as steps, evaluation and the report at the end of a run expect.
+    """Raise unless every rank holds all of the model, as steps, evaluation and the report at the end of a run expect.
 
     Raises:
         ValueError: a strategy that shards weights, or that makes the model reduce its gradients itself.
@@ -29,7 +29,7 @@ def check_strategy(strategy: Any) -> None:
     names = [cls.__name__ for cls in type(strategy).__mro__]
     if any(name in names for name in SHARDING):
         raise ValueError(
-            f"trainer.strategy is {names[0]}; this module needs the whole model on every rank: use 'ddp' (with LoRA "
+            f"trainer.strategy is {names[0]}; this module needs the complete model on every rank: use 'ddp' (with LoRA "
             "and gradient_checkpointing if memory is short), or shard mmskip's model in a custom loop with "
             "torch.distributed.fsdp.fully_shard (docs/models.md)"
         )
@@ -53,8 +53,9 @@ class BaseModule(LightningModule):
 
     fused: bool | None = True
 
-    def __init__(self, given: Mapping[str, Any]) -> None:
+    def __init__(self, given: Mapping[str, Any] | None = None) -> None:
         super().__init__()
+        given = {"methods": None} if given is None else given
         self._seed = torch.initial_seed() % 2**32
         self.methods = thaw(given["methods"])
         self._set_hparams({name: _plain(value) for name, value in given.items()} | {"methods": freeze(self.methods)})
@@ -109,7 +110,7 @@ class StepLossModule(BaseModule):
     same_model: Sequence[str] = ("llm", "lora", "methods")
     open_until_built: Sequence[str] = ()
 
-    def __init__(self, given: Mapping[str, Any]) -> None:
+    def __init__(self, given: Mapping[str, Any] | None = None) -> None:
         super().__init__(given)
         self.llm: Any = None
         self._sums: Tensor | None = None
@@ -127,7 +128,7 @@ class StepLossModule(BaseModule):
         raise NotImplementedError
 
     def step_losses(self, sums: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """From the sums of a whole step: the number of its labels, and what is logged as `train/<name>`."""
+        """From the sums of a step: the number of its labels, and what is logged as `train/<name>`."""
         raise NotImplementedError
 
     def on_train_start(self) -> None:
@@ -136,7 +137,7 @@ class StepLossModule(BaseModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The summed loss of a micro-batch. Lightning divides by the number of micro-batches and DDP by that of ranks,
-        which is undone here; the division by the labels of the whole step follows in `on_before_optimizer_step`."""
+        which is undone here; the division by the labels of the step follows in `on_before_optimizer_step`."""
         self.seed_step(batch_idx)
         sums = self.loss_sums(batch)
         self._sums = sums.detach() if self._sums is None else self._sums + sums.detach()
@@ -152,7 +153,7 @@ class StepLossModule(BaseModule):
         return self.llm.get_input_embeddings().weight
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide the gradients by the number of labels of the whole step, and log its losses."""
+        """Divide the gradients by the number of labels of the step, and log its losses."""
         assert self._sums is not None
         sums = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
         self._sums = None

@@ -1,5 +1,5 @@
-"""What a streaming model calls logits, in training, scoring, answering and streaming: the last hidden states times the
-head, summed and told in fp32.
+"""Compute the output head in fp32 for half-precision models, so that ties break identically in training, scoring,
+answering and streaming.
 
 A head in half precision rounds its logits (bf16: to 8 bits, steps of 0.0625 at 8), so that words of different logits
 tie, and a tie falls as rounding elsewhere has it. Products of two numbers of half precision are exact in fp32; only the
@@ -27,7 +27,7 @@ def head_only_at(llm: PreTrainedModel, rows: Tensor, cols: Tensor) -> Iterator[N
     """While open, the LM head of `llm` sees the hidden states at `[rows, cols]` only, so logits are [P, V]; in fp32
     even where the head is a linear layer in half precision.
 
-    Hooks on the head instead of a call of the inner model, because what a causal LM does behind its head (soft caps,
+    Hooks on the head instead of a call of the inner model, because what a causal LM does after its head (soft caps,
     logit scales) stays its own business. With a vocabulary of 128k the head is the largest tensor of a step.
     """
     head: nn.Module = llm.get_output_embeddings()

@@ -170,7 +170,7 @@ class ImageSampler:
         denoiser: from the numbers [B] of the images, which may tell their classes, to their D(x, sigma).
         image_shape: C, H, W.
         sigma_min, sigma_max: noise levels where sampling ends and begins.
-        levels: settings of `mmskip.SkipScaleConfig` that tell how the network is told its noise level and what it
+        levels: settings of `mmskip.SkipScaleConfig` on how the network receives its noise level and what it
             predicts, for schedules over the noise level.
         finish: brings what was drawn into [-1, 1].
         calls: evaluations of the network per call of D (2 with guidance).
@@ -213,7 +213,7 @@ class ImageSampler:
 
 
 def ddpm_denoiser(predict: Callable[[Tensor, Tensor], Tensor], betas: Tensor) -> tuple[Denoiser, float, float]:
-    """The denoiser behind a network that predicts the noise at step t of a DDPM.
+    """The denoiser of a network that predicts the noise at step t of a DDPM.
 
     Args:
         predict: eps(x_t [B, C, H, W], t [B]) -> [B, C, H, W], t integer.

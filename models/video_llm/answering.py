@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def answer(model: "VideoLLM", samples: Sequence[dict[str, Any]], max_new_tokens: int) -> list[list[int]]:
-    """What the model says behind the frames of each sample's first turn, whether or not it would speak there.
+    """Generate what the model says after the frames of each sample's first turn, whether or not it would speak there.
 
     Args:
         model: on its device; put into evaluation mode for the call.
-        samples: from `mmskip.datasets.narration.turns.build_sample`; what stands behind "Assistant:" is not looked at.
+        samples: from `mmskip.datasets.narration.turns.build_sample`; what follows "Assistant:" is ignored.
         max_new_tokens: longest answer, tokens, >= 1.
 
     Returns:

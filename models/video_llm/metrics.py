@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class TurnScore:
-    """What one turn is scored from.
+    """The counts one turn is scored by.
 
     Attributes:
         nll: summed cross-entropy of the turn's text tokens, nats.
@@ -57,7 +57,7 @@ def frame_diff(speaks: Sequence[bool], later: Sequence[bool]) -> int:
 
     Args:
         speaks: for each frame of the turn, whether the model would speak there (teacher-forced).
-        later: the same for the frames appended behind the turn; empty for the last turn of a sample. Only asked
+        later: the same for the frames appended after the turn; empty for the last turn of a sample. Only asked
             when the model never spoke in the turn.
 
     Returns:

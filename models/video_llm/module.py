@@ -1,6 +1,6 @@
 """The streaming video LLM of VideoLLM-online and VideoLLM-MoD as a LightningModule.
 
-Shapes: B samples, T tokens, F frames of the whole batch, N tokens per frame, C feature channels, D width, P labelled
+Shapes: B samples, T tokens, F frames of the batch, N tokens per frame, C feature channels, D width, P labelled
 positions, V vocabulary.
 """
 
@@ -25,7 +25,8 @@ from mmskip.models.video_llm.loss import loss_sums
 from mmskip.models.video_llm.metrics import NarrationMetrics
 from mmskip.models.video_llm.scoring import score_turns
 from mmskip.models.video_llm.speaking import TokenIds, Utterance, split_rows
-from mmskip.models.video_llm.streaming.engine import StreamEngine, StreamSettings
+from mmskip.models.video_llm.streaming.engine import StreamEngine
+from mmskip.models.video_llm.streaming.settings import StreamSettings
 
 
 class VideoLLM(StepLossModule):
@@ -39,7 +40,7 @@ class VideoLLM(StepLossModule):
         llm: name or folder of a Hugging Face causal LM, or a dict with `model_type` and settings for one from scratch
             (its vocabulary is the tokenizer's).
         methods: configs applied in order after LoRA, e.g. `[MoDConfig(keep=0.2)]`; none: dense.
-        lora: adapters by peft, with the base model frozen; None: the whole model is trained.
+        lora: adapters by peft, with the base model frozen; None: all weights are trained.
         llm_dtype: dtype of the language model's weights: float32, bfloat16 or float16.
         attention: attention backend of transformers: sdpa, eager, ...
         residual_init: factor, >= 0, on the initial weights of a model from scratch that write into its residual
@@ -163,7 +164,7 @@ class VideoLLM(StepLossModule):
         return place_features(embeds, vision, self.connector(features.to(dtype)))
 
     def forward(self, batch: dict[str, Any], rows: Tensor, cols: Tensor) -> Tensor:
-        """Logits [P, V] behind the tokens at `[rows, cols]` of a batch."""
+        """Logits [P, V] after the tokens at `[rows, cols]` of a batch."""
         mask, layout = batch["attention_mask"], batch["layout"]
         # a padding token may lie outside the vocabulary of a pretrained model
         input_ids = batch["input_ids"].masked_fill(mask == 0, 0)
@@ -219,7 +220,7 @@ class VideoLLM(StepLossModule):
         self.metrics.reset()
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """As `validation_step`."""
+        """Score the turns of the batch."""
         self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
@@ -250,7 +251,7 @@ class VideoLLM(StepLossModule):
         settings = StreamSettings(
             threshold=self.hparams["silent_threshold"] if threshold is None else threshold,
             max_new_tokens=self.hparams["max_new_tokens"],
-            # a sample that was trained on is narrated, whatever range the language model once had
+            # a sample of the training length is narrated, whatever range the language model once had
             position_range=2**31,
         )
         was_training = self.training

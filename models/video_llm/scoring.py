@@ -108,7 +108,7 @@ def _show_more_frames(
 
 def _continued(sample: dict[str, Any], late: _Late, ids: TokenIds) -> dict[str, Any]:
     """The stream up to the last frame of a turn, and then `,` and a further frame, again and again; the only labels
-    stand behind the further frames."""
+    follow the further frames."""
     turn: TurnSpan = sample["turns"][late.turn]
     stop = turn.stream[-1] + 1
     tokens = sample["features"].shape[1]
@@ -117,7 +117,7 @@ def _continued(sample: dict[str, Any], late: _Late, ids: TokenIds) -> dict[str, 
     block[0] = ids.silent
     layout = torch.arange(turn.frames[1], turn.frames[1] + late.frames, device=device)
     layout = torch.cat([torch.full_like(layout, -1)[:, None], layout[:, None].expand(-1, tokens)], 1)
-    # a last token behind the last frame, whose label asks for the decision there
+    # a last token after the last frame, whose label asks for the decision there
     input_ids = torch.cat([sample["input_ids"][:stop], block.repeat(late.frames), block[:1]])
     labels = torch.full_like(input_ids, IGNORE)
     labels[stop + tokens + 1 :: tokens + 1] = ids.silent

@@ -1,4 +1,4 @@
-"""What streaming, scoring and training share: token ids of the template, the decision to speak, samples of a batch."""
+"""Token ids of the template, the decision to speak, and the samples of a batch, for training, scoring and streaming."""
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ class TokenIds:
             ValueError: a token of the template is missing.
         """
         tokens = StreamTokens.of(tokenizer)
-        # a pad token that is also the eos (GPT-2) is predicted, so only a pad of its own is left out
+        # a pad token that is also the eos (GPT-2) is predicted, so only a separate pad is left out
         unused = {tokens.vision, tokens.pad} - {tokens.eos, tokens.bos}
         known = set(tokenizer.get_vocab().values()) - unused
         return cls(tokens.silent, tokens.speak, tokens.eos, tokens.open, tokens.assistant, max(known) + 1)
@@ -55,7 +55,7 @@ def _plain(value: Any) -> Any:
 
 
 class Utterance(NamedTuple):
-    """One narration of the model. (A named tuple: Lightning moves what a predict step returns.)
+    """One narration of a sample. (A named tuple: Lightning moves what a predict step returns.)
 
     Attributes:
         frame: index of the frame after which it was spoken.
@@ -66,8 +66,24 @@ class Utterance(NamedTuple):
     tokens: tuple[int, ...]
 
 
+class StreamUtterance(NamedTuple):
+    """A text that the model spoke in a running stream.
+
+    Attributes:
+        stream: number of the stream.
+        frame: the last frame it had watched; -1: none.
+        tokens: the generated ids, without eos.
+        question: number of the question it answers, as `StreamEngine.ask` gave it; None: it spoke by itself.
+    """
+
+    stream: int
+    frame: int
+    tokens: tuple[int, ...]
+    question: int | None
+
+
 def speaks(logits: Tensor, silent: int, threshold: float = 0.0) -> Tensor:
-    """Whether to speak, given the logits behind frames.
+    """Whether to speak, given the logits after frames.
 
     Args:
         logits: [..., V].

@@ -45,7 +45,7 @@ def vlm_config(vlm: str | Mapping[str, Any]) -> PretrainedConfig:
 
 
 def token_ids(processor: Any) -> dict[str, Any]:
-    """What a VLM from scratch has to know of its processor, as plain numbers (see `TOKENS`)."""
+    """Collect what a VLM from scratch has to know of its processor, as plain numbers (see `TOKENS`)."""
     tokenizer = processor.tokenizer
     found = plain_ids(tokenizer)
     for name in TOKENS[1:]:
@@ -131,8 +131,8 @@ def trained_counts(model: nn.Module) -> dict[str, int]:
 
 
 def save_tuned(model: PreTrainedModel, folder: str | Path, processor: Any = None) -> list[Path]:
-    """Write what training made, each folder whole: `mmskip/` (configs and routers, by `mmskip.save`), `lora/` (peft's
-    format), and `model/` where base weights were trained (with the processor, so that it is complete).
+    """Write the trained parts, each folder atomically: `mmskip/` (configs and routers, by `mmskip.save`), `lora/`
+    (peft's format), and `model/` where base weights were trained (with the processor, so that it is complete).
 
     Returns:
         The folders written.

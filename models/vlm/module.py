@@ -53,7 +53,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     check_schedule(settings["schedule"])
     if settings["export"] is not None and settings["trainable"] != "all":
         raise ValueError(
-            f"export={settings['export']!r} writes a whole model, but trainable is {settings['trainable']!r}; use 'all'"
+            f"export={settings['export']!r} writes all weights, but trainable is {settings['trainable']!r}; use 'all'"
         )
     torch_dtype(settings["dtype"])
 
@@ -71,7 +71,7 @@ class VLM(StepLossModule):
             token ids are the processor's).
         methods: configs applied in order after LoRA, e.g. `[MoDConfig(keep=0.5)]`; none: dense.
         lora: adapters by peft.
-        trainable: "all" (the whole model and routers), "router" (the methods' weights alone), "lora" or "router+lora";
+        trainable: "all" (all weights and routers), "router" (the methods' weights alone), "lora" or "router+lora";
             the rest is frozen.
         dtype: of the VLM's weights: float32, bfloat16 or float16. Routers and adapters are float32.
         attention: attention backend of transformers: sdpa, eager, ...
@@ -171,7 +171,7 @@ class VLM(StepLossModule):
     # --- forward ------------------------------------------------------------------------------------------------
 
     def forward(self, batch: dict[str, Any], rows: Tensor, cols: Tensor) -> Tensor:
-        """Logits [P, V] behind the tokens at `[rows, cols]` of a batch."""
+        """Logits [P, V] after the tokens at `[rows, cols]` of a batch."""
         with head_only_at(self.llm, rows, cols):
             out = self.llm(**inputs_of(batch), use_cache=False)
         return out.logits
@@ -265,7 +265,7 @@ class VLM(StepLossModule):
     # --- evaluation ---------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        """Start the sums anew, at the keep ratio of the moment."""
+        """Start the sums anew, at the current keep ratio."""
         anneal(self.llm, self.progress)
         self._scores = torch.zeros(5, device=self.device, dtype=torch.float64)
 
@@ -278,11 +278,11 @@ class VLM(StepLossModule):
         self._log_scores("val")
 
     def on_test_epoch_start(self) -> None:
-        """As `on_validation_epoch_start`."""
+        """Start the sums anew, at the current keep ratio."""
         self.on_validation_epoch_start()
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """As `validation_step`."""
+        """Add up the losses and the right answers of the batch."""
         self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
@@ -303,11 +303,11 @@ class VLM(StepLossModule):
 
     def _log_scores(self, stage: str) -> None:
         sums: Any = self.trainer.strategy.reduce(self._scores, reduce_op="sum")
-        loss, labels, right, answers, whole = sums.tolist()
+        loss, labels, right, answers, all_right = sums.tolist()
         self.results = {
             "loss": loss / max(labels, 1),
             "token_accuracy": right / max(labels, 1),
-            "answer_accuracy": whole / max(answers, 1),
+            "answer_accuracy": all_right / max(answers, 1),
             "answers": answers,
             "keep": read_keep(self.llm),
         }

@@ -9,7 +9,8 @@ from narration_data import FEATURES, FPS, LLAMA, TOKENS, stream_tokens, token_id
 import mmskip
 from mmskip.models.video_llm.module import VideoLLM
 from mmskip.models.video_llm.speaking import speaks
-from mmskip.models.video_llm.streaming.engine import StreamEngine, StreamSettings
+from mmskip.models.video_llm.streaming.engine import StreamEngine
+from mmskip.models.video_llm.streaming.settings import StreamSettings
 
 MOD = mmskip.MoDConfig(keep=0.4, gate="sigmoid")
 HEAD = [stream_tokens().bos]

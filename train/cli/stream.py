@@ -17,7 +17,8 @@ from mmskip.datasets.narration.tokenizer import StreamTokens
 from mmskip.datasets.video.frames import ImageFolder, VideoFrames, open_frames
 from mmskip.datasets.video.tower import VisionTower
 from mmskip.env import pick_device
-from mmskip.models.video_llm.streaming.engine import StreamEngine, StreamSettings
+from mmskip.models.video_llm.streaming.engine import StreamEngine
+from mmskip.models.video_llm.streaming.settings import StreamSettings
 from mmskip.models.video_llm.streaming.state import load_streams, save_streams
 from mmskip.train.load_run import TrainedRun, check_tokens, find_run, load_data, load_model, tokenizer_folder
 from mmskip.train.playback import Player, Question, Spoken, Watched, place_questions

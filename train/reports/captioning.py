@@ -7,8 +7,8 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
+from mmskip.datasets.captioning.batch import PictureEntry
 from mmskip.datasets.captioning.coco import write_results
-from mmskip.datasets.captioning.module import PictureEntry
 from mmskip.datasets.captioning.snli_ve import LABELS
 from mmskip.models.captioner.metrics import score_captions
 from mmskip.models.captioner.module import Captioner

@@ -8,7 +8,7 @@ Five tasks, as VideoLLM-online and VideoLLM-MoD (arXiv 2408.16730) evaluate them
 | `task` | what is done in the whole video? | the video's class |
 | `next` | which step comes next? | the next step |
 | `procedure` | which steps come next? | up to five steps, one a line |
-| `procedure+` | the same, the video's class being told | the same |
+| `procedure+` | the same, with the video's class given | the same |
 
 Schema: https://coin-dataset.github.io/.
 """
@@ -157,7 +157,7 @@ def questions(video: CoinVideo, tasks: Sequence[str] = TASKS) -> Iterator[CoinQu
 
 
 class CoinData(NarrationData):
-    """COIN's questions as samples: the question behind `<bos>`, the frames of the part it is about, the answer.
+    """COIN's questions as samples: the question after `<bos>`, the frames of the part it is about, the answer.
 
     Arguments as `NarrationData`, whose `annotations` are `COIN.json` for every split: "train" takes its training
     subset, "val" and "test" its testing subset. A part longer than `max_frames` loses its earliest frames.
@@ -197,7 +197,7 @@ class CoinData(NarrationData):
         return [video for video in self._read((self.annotations or {})[split])[0] if video.subset == SUBSETS[split]]
 
     def _load(self, split: str) -> list[NarratedVideo]:
-        if not self._has(split):
+        if not self.has(split):
             return []
         folder = Path(self.video_dir[split])
         files, known = find_videos(folder), self._encoded
@@ -209,8 +209,8 @@ class CoinData(NarrationData):
                 continue
             # the words of questions and answers are those the tokenizer has to know
             asked = [text for item in questions(video, self.tasks) for text in (item.question, item.text)]
-            told = tuple(Narration(video.start_s, text) for text in asked)
-            loaded.append(NarratedVideo(video.uid, files.get(video.uid, folder / f"{video.uid}.mp4"), told))
+            texts = tuple(Narration(video.start_s, text) for text in asked)
+            loaded.append(NarratedVideo(video.uid, files.get(video.uid, folder / f"{video.uid}.mp4"), texts))
         self.counts[split], self.reports[split] = Counter(report.counts), report
         if not loaded:
             raise ValueError(

@@ -1,4 +1,5 @@
-"""Ego4D's annotation formats, as published: narrations, long-term anticipation, Goal-Step.
+"""Ego4D's annotation formats, as published: narrations and long-term anticipation. For Goal-Step see
+`goal_step`.
 
 Schemas: https://ego4d-data.org/docs/data/annotations-schemas/. Videos are named by their uid.
 """
@@ -13,7 +14,6 @@ from mmskip.datasets.common.report import LoadReport
 from mmskip.datasets.narration.parsing import Annotated, Moment, MomentReader, dicts, is_time, read_json
 
 PASSES = ("narration_pass_1", "narration_pass_2")
-LEVELS = ("steps", "substeps")
 _TAG = re.compile(r"#\s*\w+")
 _ASIDE = re.compile(r"_*\([^)]*\)")
 
@@ -25,7 +25,7 @@ def clean_text(text: Any) -> Any:
 
 def read_narrations(path: Path, passes: Sequence[str], report: LoadReport) -> list[Annotated]:
     """`narrations.json`: the uids stand at the top of the file or under "videos"; each has "narration_pass_1",
-    "narration_pass_2" (two annotators) and a "status", by which a redacted video is told.
+    "narration_pass_2" (two annotators) and a "status", which marks a redacted video.
 
     Raises:
         ValueError: another schema.
@@ -44,8 +44,8 @@ def read_narrations(path: Path, passes: Sequence[str], report: LoadReport) -> li
         redacted = "redacted" in str(entry.get("status", "")).lower()
         for name in passes:
             reader = MomentReader(uid, report)
-            told = next(iter(dicts([entry[name]] if entry.get(name) else None, uid, report)), {})
-            for record in dicts(told.get("narrations"), uid, report):
+            passed = next(iter(dicts([entry[name]] if entry.get(name) else None, uid, report)), {})
+            for record in dicts(passed.get("narrations"), uid, report):
                 time_s = record.get("timestamp_sec")
                 reader.add(time_s, time_s, clean_text(record.get("narration_text")))
             empty = "redacted" if redacted else "no narrations"
@@ -59,7 +59,7 @@ def _is_entry(entry: Any) -> bool:
 
 def read_lta(path: Path, passes: Sequence[str], report: LoadReport) -> list[Annotated]:
     """`fho_lta_<set>.json` (long-term anticipation): actions as "verb noun" with their times in a clip. The clips
-    may be files of their own (named by `clip_uid`) or parts of the whole video (`video_uid`).
+    may be separate files (named by `clip_uid`) or parts of the full video (`video_uid`).
 
     Raises:
         ValueError: another schema.
@@ -88,36 +88,6 @@ def read_lta(path: Path, passes: Sequence[str], report: LoadReport) -> list[Anno
 def _plain(label: Any) -> str:
     """Words of a taxonomy label: "turn_on_(switch_on,_start)" -> "turn on"."""
     return " ".join(_ASIDE.sub("", label).replace("_", " ").split()) if isinstance(label, str) else ""
-
-
-def read_goalstep(path: Path, passes: Sequence[str], report: LoadReport) -> list[Annotated]:
-    """`goalstep_<set>.json`: steps, and substeps inside them, with start and end; the passes are "steps" and
-    "substeps". The test file has no times: all of it is counted as "no time".
-
-    Raises:
-        ValueError: another schema.
-    """
-    content = read_json(path)
-    videos = content.get("videos") if isinstance(content, dict) else None
-    if not isinstance(videos, list) or not all(isinstance(video, dict) and "video_uid" in video for video in videos):
-        raise ValueError(
-            f"{path}: not Ego4D's Goal-Step schema; expected {{'videos': [{{'video_uid': ..., 'segments': [...]}}]}}"
-        )
-    found = []
-    for video in sorted(videos, key=lambda video: str(video["video_uid"])):
-        uid = video["video_uid"]
-        steps = dicts(video.get("segments", video.get("step_segments")), uid, report)
-        records = {
-            "steps": steps,
-            "substeps": [sub for step in steps for sub in dicts(step.get("segments"), uid, report)],
-        }
-        for level in passes:
-            reader = MomentReader(uid, report)
-            for record in records[level]:
-                text = record.get("step_description")
-                reader.add(record.get("start_time"), record.get("end_time"), text)
-            found.append(Annotated(uid, level, reader.done()))
-    return found
 
 
 def read_redactions(path: Path) -> dict[str, list[tuple[float, float]]]:

@@ -8,12 +8,11 @@ Shapes: B streams, T tokens of a call, F frames, N tokens per frame, C feature c
 """
 
 import copy
-import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import fields
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,16 +20,18 @@ from torch import Tensor
 
 import mmskip
 from mmskip import families
-from mmskip.hf.streaming.cache import POSITIONS, StreamCache
+from mmskip.hf.streaming.cache import StreamCache
 from mmskip.hf.streaming.dense_cache import DenseCache
 from mmskip.hf.streaming.slot_ledger import TEXT_PIECE, bound_entries
 from mmskip.models.common.fp32_head import head_only_at
-from mmskip.models.video_llm.speaking import TokenIds, speaks
+from mmskip.models.video_llm.speaking import StreamUtterance, TokenIds, speaks
+from mmskip.models.video_llm.streaming.packing import Packed, Part, Stream, next_part, pack
+from mmskip.models.video_llm.streaming.settings import StreamSettings
 from mmskip.tokens.groups import TEXT
 
 
 class Watcher(Protocol):
-    """What the engine needs of a model; `mmskip.models.video_llm.VideoLLM` is one."""
+    """The part of a model that the engine uses; `mmskip.models.video_llm.VideoLLM` is one."""
 
     llm: Any
 
@@ -40,112 +41,6 @@ class Watcher(Protocol):
 
     def embed(self, input_ids: Tensor, layout: Tensor, features: Tensor) -> Tensor:
         """Token embeddings [B, T, D]; features [F, N, C] stand at the vision positions."""
-
-
-@dataclass(frozen=True)
-class StreamSettings:
-    """How streams are watched.
-
-    Attributes:
-        window: tokens a token looks back on, itself included; None: the whole stream. At least one frame and its
-            separator.
-        sinks: first tokens of a stream that stay visible under a window, >= 0.
-        positions: `absolute` or `rolling`, see `mmskip.hf.streaming.cache.StreamCache`.
-        position_range: positions the model has; None: as its config says.
-        chunk: most frames of one stream in one call, >= 1. What is said does not depend on it.
-        threshold: a silent token below this probability is set to zero, in [0, 1]; 0: plain argmax.
-        max_new_tokens: longest text, tokens, >= 1.
-        temperature: of sampling, >= 0; 0: greedy.
-        top_p: sample among the likeliest tokens that together have this probability, in (0, 1].
-        seed: of sampling, >= 0; each stream draws for itself.
-    """
-
-    window: int | None = None
-    sinks: int = 0
-    positions: str = "absolute"
-    position_range: int | None = None
-    chunk: int = 1
-    threshold: float = 0.725
-    max_new_tokens: int = 100
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        lowest = {"window": 1, "sinks": 0, "position_range": 1, "chunk": 1, "max_new_tokens": 1, "seed": 0}
-        for name, low in lowest.items():
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
-                raise ValueError(f"{name} is {value!r}; expected an integer >= {low}.")
-        if self.positions not in POSITIONS:
-            raise ValueError(f"positions is {self.positions!r}; expected one of {', '.join(POSITIONS)}.")
-        if self.sinks and self.window is None:
-            raise ValueError(f"sinks is {self.sinks} without a window; give a window, or leave the sinks out.")
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold is {self.threshold!r}; expected a number from 0 to 1.")
-        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"temperature is {self.temperature!r} and top_p {self.top_p!r}; expected a number >= 0 and one in "
-                "(0, 1]."
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "StreamSettings":
-        """From `to_dict`."""
-        return cls(**{f.name: values[f.name] for f in fields(cls)})
-
-
-class Said(NamedTuple):
-    """A text of the model.
-
-    Attributes:
-        stream: number of the stream.
-        frame: the last frame it had watched; -1: none.
-        tokens: ids without eos.
-        question: number of the question it answers, as `ask` gave it; None: it spoke by itself.
-    """
-
-    stream: int
-    frame: int
-    tokens: tuple[int, ...]
-    question: int | None
-
-
-@dataclass
-class _Stream:
-    """One stream on the host.
-
-    Attributes:
-        text: ids the model has not seen yet, before `opener`.
-        opener: what stands before the next frame: the silent token, or `\\n[`.
-        opened: whether the last thing the model saw is a frame.
-        frames: [N, C] each, not watched yet; `seen` were.
-        questions: (number, frames to be watched before, ids).
-        words: of the text being spoken; None: watching.
-    """
-
-    text: list[int]
-    opener: list[int]
-    opened: bool = False
-    frames: deque[Tensor] = field(default_factory=deque)
-    seen: int = 0
-    questions: deque[tuple[int, int, list[int]]] = field(default_factory=deque)
-    asked: int = 0
-    words: list[int] | None = None
-    answering: int | None = None
-
-
-class _Part(NamedTuple):
-    """What one stream brings to a call: text, then frames with a silent token between them. `then` says what is done
-    with the logits behind it: nothing (more text follows), "decide", or "pick" the next word."""
-
-    text: list[int]
-    frames: list[Tensor]
-    then: str
 
 
 class StreamEngine:
@@ -171,7 +66,7 @@ class StreamEngine:
             )
         self.model, self.frame_tokens, self.settings = model, frame_tokens, settings
         self._device = model.llm.get_input_embeddings().weight.device
-        self._streams = [_Stream(list(head), list(model.ids.open)) for head in heads]
+        self._streams = [Stream(list(head), list(model.ids.open)) for head in heads]
         self._draws = [torch.Generator().manual_seed(settings.seed + row) for row in range(len(heads))]
         self._routed = bool(mmskip.applied(model.llm))
         self.cache: Any = self._make_cache(len(heads))
@@ -258,10 +153,9 @@ class StreamEngine:
         """Bytes that each layer stores of a token. Configs tell it in many ways, so one token is run, over a cache that
         is then thrown away."""
         cache: Any = self._make_cache(1)
-        layout = np.full((1, 1), TEXT)
+        token = Packed(np.full((1, 1), self.model.ids.eos), np.full((1, 1), TEXT), [1], [], [0], [0])
         with torch.no_grad():
-            announced = cache.begin(layout, [1], self.model.llm.dtype)
-            self._forward(np.full((1, 1), self.model.ids.eos), layout, [], announced, [0], [0])
+            self._forward(token, cache)
         return cache.entry_bytes
 
     @property
@@ -290,24 +184,24 @@ class StreamEngine:
         for number, values in enumerate(state["streams"]):
             frames = tensors[f"frames.{number}"].to(self._device) if values["frames"] else ()
             questions = deque((number, after, ids) for number, after, ids in values["questions"])
-            self._streams[number] = _Stream(**{**values, "frames": deque(frames), "questions": questions})
+            self._streams[number] = Stream(**{**values, "frames": deque(frames), "questions": questions})
             self._draws[number].set_state(tensors[f"draw.{number}"].cpu())
 
     # --- running --------------------------------------------------------------------------------------------------
 
-    def run(self) -> list[Said]:
+    def run(self) -> list[StreamUtterance]:
         """Watch, decide, speak and answer until there is nothing left to do."""
-        said: list[Said] = []
+        said: list[StreamUtterance] = []
         while (now := self.step()) is not None:
             said += now
         return said
 
     @torch.no_grad()
-    def step(self) -> list[Said] | None:
+    def step(self) -> list[StreamUtterance] | None:
         """One call of the model, for all streams that have something to do.
 
         Returns:
-            Texts that were finished by it; None if nothing was left to do.
+            Texts that it finished; None if there was nothing to do.
 
         Raises:
             ValueError: the stream is longer than the model's range; no state has changed then.
@@ -317,83 +211,38 @@ class StreamEngine:
             return None
         logits = self._call(parts)
         said = []
-        for number, (part, behind) in enumerate(zip(parts, logits, strict=True)):
+        for number, (part, asked) in enumerate(zip(parts, logits, strict=True)):
             if part is not None:
-                said += self._take(number, part, behind)
+                said += self._take(number, part, asked)
         return said
 
-    def _next(self, number: int) -> _Part | None:
-        row, ids = self._streams[number], self.model.ids
-        if row.words is not None:
-            return self._piece(row.text, "pick")
-        if row.questions and row.questions[0][1] <= row.seen:
-            close = [ids.speak] if row.opened else []
-            return self._piece([*row.text, *close, *row.questions[0][2], *ids.assistant], "pick")
-        if not row.frames:
-            return None
-        text = [*row.text, *row.opener]
-        if len(text) > TEXT_PIECE:
-            return self._piece(text, "none", TEXT_PIECE)
-        most = self.settings.chunk
-        if row.questions:
-            most = min(most, row.questions[0][1] - row.seen)
-        frames = [frame for frame, _ in zip(row.frames, range(most), strict=False)]
-        # keys are turned back between calls only, so all frames of a call share one base
-        first = self.cache.totals[number] + len(text) + self.frame_tokens - 1
-        base = self.cache.base_of(first)
+    def _next(self, number: int) -> Part | None:
+        part = next_part(self._streams[number], self.model.ids, self.settings.chunk)
+        if part is None or not part.frames:
+            return part
+        # keys are rotated back between calls only, so all frames of a call share one base
+        first = self.cache.totals[number] + len(part.text) + self.frame_tokens - 1
+        base, frames = self.cache.base_of(first), list(part.frames)
         while self.cache.base_of(first + (len(frames) - 1) * (self.frame_tokens + 1)) != base:
             frames.pop()
-        return _Part(text, frames, "decide")
+        return part._replace(frames=frames)
 
-    def _piece(self, text: list[int], then: str, most: int = TEXT_PIECE) -> _Part:
-        """The first tokens of a text: a long one takes several calls, of lengths that do not depend on the chunk."""
-        return _Part(text[:most], [], then if len(text) <= most and then != "none" else "none")
-
-    def _call(self, parts: Sequence[_Part | None]) -> list[Tensor]:
+    def _call(self, parts: Sequence[Part | None]) -> list[Tensor]:
         """Logits [V] or [F, V] that each part asked for."""
-        ids, tokens = self.model.ids, self.frame_tokens
-        rows, cols = [], []
-        lines: list[tuple[list[int], list[int]]] = []
-        for number, part in enumerate(parts):
-            line: list[int] = [] if part is None else list(part.text)
-            layout = [TEXT] * len(line)
-            for index, _ in enumerate(part.frames if part else ()):
-                if index:
-                    line.append(ids.silent)
-                    layout.append(TEXT)
-                line += [0] * tokens
-                layout += [self._streams[number].seen + index] * tokens
-                rows.append(number)
-                cols.append(len(line) - 1)
-            if part is not None and part.then == "pick":
-                rows.append(number)
-                cols.append(len(line) - 1)
-            lines.append((line, layout))
-        lengths = [len(line) for line, _ in lines]
-        width = max(lengths)
-        input_ids = np.array([line + [0] * (width - len(line)) for line, _ in lines])
-        layout_BT = np.array([layout + [TEXT] * (width - len(layout)) for _, layout in lines])
-        announced = self.cache.begin(layout_BT, lengths, self.model.llm.dtype)
-        frames = [frame for part in parts if part is not None for frame in part.frames]
-        logits = self._forward(input_ids, layout_BT, frames, announced, rows, cols)
-        found = np.array(rows)
+        packed = pack(parts, [row.seen for row in self._streams], self.model.ids.silent, self.frame_tokens)
+        logits, found = self._forward(packed), np.array(packed.rows)
         return [
             logits[torch.from_numpy(np.flatnonzero(found == number)).to(logits.device)] for number in range(len(parts))
         ]
 
-    def _forward(
-        self,
-        input_ids: np.ndarray,
-        layout: np.ndarray,
-        frames: Sequence[Tensor],
-        announced: dict[str, Any],
-        rows: list[int],
-        cols: list[int],
-    ) -> Tensor:
-        layout_BT = torch.from_numpy(layout).to(self._device)
-        features = torch.stack(list(frames)) if frames else self._no_frames()
-        embeds = self.model.embed(torch.from_numpy(input_ids).to(self._device), layout_BT, features)
-        at = torch.tensor(rows, dtype=torch.long), torch.tensor(cols, dtype=torch.long)
+    def _forward(self, packed: Packed, cache: Any = None) -> Tensor:
+        """Logits [P, V] at the places of a batch, over `cache` (None: that of the streams)."""
+        cache = self.cache if cache is None else cache
+        announced = cache.begin(packed.layout, packed.lengths, self.model.llm.dtype)
+        layout_BT = torch.from_numpy(packed.layout).to(self._device)
+        features = torch.stack(packed.frames) if packed.frames else self._no_frames()
+        embeds = self.model.embed(torch.from_numpy(packed.input_ids).to(self._device), layout_BT, features)
+        at = torch.tensor(packed.rows, dtype=torch.long), torch.tensor(packed.cols, dtype=torch.long)
         with head_only_at(self.model.llm, *(index.to(self._device) for index in at)):
             out = self.model.llm(
                 inputs_embeds=embeds.to(self.model.llm.dtype),
@@ -409,25 +258,21 @@ class StreamEngine:
 
     # --- what follows from a call -----------------------------------------------------------------------------------
 
-    def _take(self, number: int, part: _Part, logits: Tensor) -> list[Said]:
+    def _take(self, number: int, part: Part, logits: Tensor) -> list[StreamUtterance]:
         row = self._streams[number]
         if part.then == "decide":
             self._decide(number, part, logits)
             return []
-        asking = row.words is None and bool(row.questions) and row.questions[0][1] <= row.seen
-        if asking:
-            # what the question replaces is now part of the text
-            close = [self.model.ids.speak] if row.opened else []
-            question, _, ids = row.questions[0]
-            row.text = [*row.text, *close, *ids, *self.model.ids.assistant]
-            row.questions.popleft()
+        if row.words is None and row.question_due:
+            row.text = row.question_text(self.model.ids)
+            question, _, _ = row.questions.popleft()
             row.words, row.answering, row.opened = [], question, False
         elif row.words is None:
             row.text, row.opener = [*row.text, *row.opener], []
         row.text = row.text[len(part.text) :]
         return self._speak(number, logits[0]) if part.then == "pick" else []
 
-    def _decide(self, number: int, part: _Part, logits: Tensor) -> None:
+    def _decide(self, number: int, part: Part, logits: Tensor) -> None:
         """Watch the frames of a part up to the first one at which the model speaks."""
         row, ids = self._streams[number], self.model.ids
         wants = speaks(logits, ids.silent, self.settings.threshold).tolist()
@@ -442,10 +287,10 @@ class StreamEngine:
         row.seen += watched
         row.text, row.opener, row.opened = [], [ids.silent], True
         # a question at this frame is answered instead
-        if speaking and not (row.questions and row.questions[0][1] <= row.seen):
+        if speaking and not row.question_due:
             row.text, row.words, row.answering, row.opened = [ids.speak, *ids.assistant], [], None, False
 
-    def _speak(self, number: int, logits: Tensor) -> list[Said]:
+    def _speak(self, number: int, logits: Tensor) -> list[StreamUtterance]:
         row, ids = self._streams[number], self.model.ids
         assert row.words is not None
         token = self._pick(number, logits)
@@ -454,7 +299,7 @@ class StreamEngine:
             if len(row.words) < self.settings.max_new_tokens:
                 row.text = [token]
                 return []
-        said = Said(number, row.seen - 1, tuple(row.words), row.answering)
+        said = StreamUtterance(number, row.seen - 1, tuple(row.words), row.answering)
         # the eos, and a last word cut off by the limit, have not been seen by the model yet
         unseen = row.words[-1:] if token != ids.eos else []
         row.text, row.opener, row.words, row.answering = [*unseen, ids.eos], list(ids.open), None, None

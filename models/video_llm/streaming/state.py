@@ -1,4 +1,4 @@
-"""Saving running streams and going on with them later."""
+"""Save running streams and resume them later."""
 
 import json
 from hashlib import sha256
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from mmskip.models.video_llm.streaming.engine import StreamEngine, StreamSettings
+from mmskip.models.video_llm.streaming.engine import StreamEngine
+from mmskip.models.video_llm.streaming.settings import StreamSettings
 from mmskip.utils.files import whole
 
 if TYPE_CHECKING:
@@ -19,8 +20,8 @@ _KEY = "mmskip_streams"
 
 
 def save_streams(engine: StreamEngine, path: str | Path) -> None:
-    """Write all streams of an engine into one safetensors file, whole: keys, values, positions and frames not watched
-    yet as tensors, the rest as JSON in its header.
+    """Write all streams of an engine into one safetensors file, atomically: keys, values, positions and waiting frames
+    as tensors, the rest as JSON in its header.
 
     Args:
         engine: between two runs or steps, of a `VideoLLM`.
@@ -34,7 +35,7 @@ def save_streams(engine: StreamEngine, path: str | Path) -> None:
 
 
 def load_streams(model: "VideoLLM", path: str | Path) -> StreamEngine:
-    """The engine that `save_streams` wrote, on `model`.
+    """Load the engine that `save_streams` wrote, on `model`.
 
     Raises:
         ValueError: not such a file, or the streams of another model: other settings or other weights.
@@ -61,7 +62,7 @@ def load_streams(model: "VideoLLM", path: str | Path) -> StreamEngine:
 
 
 def describe(model: "VideoLLM") -> dict[str, Any]:
-    """What two models must share for one to go on with the streams of the other, JSON-ready."""
+    """Describe what two models must share for one to resume the streams of the other, JSON-ready."""
     settings = {key: model.hparams[key] for key in ("llm", "lora", "methods", "llm_dtype", "feature_dim", "tokens")}
     digest = sha256()
     for name, parameter in sorted(model.named_parameters()):

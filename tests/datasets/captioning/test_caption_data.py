@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 
-from mmskip.datasets.captioning.module import ANSWERS, CaptionCollate, CaptionData
+from mmskip.datasets.captioning.batch import ANSWERS, CaptionCollate
+from mmskip.datasets.captioning.module import CaptionData
 from mmskip.datasets.captioning.snli_ve import LABELS
 from mmskip.datasets.common.labels import IGNORE
 from mmskip.datasets.common.tokenizer import word_tokenizer

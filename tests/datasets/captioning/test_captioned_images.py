@@ -10,8 +10,8 @@ import torch
 from locations import SHARED_DATA as SHARED
 from PIL import Image
 
+from mmskip.datasets.captioning.batch import PictureDataset, PictureEntry
 from mmskip.datasets.captioning.coco import (
-    CaptionedImages,
     find_images,
     pair_up,
     read_captions,
@@ -122,13 +122,12 @@ def test_missing_and_truncated_images_are_counted(tmp_path: Path) -> None:
     found = find_images(images, tmp_path / "images", report)
     assert [image.image_id for image in found] == [1]
     assert report.counts == {"image missing": 1, "image not readable": 1}
-    sample = CaptionedImages(found, 16)[0]
-    assert sample["image"].shape == (3, 16, 16) and sample["image"].mean() == pytest.approx(0.5, abs=0.02)
-    assert torch.equal(CaptionedImages(found, 16, blank=True)[0]["image"], torch.zeros(3, 16, 16))
+    entries = [PictureEntry(str(image.image_id), image.path, image.captions) for image in found]
+    _, pixels = PictureDataset(entries, 16)[0]
+    assert pixels.shape == (3, 16, 16) and pixels.mean() == pytest.approx(0.5, abs=0.02)
+    assert torch.equal(PictureDataset(entries, 16, blank=True)[0][1], torch.zeros(3, 16, 16))
     with pytest.raises(ValueError, match="holds no usable image"):
         find_images(images[:1], tmp_path / "images", LoadReport())
-    with pytest.raises(ValueError, match="has no path"):
-        CaptionedImages(images, 16)
 
 
 def _pair(**changes: Any) -> dict[str, Any]:
@@ -178,6 +177,7 @@ def test_real_coco_images_and_entailment_pairs_are_read() -> None:
         found = find_images(images, mini / split, report, check=False)
         count += len(found)
         assert not report.counts
-    assert count == 99 and CaptionedImages(found, 64, resize=64)[0]["image"].shape == (3, 64, 64)
+    assert count == 99
+    assert PictureDataset([PictureEntry("", found[0].path)], 64, resize=64)[0][1].shape == (3, 64, 64)
     pairs, report = read_pairs(SHARED / "snli_ve" / "esnlive_dev.jsonl")
     assert len(pairs) + sum(report.counts.values()) == 9608 and {pair.label for pair in pairs} == set(LABELS)

@@ -69,7 +69,7 @@ def test_the_second_time_nothing_is_made_again(root, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("the tower was built although all features are there")
 
-    monkeypatch.setattr("mmskip.datasets.narration.module.VisionTower", never)
+    monkeypatch.setattr("mmskip.datasets.narration.encoding.VisionTower", never)
     data = ready(root)
     assert len(data.dataset("train")) == 5 and data.feature_dim == 32
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mmskip.datasets.synthetic import world as scene
-from mmskip.datasets.synthetic.world import COLOURS, SHAPES, SceneConfig, draw_world, plan_world
+from mmskip.datasets.synthetic import render
+from mmskip.datasets.synthetic.render import draw_world
+from mmskip.datasets.synthetic.world import COLOURS, SHAPES, SceneConfig, plan_world
 
 CONFIG = SceneConfig()
 
@@ -22,7 +23,7 @@ def many():
 
 
 def test_narrations_are_short_varied_and_of_few_words(many):
-    texts = [told.text for world in many for told in world.told]
+    texts = [told.text for world in many for told in world.narrations]
     assert {len(text.split()) for text in texts} <= set(range(4, 10))
     assert len({word for text in texts for word in text.split()}) < 80
     assert len(set(texts)) > 0.3 * len(texts), "no sentence can be guessed from being common"
@@ -30,14 +31,14 @@ def test_narrations_are_short_varied_and_of_few_words(many):
 
 
 def test_events_come_about_every_third_frame_at_unguessable_times(many):
-    gaps = np.concatenate([np.diff([told.tick for told in world.told]) for world in many])
+    gaps = np.concatenate([np.diff([told.tick for told in world.narrations]) for world in many])
     assert gaps.min() >= 2 and 2.7 < gaps.mean() < 3.3
     assert max(Counter(gaps.tolist()).values()) < 0.5 * len(gaps)
-    assert all(len({told.tick for told in world.told}) == len(world.told) for world in many)
+    assert all(len({told.tick for told in world.narrations}) == len(world.narrations) for world in many)
 
 
 def test_all_kinds_of_events_happen(many):
-    events = Counter(told.event for world in many for told in world.told)
+    events = Counter(told.event for world in many for told in world.narrations)
     assert set(events) == {"enter", "leave", "move", "hit", "hide", "out"}
     assert min(events.values()) > 0.03 * sum(events.values())
 
@@ -46,7 +47,7 @@ def test_stories_are_consistent(many):
     """Objects enter before they leave, hide before they come out, and bear one name at a time."""
     for world in many:
         hidden, left = set(), Counter()
-        for told in world.told:
+        for told in world.narrations:
             words = told.text.split()
             kind = " ".join(words[2:4] if told.event == "enter" else words[1:3])
             if told.event == "enter":
@@ -61,17 +62,17 @@ def test_stories_are_consistent(many):
 
 
 def test_again_is_said_from_the_second_time_on():
-    world = next(w for w in worlds(60) if any("again" in told.text for told in w.told))
-    again = next(told for told in world.told if "again" in told.text)
+    world = next(w for w in worlds(60) if any("again" in told.text for told in w.narrations))
+    again = next(told for told in world.narrations if "again" in told.text)
     name, event = " ".join(again.text.split()[1:3]), again.event
-    before = [told for told in world.told if told.tick < again.tick and told.event == event and name in told.text]
+    before = [told for told in world.narrations if told.tick < again.tick and told.event == event and name in told.text]
     assert before, "the same object did the same before"
 
 
 def test_a_scene_never_holds_too_many_objects_or_two_of_a_kind(many):
     for world in many:
         for tick in np.arange(CONFIG.ticks) + 0.5:  # on the tick itself one may have left and the next begin
-            kinds = [thing.kind for thing in world.things if scene._position(thing, tick) is not None]
+            kinds = [thing.kind for thing in world.things if render._position(thing, tick) is not None]
             assert len(kinds) <= CONFIG.max_objects
             assert len(set(kinds)) == len(kinds)
 
@@ -89,7 +90,7 @@ def test_what_is_told_is_what_is_seen():
     for seed in range(8):
         world = plan_world(config, np.random.default_rng(seed))
         frames = np.stack(list(draw_world(world, 96, 1, np.random.default_rng(seed))))
-        for told in world.told:
+        for told in world.narrations:
             words = told.text.split()
             colour = words[2] if told.event == "enter" else words[1]
             before, at, after = (colour_mass(frames[told.tick + step], colour) for step in (-1, 0, 1))
@@ -103,7 +104,7 @@ def test_what_is_told_is_what_is_seen():
 def test_nothing_moves_between_events():
     world = plan_world(quiet(), np.random.default_rng(0))
     frames = np.stack(list(draw_world(world, 96, 1, np.random.default_rng(0))))
-    busy = {told.tick + step for told in world.told for step in (0, 1)}
+    busy = {told.tick + step for told in world.narrations for step in (0, 1)}
     still = [tick for tick in range(1, CONFIG.ticks) if tick not in busy]
     assert still and all(np.array_equal(frames[tick], frames[tick - 1]) for tick in still)
 
@@ -114,7 +115,7 @@ def test_the_cue_shows_in_the_told_frame_only():
         for cue in (0, 0.8)
     ]
     without, with_cue = (np.stack(list(frames)) for frames in plain)
-    ticks = {told.tick for told in plan_world(quiet(), np.random.default_rng(1)).told}
+    ticks = {told.tick for told in plan_world(quiet(), np.random.default_rng(1)).narrations}
     differing = {tick for tick in range(CONFIG.ticks) if not np.array_equal(without[tick], with_cue[tick])}
     assert differing == ticks
 
@@ -123,7 +124,7 @@ def test_the_cue_shows_in_the_told_frame_only():
 def test_shapes_differ_and_are_small(shape):
     def mask(name):
         image = np.zeros((32, 32, 3), np.float32)
-        scene._paint(image, name, 16, 16, 0.32 * 32, (1.0, 0.0, 0.0))
+        render._paint(image, name, 16, 16, 0.32 * 32, (1.0, 0.0, 0.0))
         return image
 
     assert 0.08 < (mask(shape).max(axis=2) > 0.5).mean() < 0.4
@@ -141,7 +142,8 @@ def test_drawing_is_deterministic_and_sized():
 
 def test_small_stages_work():
     assert all(
-        world.told for world in worlds(20, SceneConfig(ticks=12, colours=2, shapes=2, max_objects=1, start_objects=0))
+        world.narrations
+        for world in worlds(20, SceneConfig(ticks=12, colours=2, shapes=2, max_objects=1, start_objects=0))
     )
 
 

@@ -146,7 +146,7 @@ def test_java_scores_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ValueError, match="expected one of METEOR, SPICE"):
         scores.check_java("ROUGE")
     monkeypatch.setattr(scores, "java_version", lambda: 17)
-    monkeypatch.setattr(scores, "find_spec", lambda name: object())
+    monkeypatch.setattr(scores, "check_installed", lambda *names: None)
     with pytest.raises(ValueError, match="above 8 and this one is 17"):
         scores.check_java("SPICE")
 

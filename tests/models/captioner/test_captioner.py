@@ -13,7 +13,7 @@ from mmskip import EarlyExitConfig
 from mmskip.datasets.common.labels import IGNORE
 from mmskip.exits.runs import layers_run
 from mmskip.exits.settings import FixedExit
-from mmskip.models.captioner.build import layer_weights, left_behind, moved
+from mmskip.models.captioner.exit_training import exiting, layer_weights, saturation_loss
 from mmskip.models.captioner.module import Captioner
 from mmskip.train.evaluation.captioner.exit_sweep import encoder_exits, recording
 
@@ -45,7 +45,7 @@ def test_the_loss_is_that_of_every_layer_through_the_head(kind, given, batch):
             weights = range(1, len(blocks) + 1)
             for number in weights:
                 # a naive reference: cut the decoder after the layer
-                with left_behind(blocks, torch.tensor([number])):
+                with exiting(blocks, torch.tensor([number])):
                     logits = model.llm(
                         encoder_outputs=BaseModelOutput(states[row : row + 1]), attention_mask=mask[row : row + 1],
                         decoder_input_ids=read, use_cache=False,
@@ -192,7 +192,7 @@ def test_a_random_exit_in_training_is_the_encoder_cut_there(given, batch):
     texts = batch["entailment"]
     encoder = model.llm.get_encoder()
     depth = torch.tensor([1, 3, 2, 3, 1, 2])
-    with left_behind(model.view.encoder, depth):
+    with exiting(model.view.encoder, depth):
         mixed = encoder(input_ids=texts.prompt, attention_mask=texts.prompt_mask)[0]
     layers = encoder.layers
     for number in (1, 2, 3):
@@ -211,9 +211,11 @@ def test_tokens_that_left_at_random_do_not_count_above_their_layer(given, batch,
     texts, seen = batch["caption"], model.see(batch["images"])
     layers = len(model.view.decoder)
     depth = torch.randint(1, layers + 1, texts.labels.shape, generator=torch.Generator().manual_seed(4))
-    monkeypatch.setattr("mmskip.models.captioner.module.drawn", lambda share, shape, *_: depth if share == 1 else None)
+    monkeypatch.setattr(
+        "mmskip.models.captioner.module.draw_layers", lambda share, shape, *_: depth if share == 1 else None
+    )
     at, expected = texts.labels != IGNORE, 0.0
-    with left_behind(model.view.decoder, depth):
+    with exiting(model.view.decoder, depth):
         logits, labels = model.layer_logits(*model.encode(seen, texts), texts.labels, list(range(1, layers + 1)))
     for number, of in enumerate(logits, 1):
         counts = depth[at] >= number
@@ -231,21 +233,23 @@ def test_settled_answers_are_asked_to_stay():
     sure = torch.full((4, 3), -9.0).scatter(1, labels[:, None], 9.0)
     unsure = torch.zeros(4, 3)
     below = torch.where(torch.tensor([True, False, True, False])[:, None], sure, unsure)
-    found = moved(states, [below, sure, sure], labels)
+    found = saturation_loss(states, [below, sure, sure], labels)
     expected = sum(1 - torch.cosine_similarity(states[1][n], states[0][n], 0) for n in (0, 2))
     expected += (1 - torch.cosine_similarity(states[2], states[1])).sum()
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     found.backward()
     assert states[0].grad is None  # a layer learns to stay, not the one before it to be where it will go
     assert not states[1].grad[1].any() and states[1].grad[0].any() and states[2].grad.abs().sum(1).min() > 0
-    assert moved(states, [unsure, unsure, sure], labels).item() == 0
+    assert saturation_loss(states, [unsure, unsure, sure], labels).item() == 0
     wrong = torch.full((4, 3), -9.0).scatter(1, (labels[:, None] + 1) % 3, 9.0)
-    assert moved(states, [wrong, wrong, sure], labels).item() == 0
+    assert saturation_loss(states, [wrong, wrong, sure], labels).item() == 0
 
 
 def test_the_settling_loss_is_added_by_its_weight(given, batch, monkeypatch):
     seen = []
-    monkeypatch.setattr("mmskip.models.captioner.module.moved", lambda *a: seen.append(a) or torch.tensor(3.0))
+    monkeypatch.setattr(
+        "mmskip.models.captioner.exit_training.saturation_loss", lambda *a: seen.append(a) or torch.tensor(3.0)
+    )
     plain, more = (captioner("mbart", given, settle_weight=weight, caption_weight=0.5) for weight in (0.0, 2.0))
     first, second = plain.loss_sums(batch), more.loss_sums(batch)
     assert second[0].item() == pytest.approx(first[0].item() + 2.0 * 3.0 * (0.5 + 1), rel=1e-5)
@@ -287,7 +291,7 @@ def test_bad_settings_are_refused(changed, told):
 def test_florence_2_needs_no_tower():
     from captioning import florence2
 
-    with pytest.raises(ValueError, match="has a tower of its own"):
+    with pytest.raises(ValueError, match="brings its tower"):
         Captioner(text=florence2(), **TOWER)
 
 

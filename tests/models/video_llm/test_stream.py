@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mmskip
 from mmskip.hf.streaming.slot_ledger import bound_entries
 from mmskip.models.video_llm.speaking import speaks
-from mmskip.models.video_llm.streaming.engine import StreamEngine, StreamSettings
+from mmskip.models.video_llm.streaming.engine import StreamEngine
+from mmskip.models.video_llm.streaming.settings import StreamSettings
 
 THRESHOLD = 0.05  # of these models: they speak at some frames and stay silent at others
 

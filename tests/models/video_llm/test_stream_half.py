@@ -7,7 +7,8 @@ from streams import HEAD, MOD, tiny_narrator, video
 
 from common.stream_exactness import compare
 from mmskip.hf.streaming.cache import StreamCache
-from mmskip.models.video_llm.streaming.engine import StreamEngine, StreamSettings
+from mmskip.models.video_llm.streaming.engine import StreamEngine
+from mmskip.models.video_llm.streaming.settings import StreamSettings
 
 THRESHOLD = 0.05
 VIDEOS = [given["features"] for given in samples()]

@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mmskip import viz
-from mmskip.datasets.captioning.module import CaptionCollate, CaptionData, PictureDataset, PictureEntry, Texts
+from mmskip.datasets.captioning.batch import CaptionCollate, PictureDataset, PictureEntry, Texts
+from mmskip.datasets.captioning.module import CaptionData
 from mmskip.datasets.common.splits import SPLITS
 from mmskip.datasets.video.features import fingerprint
 from mmskip.models.captioner.build import token_ids
