@@ -18,7 +18,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def register(config_type: type, *served: str) -> Callable[[Handler], Handler]:
-    """Decorator: the function turns (config, view of a model) into the changes to be made. It validates everything and
+    """Register a handler: a function that turns (config, view of a model) into changes. It validates everything and
     changes nothing.
 
     Args:
@@ -108,8 +108,8 @@ def remove_(model: M) -> M:
     """Take all methods off `model` in place: classes, keys and outputs are as before, and return it.
 
     Raises:
-        RuntimeError: another tool (FSDP, ...) changed a module after mmskip, or a method was told to free what it would
-            have to give back; nothing is removed then.
+        RuntimeError: another tool (FSDP, ...) changed a module after mmskip, or a method was set to free what removal
+            needs; nothing is removed then.
     """
     modules = list(model.modules())
     for module in modules:

@@ -1,4 +1,4 @@
-"""Saving and loading what mmskip added to a model: the configs and the `mmskip_*` weights, nothing else."""
+"""Save and load the configs and the `mmskip_*` weights of a model, nothing else."""
 
 import json
 import os
@@ -20,8 +20,8 @@ _FORMAT = 2
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write `mmskip.json` and `mmskip.safetensors` into `folder` (made if missing), each whole or not at all. Under
-    FSDP2 every rank must call it.
+    """Write `mmskip.json` and `mmskip.safetensors` into `folder` (made if missing), both atomically. Under FSDP2 every
+    rank must call it.
 
     Raises:
         ValueError: no method is applied to `model`.
@@ -50,7 +50,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def _gathered(parameter: Tensor) -> Tensor:
-    """The whole of a parameter that FSDP2 may have sharded."""
+    """Return the full tensor of a parameter that FSDP2 may have sharded."""
     tensor: Any = parameter.detach()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 

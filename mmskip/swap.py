@@ -1,4 +1,4 @@
-"""Swapping the class of a module in place: the one mechanism by which methods change a model.
+"""Change a model in place by swapping the classes of its modules.
 
 A module keeps its parameters, keys, hooks and name; only its class becomes a cached subclass that puts a
 mixin in front of the original `forward` (the same idea as FSDP2's `fully_shard`).
@@ -73,7 +73,7 @@ class Parent:
 
 @dataclass(frozen=True)
 class Replaced:
-    """What a replacement stands for.
+    """The module that a replacement stands for, and its places.
 
     Attributes:
         original: the module that stood there.
@@ -140,12 +140,12 @@ def base_class(module: nn.Module) -> type:
 
 
 def states_of(output: Any) -> Any:
-    """The hidden states in what a block returns: the output, or its first part."""
+    """Return the hidden states in a block's output: the output, or its first part."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def with_states(output: Any, states: Any) -> Any:
-    """What a block returned, with other hidden states."""
+    """Return a block's output with other hidden states."""
     return (states, *output[1:]) if isinstance(output, tuple) else states
 
 
@@ -166,12 +166,12 @@ def hidden_states(module: nn.Module, argument: str, args: Sequence[Any], kwargs:
 
 
 def bind_call(
-    module: nn.Module, key: str, told: str, args: Sequence[Any], kwargs: dict[str, Any]
+    module: nn.Module, key: str, missing: str, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """What the changed model handed to its block under `key`, and the block's other arguments by name.
+    """Return what the root handed to its block under `key`, and the block's other arguments by name.
 
     Args:
-        told: which block got no what, for the error.
+        missing: description used in the error message, e.g. 'block.3 got no layout'.
 
     Raises:
         RuntimeError: it handed down nothing.
@@ -180,7 +180,7 @@ def bind_call(
     call = bound.pop(key, None)
     if call is None:
         raise RuntimeError(
-            f"{told}: {type(module).__name__} was called outside the model that mmskip was "
+            f"{missing}: {type(module).__name__} was called outside the model that mmskip was "
             "applied to, or a module in between drops unknown keywords."
         )
     return call, bound
@@ -254,8 +254,8 @@ def _subclass(mixin: type, base: type) -> type:
 
 
 def _with_signature(forward: Any, original: Any) -> Any:
-    """A copy of a mixin's `forward`, a plain function, that tells the original's signature: a copy, since one more call
-    per block costs more than many a mixin does."""
+    """Copy a mixin's `forward` under the original's signature. A copy, not a wrapper: one more call per block costs more
+    than many a mixin does."""
     copied = types.FunctionType(
         forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
     )
@@ -273,9 +273,12 @@ def _rebind_forward(module: nn.Module) -> None:
 
 
 def swap(change: Change) -> None:
-    """Carry out one change. A mixin with `mmskip_begin` then changes more than the class; its `mmskip_end` undoes that,
-    also where it came half-way, and its `mmskip_check_end` raises RuntimeError where it could not; its `mmskip_settle`
-    is called when all changes of a method are through, and may free what only an error would have asked for."""
+    """Carry out one change.
+
+    A mixin may have hooks. `mmskip_begin` changes more than the class; `mmskip_end` reverts `mmskip_begin`, even a
+    partial one; `mmskip_check_end` raises RuntimeError if that is impossible. `mmskip_settle` runs once all changes of
+    a method have succeeded and may release what was kept for a rollback.
+    """
     module = change.module
     # the class first: it is the step that can fail, and nothing else has changed by then
     module.__class__ = _subclass(change.mixin, type(module))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What every family says of a model: its stacks of blocks, and its sites by kind."""
+"""Views of models: stacks of blocks, and sites by kind."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -92,7 +92,7 @@ class View:
         return tuple(self._sites(kind))
 
     def _sites(self, kind: str) -> Iterator[Site]:
-        """What `sites` lists; families extend it by the kinds that only they know."""
+        """Yield the sites of a kind; families extend it by the kinds that only they know."""
         if kind == "block":
             for stack, blocks in self.stacks.items():
                 for index, block in enumerate(blocks):
@@ -118,7 +118,7 @@ class View:
         return ""
 
     def parts(self, block: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-        """The attention and the MLP of a block, None for a part that is no module of its own."""
+        """The attention and the MLP of a block, None for a part that is no single module."""
         return None, None
 
 
