@@ -254,8 +254,8 @@ def _subclass(mixin: type, base: type) -> type:
 
 
 def _with_signature(forward: Any, original: Any) -> Any:
-    """Copy a mixin's `forward` under the original's signature. A copy, not a wrapper: one more call per block costs more
-    than many a mixin does."""
+    """Copy a mixin's `forward` under the original's signature. A copy, not a wrapper: one more call per block costs
+    more than many a mixin does."""
     copied = types.FunctionType(
         forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
     )
