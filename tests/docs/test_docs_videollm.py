@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mmskip.datasets.narration.formats.coin import questions, read_coin
 from mmskip.datasets.narration.index import read_annotations
 from mmskip.datasets.narration.tokenizer import train_tokenizer
-from mmskip.datasets.video import encode
+from mmskip.train.cli import encode
 from mmskip.train.cli import evaluate as commands
 from mmskip.train.cli import stream as stream_cli
 from mmskip.train.cli import train as cli
@@ -24,23 +24,23 @@ from mmskip.train.cli import train as cli
 PAGE = (ROOT / "docs" / "videollm.md").read_text()
 LLM, BIG_TOWER = "Qwen/Qwen2.5-7B-Instruct", "open_clip/ViT-L-16-SigLIP-384/webli"
 PROGRAMS: dict[str, Callable[[list[str]], int | None]] = {
-    "python train.py": cli.main,
-    "python evaluate.py": commands.main,
-    "python stream.py": stream_cli.main,
-    "python -m mmskip.datasets.video.encode": encode.main,
+    "mmskip train": cli.main,
+    "mmskip evaluate": commands.main,
+    "mmskip stream": stream_cli.main,
+    "mmskip encode": encode.main,
 }
 KWARGS = json.dumps({**TOWER["tower_kwargs"], "patch_size": 8})  # a grid of 3 needs more than 2 x 2 patches
 # what makes a command tiny, by program; nothing of the page's own arguments is dropped
 TINY = {
-    "python train.py": [
+    "mmskip train": [
         *("--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.max_epochs=1"),
         *("--trainer.enable_progress_bar=false", "--trainer.accumulate_grad_batches=1", "--data.num_workers=0"),
         *("--data.tower=" + TOWER["tower"], "--data.image_size=32", f"--data.tower_kwargs={KWARGS}"),
         *("--model.llm_dtype=float32", "--model.lora.r=2", "--model.max_new_tokens=4"),
     ],
-    "python evaluate.py": ["--device", "cpu"],
-    "python stream.py": ["--device", "cpu", "--max_new_tokens", "4"],
-    "python -m mmskip.datasets.video.encode": ["--device", "cpu", "--image-size", "32", "--tower-kwargs", KWARGS],
+    "mmskip evaluate": ["--device", "cpu"],
+    "mmskip stream": ["--device", "cpu", "--max_new_tokens", "4"],
+    "mmskip encode": ["--device", "cpu", "--image-size", "32", "--tower-kwargs", KWARGS],
 }
 
 
