@@ -132,9 +132,9 @@ def served(method: Method) -> str:
     return f"**Serves:** {', '.join(FAMILIES.get(name, name) for name in families.names() if name in method.families)}."
 
 
-def compositions_table() -> str:
-    """Pairs of methods of one kind of model."""
-    shown = [method for method in methods() if set(method.families) & {"decoder", "unet"}]
+def compositions_table(family: str) -> str:
+    """Pairs of the methods that serve a family."""
+    shown = [method for method in methods() if family in method.families]
     rows = [["", *(method.title for method in shown)]]
     for method in shown:
         rows.append([method.title, *(composed(method, other) for other in shown)])
@@ -181,7 +181,8 @@ def modules_table() -> str:
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "families": ("methods/index.md", families_table),
     "papers": ("methods/index.md", papers_table),
-    "compositions": ("methods/index.md", compositions_table),
+    "decoder compositions": ("methods/index.md", partial(compositions_table, "decoder")),
+    "unet compositions": ("methods/index.md", partial(compositions_table, "unet")),
     "settings": ("migration.md", settings_table),
     "modules": ("migration.md", modules_table),
     "start": ("index.md", lambda: families_table("methods/")),

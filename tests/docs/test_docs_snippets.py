@@ -8,7 +8,7 @@ import warnings
 import doc_pages
 import pytest
 import torch
-from doc_pages import FRESH, NAMES, PAGES, blocks, decoder_names, name_of
+from doc_pages import FRESH, NAMES, PAGES, blocks, decoder_names, load, name_of
 
 import mmskip
 
@@ -57,3 +57,12 @@ def test_the_pages_have_blocks():
     assert sum(map(len, PYTHON.values())) >= 30 and len(PARSED) <= 5
     for method in (doc_pages.ROOT / "docs" / "methods").glob("*.md"):
         assert method.name == "index.md" or any(block.run for block in PYTHON[name_of(method)]), method
+
+
+def test_the_guide_of_language_models_names_every_policy():
+    page = (doc_pages.ROOT / "docs" / "depth.md").read_text(encoding="utf-8")
+    assert len(PYTHON["docs/depth.md"]) >= 6
+    plans = {method.config.__name__ for method in load("docs/tables.py").methods() if "decoder" in method.families}
+    tokens = {"MoDConfig", "TokenReductionConfig", "EarlyExitConfig"}
+    for name in (*(plans - tokens), "oracles", "deployable"):
+        assert name in page

@@ -1,26 +1,13 @@
 """The generated tables of the pages are those of the registry, and say what the contract tests say."""
 
-import importlib.util
 import itertools
-import sys
-from types import ModuleType
 
 import pytest
+from doc_pages import load
 from locations import ROOT
 
-
-def load(path: str) -> ModuleType:
-    """A module by its file, below the root."""
-    name = path.removesuffix(".py").replace("/", "_")
-    spec = importlib.util.spec_from_file_location(name, ROOT / path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 tables = load("docs/tables.py")
+CONFIGS = ROOT / "configs"
 
 
 @pytest.mark.parametrize("page", tables.pages())
@@ -50,3 +37,10 @@ def test_the_table_of_compositions_is_that_of_the_contract():
             else:
                 assert said in ("no", "elsewhere"), pair
     assert found == {"yes", "no", "elsewhere"}
+
+
+def test_every_area_and_every_recipe_has_a_row():
+    page = (ROOT / "docs" / "systems.md").read_text(encoding="utf-8")
+    areas = [path for path in (ROOT / "models").iterdir() if path.name not in ("common", "__pycache__")]
+    for name in (*(f"`models/{area.name}`" for area in areas), *(f"`{path.name}`" for path in CONFIGS.rglob("*.yaml"))):
+        assert f"{name} |" in page or f"{name} ([guide]" in page, name

@@ -1,10 +1,13 @@
 """The pages of the documentation, their blocks of code, and tiny things for what the blocks do not make themselves."""
 
 import ast
+import importlib.util
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,6 +30,17 @@ class Block:
 
     def __str__(self) -> str:
         return f"{name_of(self.page)}:{self.line}"
+
+
+def load(path: str) -> ModuleType:
+    """A module by its file, below the root."""
+    name = path.removesuffix(".py").replace("/", "_")
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def name_of(page: Path) -> str:
