@@ -80,7 +80,7 @@ def stepwise(model: Any, inputs: dict[str, Tensor], tokens: Tensor) -> tuple[Ten
 
 NEVER: tuple[dict[str, Any], ...] = (  # at the end of the range, which needs no score; and scored, out of reach
     {"encoder": 1.0, "decoder": 1.0},
-    {"encoder": ExitAt(1e9, "state_norm"), "decoder": ExitAt(1e9, "state_norm")},
+    {"encoder": ExitAt(0.99999), "decoder": ExitAt(99, "patience")},
 )
 
 
