@@ -1,5 +1,5 @@
-"""What MkDocs cannot do from `mkdocs.yml` alone: the list of methods in the menu, a page for a method that has none,
-and links from pages to files of the repository outside `docs/` (pictures, results, recipes)."""
+"""What MkDocs cannot do from `mkdocs.yml` alone: the list of methods in the menu, and links from pages to files of the
+repository outside `docs/` (pictures, results, recipes)."""
 
 import posixpath
 import re
@@ -29,10 +29,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages that are generated, and the files of the repository that pages link to."""
-    for method in tables.methods():
-        if files.get_file_from_path(method.page) is None:
-            files.append(File.generated(config, method.page, content=tables.stub(method)))
+    """Add CONTRIBUTING and CHANGELOG as pages, and the files of the repository that pages link to."""
     for name, page in PAGES.items():
         if files.get_file_from_path(page) is None:
             files.append(File.generated(config, page, content=(ROOT / name).read_text(encoding="utf-8")))

@@ -43,7 +43,7 @@ ASPECTS = {
     "StepCacheConfig": ("steps",),
     "LayerMaskConfig": ("mask",),
 }
-"""What each method claims (see `mmskip.composition`), which a test compares with real claims."""
+"""What each method claims (see `mmskip.composition`), which a test compares with the pairs of the contract."""
 
 
 EVERYWHERE = {"LACConfig", "SelfSpeculationConfig"}
@@ -94,12 +94,6 @@ def methods() -> list[Method]:
     return [Method(config) for config in known]
 
 
-def stub(method: Method) -> str:
-    """A page for a method that nobody has written one for."""
-    source = f"{method.config.__module__}.{method.config.__name__}"
-    return f"# {method.title}\n\n::: {method.config.__module__}\n    options: {{members: false}}\n\n::: {source}\n"
-
-
 def _table(rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
@@ -128,8 +122,15 @@ def papers_table() -> str:
 
 
 def served(method: Method) -> str:
-    """One line: the families that a method serves."""
-    return f"**Serves:** {', '.join(FAMILIES.get(name, name) for name in families.names() if name in method.families)}."
+    """The families that a method serves, and the methods it composes with."""
+    names = ", ".join(FAMILIES.get(name, name) for name in families.names() if name in method.families)
+    found: dict[str, list[str]] = {"yes": [], "elsewhere": []}
+    for other in methods():
+        found.get(composed(method, other) if other != method else "", []).append(f"[{other.title}]({other.name}.md)")
+    together = [", ".join(found["yes"])] if found["yes"] else []
+    together += [f"on other sites {', '.join(found['elsewhere'])}"] if found["elsewhere"] else []
+    lines = [f"**Serves:** {names}.", f"**Composes with:** {'; '.join(together) or 'no other method of its models'}."]
+    return "\n\n".join(lines)
 
 
 def compositions_table(family: str) -> str:
