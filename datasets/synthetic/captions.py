@@ -323,7 +323,7 @@ def _write_picture(
         }
         for place, statement in enumerate(picture.statements)
     ]
-    questions = [{"image": _file(number), "question": asked, "answer": told} for asked, told in picture.questions]
+    questions = [{"image": _file(number), "question": asked, "answer": answer} for asked, answer in picture.questions]
     return {"image_id": number, "caption": picture.caption}, pairs, questions
 
 

@@ -15,7 +15,6 @@ Shapes: S side of a picture in pixels.
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from itertools import islice
@@ -248,23 +247,3 @@ def scene_processor(config: SceneChatConfig) -> LlavaOnevisionProcessor:
         vision_feature_select_strategy="full",
         chat_template=TEMPLATE,
     )
-
-
-def blind_baseline(root: Path, split: str = "val") -> float:
-    """Share of the answers of `split` that the commonest training answer to each question gets right: what can be had
-    without looking."""
-    commonest: dict[str, Counter[str]] = {}
-    for question, answer in _answers(root / "train.jsonl"):
-        commonest.setdefault(question, Counter())[answer] += 1
-    right = [
-        commonest[q].most_common(1)[0][0] == a if q in commonest else False
-        for q, a in _answers(root / f"{split}.jsonl")
-    ]
-    return sum(right) / len(right)
-
-
-def _answers(path: Path) -> Iterator[tuple[str, str]]:
-    for line in path.read_text().splitlines():
-        messages = json.loads(line)["messages"]
-        for asked, answered in zip(messages[::2], messages[1::2], strict=True):
-            yield asked["content"][-1]["text"], answered["content"][0]["text"]

@@ -135,6 +135,7 @@ NAMES = {
         "draw_world": "datasets.synthetic.render:draw_world",
         "Told": "datasets.synthetic.world:EventNarration",
     },
+    "datasets.scene_chat": {"blind_baseline": "train.metrics.majority:blind_baseline"},
     "datasets.tokenizer": {"word_tokenizer": "datasets.common.tokenizer:word_tokenizer"},
     "models.captioner_build": {
         "left_behind": "models.captioner.exit_training:exiting",

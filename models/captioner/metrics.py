@@ -227,10 +227,10 @@ class _Weights:
         said, said_norms, said_length = self._vector(tokens)
         total = 0.0
         for reference in references:
-            told, told_norms, told_length = self._vector(reference)
-            penalty = math.exp(-((said_length - told_length) ** 2) / (2 * SIGMA**2))
-            norms = [a * b for a, b in zip(said_norms, told_norms, strict=True)]
-            for mine, theirs, norm in zip(said, told, norms, strict=True):
+            wanted, wanted_norms, wanted_length = self._vector(reference)
+            penalty = math.exp(-((said_length - wanted_length) ** 2) / (2 * SIGMA**2))
+            norms = [a * b for a, b in zip(said_norms, wanted_norms, strict=True)]
+            for mine, theirs, norm in zip(said, wanted, norms, strict=True):
                 if norm:
                     product = sum(min(mine[gram], theirs[gram]) * theirs[gram] for gram in mine.keys() & theirs.keys())
                     total += penalty * product / norm
@@ -255,10 +255,10 @@ def check_java(name: str) -> None:
         raise ValueError(f"the score is {name!r}; expected one of {', '.join(JAVA_NAMES)}.")
     version = java_version()
     if version is None:
-        raise ValueError(f"{name} runs in Java and there is none on the path; install Java 8 or leave {name} out.")
+        raise ValueError(f"{name} runs in Java and there is none on the path; install Java 8 or omit {name}.")
     check_installed("coco", "pycocoevalcap", name)
     if name == "SPICE" and version > 8:
-        raise ValueError(f"SPICE fails on every Java above 8 and this one is {version}; leave SPICE out.")
+        raise ValueError(f"SPICE fails on every Java above 8 and this one is {version}; omit SPICE.")
 
 
 def java_score(
@@ -272,10 +272,10 @@ def java_score(
     check_java(name)
     _check(captions, references)
     module = importlib.import_module(f"pycocoevalcap.{name.lower()}.{name.lower()}")
-    told = {image: [" ".join(tokens) for tokens in texts] for image, texts in _tokenized(references).items()}
+    truth = {image: [" ".join(tokens) for tokens in texts] for image, texts in _tokenized(references).items()}
     said = _tokenized({image: [captions[image]] for image in references})
     total, parts = getattr(module, name.capitalize())().compute_score(
-        told, {image: [" ".join(texts[0])] for image, texts in said.items()}
+        truth, {image: [" ".join(texts[0])] for image, texts in said.items()}
     )
     values = [part["All"]["f"] if isinstance(part, dict) else float(part) for part in parts]
-    return float(total), dict(zip(told, values, strict=True))
+    return float(total), dict(zip(truth, values, strict=True))

@@ -179,7 +179,7 @@ def _longest(text: str, at: int) -> str:
 def _written(token: str) -> list[str]:
     """A token as COCO's evaluation writes it; none where it drops it."""
     if len(token) == 1:
-        if token in _QUOTES or token in _DASHES or _untold(token):
+        if token in _QUOTES or token in _DASHES or _is_dropped(token):
             return []
     elif set(token) <= _QUOTES or set(token) <= {"."} or set(token) == {"-"}:
         return []
@@ -193,6 +193,6 @@ def _written(token: str) -> list[str]:
     return [] if text in DROPPED else [text]
 
 
-def _untold(mark: str) -> bool:
+def _is_dropped(mark: str) -> bool:
     """Whether the tokenizer drops a character: controls, invisible ones, emoji beyond the basic plane."""
     return ord(mark) > 0xFFFC or unicodedata.category(mark) in ("Cc", "Cf", "Cn", "Co", "Cs")

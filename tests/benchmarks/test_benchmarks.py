@@ -66,8 +66,8 @@ def test_guided_choices_are_compared_with_random_ones_of_their_size(monkeypatch)
     rows |= {"bits 8/4 average 6.00 lim": {"text": 2.0}, "bits 8/4 average 6.00 random seed 0": {"text": 5.0}}
     found = depth.guided(rows, "llm_drop", "random {drop} seed")
     assert list(found) == ["llm_drop block 2"]
-    told = found["llm_drop block 2"]["text"]
-    assert told["random_mean"] == 4.0 and told["random_worse"] == "2 of 3" and told["random_best"] == 2.0
+    scores = found["llm_drop block 2"]["text"]
+    assert scores["random_mean"] == 4.0 and scores["random_worse"] == "2 of 3" and scores["random_best"] == 2.0
     assert depth.guided(rows, "bits", "{bits} random seed")["bits 8/4 average 6.00 lim"]["text"]["random_mean"] == 5.0
 
 
@@ -81,15 +81,15 @@ def test_the_deeper_model_is_trained_without_the_report_texts_and_kept(monkeypat
     from transformers import AutoModelForCausalLM
 
     split = deep_lm.parts("sherlock")
-    whole = "".join(split.values())
-    assert 0.89 < len(split["train"]) / len(whole) < 0.91 and min(map(len, split.values())) > 0.04 * len(whole)
-    assert whole == (deep_lm.DATA / "text" / "sherlock.txt").read_text(encoding="utf-8")
+    joined = "".join(split.values())
+    assert 0.89 < len(split["train"]) / len(joined) < 0.91 and min(map(len, split.values())) > 0.04 * len(joined)
+    assert joined == (deep_lm.DATA / "text" / "sherlock.txt").read_text(encoding="utf-8")
     call = ["--variant", "skipped", "--steps", "2", "--rows", "1", "--length", "17", "--every", "1", "--choose", "1"]
     arguments = deep_lm.parser().parse_args([*call, "--out", str(tmp_path / "model")])
     folder = deep_lm.make(arguments)
     assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 12
-    told = json.loads((folder / "training.json").read_text())
-    assert [row["step"] for row in told["history"]] == [1, 2] and told["steps"] == 2
+    training = json.loads((folder / "training.json").read_text())
+    assert [row["step"] for row in training["history"]] == [1, 2] and training["steps"] == 2
     capsys.readouterr()
     deep_lm.make(arguments)
     assert "is there" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from narration_data import LLAMA
 
 @pytest.fixture
 def quality(monkeypatch, tmp_path):
-    """The benchmark with a tiny recipe and folder of its own."""
+    """The benchmark with a tiny recipe and a separate folder."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import mod_quality
 
@@ -27,7 +27,7 @@ def quality(monkeypatch, tmp_path):
     return mod_quality
 
 
-def test_a_training_is_scored_and_told_word_by_word(quality):
+def test_a_training_is_scored_word_by_word(quality):
     runs = [quality.Run(variant, 0, 2, split="val", data_seed=5) for variant in ("mod", "shallow")]
     for run in runs:
         quality.train(run)

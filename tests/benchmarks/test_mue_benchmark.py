@@ -47,23 +47,23 @@ def test_the_benchmark_runs_through(tmp_path, monkeypatch, capsys):
     assert line == json.loads((tmp_path / "mue.json").read_text())
     assert set(line["separation"]["caption"]["entropy"]) == {"full_base", "full"}
     for task in ("entailment", "caption"):
-        told = line["tasks"][task]
-        assert {"full", "mue", "entropy", "patience", "random", "blanked", "shallow"} <= set(told["scores"])
-        assert set(told["times"]["mue"]) == set(told["times"]["random"]) == {"1", "32"}
-        assert {"full", "besides_layers", "layers", "scores"} == set(told["times"]["where"])
+        found = line["tasks"][task]
+        assert {"full", "mue", "entropy", "patience", "random", "blanked", "shallow"} <= set(found["scores"])
+        assert set(found["times"]["mue"]) == set(found["times"]["random"]) == {"1", "32"}
+        assert {"full", "besides_layers", "layers", "scores"} == set(found["times"]["where"])
         assert (tmp_path / "docs" / f"mue_{task}_exits.png").is_file()
         assert (tmp_path / "docs" / f"mue_{task}.png").is_file()
 
 
-def test_random_exits_leave_where_they_are_told_to(tmp_path, monkeypatch):
+def test_random_exits_follow_the_given_depths(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from common import mue as _mue
 
     given = data(tmp_path, batch_size=4)
     model = captioner("mbart", given).eval()
     batches = [{**given.collate()([given.dataset("test")[n] for n in range(4)]), "caption": None}] * 12
-    told = [{"image": 1 + n % 2, "prompt": 2, "decoder": 3} for n in range(10)]
-    setting = _mue.at_random(told, model, EarlyExitConfig(decoder=ExitAt(0.99, exit_layers=(1, 2, 3))))
+    depths = [{"image": 1 + n % 2, "prompt": 2, "decoder": 3} for n in range(10)]
+    setting = _mue.at_random(depths, model, EarlyExitConfig(decoder=ExitAt(0.99, exit_layers=(1, 2, 3))))
     assert setting.odds == {"image": pytest.approx([0.5, 1.0]), "text": [0.0, 1.0], "decoder": [0.0, 0.0]}
     assert _mue.Setting.from_dict(json.loads(json.dumps(setting.to_dict()))) == setting
     rows = _mue.records(model, "entailment", batches, setting, given.tokenizer)

@@ -235,6 +235,6 @@ def test_a_case_is_trained_when_it_has_no_checkpoint(benchmark_module, monkeypat
     assert len(calls) == 1
 
 
-def test_values_of_rho_within_a_hundredth_of_the_best_are_told(benchmark_module):
+def test_values_of_rho_within_a_hundredth_of_the_best_are_listed(benchmark_module):
     near = benchmark_module("skip_effect")._near_best
     assert near({"0.5": 1.02, "0.6": 1.005, "0.7": 1.0, "0.8": 1.009, "0.9": 1.2}) == (0.6, 0.8)

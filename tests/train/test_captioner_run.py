@@ -55,14 +55,14 @@ def weights(run: Path, file: str = "4.ckpt") -> dict[str, torch.Tensor]:
 
 
 def test_a_resumed_run_ends_where_the_whole_one_does(config, capsys):
-    whole = fit(config, "whole")
-    report = (whole / "report.txt").read_text()
+    straight = fit(config, "straight")
+    report = (straight / "report.txt").read_text()
     assert all(name in report for name in ("untrained model", "majority baseline", "this model", "truth"))
-    resumed = fit(config, "resumed", f"--ckpt_path={whole / 'checkpoints' / '1.ckpt'}")
-    one, two = weights(whole), weights(resumed)
+    resumed = fit(config, "resumed", f"--ckpt_path={straight / 'checkpoints' / '1.ckpt'}")
+    one, two = weights(straight), weights(resumed)
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
-    first, last = (json.loads((run / "results.json").read_text())["metrics"] for run in (whole, resumed))
+    first, last = (json.loads((run / "results.json").read_text())["metrics"] for run in (straight, resumed))
     assert first == last
 
 
@@ -84,7 +84,7 @@ def test_training_starts_from_the_weights_of_another_run(config, capsys):
     other = torch.load(first / "checkpoints" / "last.ckpt", weights_only=True)
     other["hyper_parameters"] = {"width": 3}
     torch.save(other, config.parent / "other.ckpt")
-    for wrong, told in (
+    for wrong, message in (
         (["--start_from=nowhere"], "nowhere: no such checkpoint"),
         ([f"--start_from={config}"], "not a checkpoint of a training run"),
         ([f"--start_from={first}", "--model.grid=2"], "was trained with grid="),
@@ -92,15 +92,15 @@ def test_training_starts_from_the_weights_of_another_run(config, capsys):
     ):
         with pytest.raises(SystemExit):
             fit(config, "third", *wrong, *options)
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert not (first.parents[1] / "third").exists()
 
 
 def test_micro_batches_give_the_step_of_the_whole_batch(config):
     plain = ["--model.random_exits=0", "--trainer.num_sanity_val_steps=0"]
-    whole = weights(fit(config, "one", *plain))
+    full = weights(fit(config, "one", *plain))
     split = weights(fit(config, "two", *plain, "--data.batch_size=3", "--trainer.accumulate_grad_batches=2"))
-    assert all(torch.allclose(whole[name], split[name], atol=2e-5) for name in whole)
+    assert all(torch.allclose(full[name], split[name], atol=2e-5) for name in full)
 
 
 def test_a_run_is_tested_and_asked(config, capsys):

@@ -138,8 +138,8 @@ def test_recipe_runs(recipe, small_set, tmp_path, monkeypatch, capsys):
     shutil.copytree(small_set, root)
     main(["--config", recipe, *tiny(recipe, root)])
     printed = capsys.readouterr().out
-    told = {"vlm": "answer acc.", "ski": "baseline: pixels' spread"}
-    assert told.get(recipe[:3], "majority baseline") in printed
+    expected = {"vlm": "answer acc.", "ski": "baseline: pixels' spread"}
+    assert expected.get(recipe[:3], "majority baseline") in printed
     assert "this model" in printed
 
 
@@ -158,7 +158,7 @@ def test_the_embedded_recipe_trains_tests_predicts_and_draws_its_frames(small_se
 
 
 def test_a_vlm_is_pretrained_tuned_tested_and_asked(tmp_path, monkeypatch, capsys):
-    """The three recipes one behind the other, as their comments say."""
+    """The three recipes one after the other, as their comments say."""
     monkeypatch.chdir(tmp_path)
     options = [
         *(o for o in tiny("vlm_dense.yaml", tmp_path / "data") if not o.startswith(("--model", "--trainer.fast"))),

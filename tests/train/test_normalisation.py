@@ -59,15 +59,15 @@ def assert_same(steps: list[dict], expected: list[dict]) -> None:
 
 @pytest.mark.parametrize("text", [False, True])
 def test_accumulated_micro_batches_equal_one_batch(tmp_path, text):
-    whole = fit(tmp_path / "whole", text, batch_size=4)
+    single = fit(tmp_path / "whole", text, batch_size=4)
     parts = fit(tmp_path / "parts", text, batch_size=1, accumulate_grad_batches=4)
-    assert_same(parts, whole)
+    assert_same(parts, single)
 
 
 def test_an_incomplete_last_step_is_normalised_by_its_own_labels(tmp_path):
-    whole = fit(tmp_path / "whole", False, batch_size=5)
+    single = fit(tmp_path / "whole", False, batch_size=5)
     parts = fit(tmp_path / "parts", False, batch_size=1, accumulate_grad_batches=5)
-    assert_same(parts, whole)
+    assert_same(parts, single)
 
 
 def test_gradients_are_clipped_after_the_normalisation(tmp_path):

@@ -1,11 +1,42 @@
-"""The narrator that has seen no video: what the training narrations alone allow."""
+"""Majority baselines: the most frequent training answers, without a look at the pictures or videos."""
 
+import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from mmskip.models.video_llm.metrics import TurnScore, appended_frames, correct_prefix
+
+
+def majority_accuracy(train: Iterable[tuple[Hashable, str]], test: Iterable[tuple[Hashable, str]]) -> float:
+    """Share of the test answers that equal the most frequent training answer to the same question, in [0, 1].
+
+    A question that is not in the training set counts as wrong; no test answers give 0.
+
+    Args:
+        train: pairs of a question and its answer.
+        test: the same.
+    """
+    answers: dict[Hashable, Counter[str]] = {}
+    for question, answer in train:
+        answers.setdefault(question, Counter())[answer] += 1
+    best = {question: counts.most_common(1)[0][0] for question, counts in answers.items()}
+    right = [question in best and best[question] == answer for question, answer in test]
+    return sum(right) / max(1, len(right))
+
+
+def blind_baseline(root: Path, split: str = "val") -> float:
+    """Majority accuracy of a folder of conversations (`train.jsonl` and `{split}.jsonl`)."""
+    return majority_accuracy(_conversations(root / "train.jsonl"), _conversations(root / f"{split}.jsonl"))
+
+
+def _conversations(path: Path) -> Iterator[tuple[str, str]]:
+    for line in path.read_text().splitlines():
+        messages = json.loads(line)["messages"]
+        for asked, answered in zip(messages[::2], messages[1::2], strict=True):
+            yield asked["content"][-1]["text"], answered["content"][0]["text"]
 
 
 class MajorityBaseline:

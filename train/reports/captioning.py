@@ -12,6 +12,7 @@ from mmskip.datasets.captioning.coco import write_results
 from mmskip.datasets.captioning.snli_ve import LABELS
 from mmskip.models.captioner.metrics import score_captions
 from mmskip.models.captioner.module import Captioner
+from mmskip.train.metrics.majority import majority_accuracy
 from mmskip.train.reports.base import RunReport, loaders_of, rank_suffix
 from mmskip.utils.files import write_json
 
@@ -92,12 +93,11 @@ class CaptionReport(RunReport):
 
 
 def majority(train: Sequence[PictureEntry], entries: Sequence[PictureEntry]) -> dict[str, float]:
-    """What the commonest training answer and the commonest training caption reach, unseen."""
+    """Score the most frequent training answer and the most frequent training caption, without the images."""
     found = {}
-    labels = Counter(pair.label for entry in train for pair in entry.pairs)
-    asked = [pair.label for entry in entries for pair in entry.pairs]
+    labels, asked = ([("", pair.label) for entry in part for pair in entry.pairs] for part in (train, entries))
     if labels and asked:
-        found["accuracy"] = asked.count(labels.most_common(1)[0][0]) / len(asked)
+        found["accuracy"] = majority_accuracy(labels, asked)
     captions = Counter(text for entry in train for text in entry.captions)
     references = {entry.uid: entry.captions for entry in entries if entry.captions}
     if captions and len(references) > 1:

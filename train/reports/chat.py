@@ -9,9 +9,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 import mmskip
 from mmskip.datasets.chat.batches import last_answer
-from mmskip.datasets.synthetic.chat import blind_baseline
 from mmskip.methods.mixture_of_depths import anneal
 from mmskip.models.vlm.module import VLM
+from mmskip.train.metrics.majority import blind_baseline
 from mmskip.train.reports import text
 from mmskip.train.reports.base import RunReport, first_batch, loaders_of, rank_suffix
 from mmskip.train.savings import counted_savings, measured_speedup

@@ -21,8 +21,8 @@ from torch import Tensor
 import mmskip
 from mmskip.calibration import layer_paths as paths
 from mmskip.methods.layer_plan import LayerPlanConfig
-from mmskip.utils.files import whole
 from mmskip.utils.results import ResumableResults
+from mmskip.viz.figure import save_png, subplots
 
 ORACLE = "oracle: each path was chosen with the answer known; a bound, not a method"
 
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--curiosity", type=float, default=defaults.curiosity, help="c (default 1.41)")
     parser.add_argument("--explore", type=float, default=defaults.explore, help="chance of untried (default 0.1)")
     parser.add_argument(
-        "--longest", type=float, default=defaults.longest, help="of a path, in whole models (default 2)"
+        "--longest", type=float, default=defaults.longest, help="of a path, in multiples of the model (default 2)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -204,8 +204,8 @@ def summary(rows: Sequence[dict[str, Any]], layers: int) -> dict[str, Any]:
     """Means over the samples.
 
     Returns:
-        `samples`; `dense`: reward of the whole model; `oracle`: of the best path of each sample; `oracle_length`: its
-        length as a share of the model; `as_good_length`: that of the shortest path as good as the whole model;
+        `samples`; `dense`: reward of the full model; `oracle`: of the best path of each sample; `oracle_length`: its
+        length as a share of the model; `as_good_length`: that of the shortest path as good as the full model;
         `shorter`: share of the samples for which that one is shorter than the model.
     """
     found = [[paths.Scored(tuple(item["path"]), item["reward"]) for item in row["pareto"]] for row in rows]
@@ -232,20 +232,17 @@ def report(means: dict[str, Any]) -> str:
 
 
 def picture(rows: Sequence[dict[str, Any]], layers: int, path: Path) -> None:
-    """The mean of the best reward within a length, against that length, beside the whole model."""
-    from matplotlib.figure import Figure
-
+    """The mean of the best reward within a length, against that length, beside the full model."""
     lengths = sorted({item["length"] for row in rows for item in row["pareto"]} | {layers})
     means = []
     for length in lengths:
         best = [max((i["reward"] for i in row["pareto"] if i["length"] <= length), default=0.0) for row in rows]
         means.append(sum(best) / len(rows))
-    figure = Figure(figsize=(6.5, 4.2), dpi=110, layout="constrained")
-    axis = figure.subplots()
+    figure, axes = subplots(1, 1, 6.5, 4.2)
+    axis = axes[0, 0]
     axis.plot(lengths, means, "o-", ms=3.5, label="best path per sample (oracle)")
-    axis.plot([layers], [sum(row["dense"] for row in rows) / len(rows)], "k*", ms=12, label="the whole model")
+    axis.plot([layers], [sum(row["dense"] for row in rows) / len(rows)], "k*", ms=12, label="the full model")
     axis.set(xlabel="layers run, at most", ylabel="mean reward", title="the answer was known: a bound, not a method")
     axis.grid(alpha=0.3)
     axis.legend()
-    with whole(path) as partial:
-        figure.savefig(partial, format="png")
+    save_png(figure, path, dpi=None)

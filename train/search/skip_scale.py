@@ -27,7 +27,7 @@ from mmskip.train.evaluation.generation.image_sampler import (
     write_method,
 )
 from mmskip.train.metrics.feature_nets import FeatureNet, open_feature_net
-from mmskip.utils.files import whole
+from mmskip.viz.figure import save_png, subplots
 
 COURSES = ("constant", "deepest", "shallowest")
 METRICS = ("frechet", "denoising")
@@ -203,10 +203,8 @@ def table(results: dict[int, Found], metric: str) -> str:
 
 def curves_picture(results: dict[int, Found], metric: str, path: Path) -> None:
     """The score against rho for each number of evaluations, and the best rho against that number."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), dpi=110, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, axes = subplots(1, 2, 11, 4.2)
+    left, right = axes[0]
     for nfe, found in sorted(results.items()):
         (line,) = left.plot(list(found.scores), list(found.scores.values()), "o-", label=f"{nfe} evaluations", ms=3.5)
         left.plot(found.best, found.score, "*", color=line.get_color(), ms=13)
@@ -221,5 +219,4 @@ def curves_picture(results: dict[int, Found], metric: str, path: Path) -> None:
     right.set_ylabel("best rho")
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    with whole(path) as partial:
-        figure.savefig(partial, format="png")
+    save_png(figure, path, dpi=None)

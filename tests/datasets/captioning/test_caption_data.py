@@ -117,7 +117,7 @@ def test_answers_that_cannot_be_told_apart_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"captions": {"dev": "x.json"}}, "some of train, val, test"),
         ({"captions": {"train": "absent.json"}}, "there is no file absent.json"),
@@ -129,6 +129,6 @@ def test_answers_that_cannot_be_told_apart_are_refused():
         ({"tokenizer": "no/such_tokenizer"}, "not a local folder with files of transformers"),
     ],
 )
-def test_bad_settings_are_refused(folder, changed, told):
-    with pytest.raises(ValueError, match=told):
+def test_bad_settings_are_refused(folder, changed, message):
+    with pytest.raises(ValueError, match=message):
         CaptionData(**(files(folder) | changed)).tokenizer  # noqa: B018

@@ -114,8 +114,8 @@ def _picture(path: Path) -> Path:
 
 
 def test_missing_and_truncated_images_are_counted(tmp_path: Path) -> None:
-    whole = _picture(tmp_path / "images" / "1.jpg").read_bytes()
-    (tmp_path / "images" / "3.jpg").write_bytes(whole[: len(whole) // 2])
+    content = _picture(tmp_path / "images" / "1.jpg").read_bytes()
+    (tmp_path / "images" / "3.jpg").write_bytes(content[: len(content) // 2])
     images, _ = read_captions(_write(tmp_path / "c.json", _official(
         annotations=[{"image_id": i, "caption": "x"} for i in (1, 3, 9)])))  # fmt: skip
     report = LoadReport()

@@ -16,11 +16,11 @@ from mmskip.datasets.chat.module import ChatData
 from mmskip.datasets.synthetic.chat import (
     TEMPLATE,
     SceneChatConfig,
-    blind_baseline,
     generate_chat,
     scene_of,
     scene_processor,
 )
+from mmskip.train.metrics.majority import blind_baseline
 
 UNMARKED = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 
@@ -282,10 +282,10 @@ def test_broken_and_long_conversations_are_left_out_counted_and_reported(tmp_pat
     data = ChatData(str(tmp_path / "root"), **arguments)
     with pytest.warns(UserWarning, match="conversations are used") as caught:
         data.prepare_data()
-    told = " ".join(str(warning.message) for warning in caught)
-    assert "2 of 6 conversations are used" in told
-    assert "1 bad records" in told and "2 broken" in told and "1 longer than max_tokens=200" in told
-    assert "b.png" in told
+    warned = " ".join(str(warning.message) for warning in caught)
+    assert "2 of 6 conversations are used" in warned
+    assert "1 bad records" in warned and "2 broken" in warned and "1 longer than max_tokens=200" in warned
+    assert "b.png" in warned
     assert data.indices["train"].usable == [0, 5]
     assert len(list(data.train_dataloader())) == 1
     # what was found is kept: a second run reads no picture

@@ -28,7 +28,7 @@ def loader(items, epoch=0, workers=0):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_new_loader_gives_the_rest_of_the_epoch_and_then_whole_ones(workers):
-    whole = [batch.tolist() for batch in loader(Items())]
+    full = [batch.tolist() for batch in loader(Items())]
     first = loader(Items())
     batches = iter(first)
     taken = [next(batches).tolist() for _ in range(2)]
@@ -36,10 +36,10 @@ def test_a_new_loader_gives_the_rest_of_the_epoch_and_then_whole_ones(workers):
 
     second = loader(Items(), workers=workers)
     second.load_state_dict(state)
-    assert len(second) == 4  # a whole epoch: Lightning counts on from the batches taken
-    assert taken + [batch.tolist() for batch in second] == whole
+    assert len(second) == 4  # a full epoch: Lightning counts on from the batches taken
+    assert taken + [batch.tolist() for batch in second] == full
     assert second.state_dict() == {"taken": 0}
-    assert [batch.tolist() for batch in second] == whole
+    assert [batch.tolist() for batch in second] == full
 
 
 def test_skipped_batches_are_not_read():

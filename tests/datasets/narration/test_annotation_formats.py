@@ -97,7 +97,7 @@ def videos(folder, *names):
     return folder / "videos"
 
 
-def told(path, folder, **kwargs):
+def read_folder(path, folder, **kwargs):
     loaded, report = load_narrations(path, folder, check_videos=False, **kwargs)
     return {(v.uid, v.annotator): [(n.time_s, n.text) for n in v.narrations] for v in loaded}, report.counts
 
@@ -121,17 +121,17 @@ def test_long_term_anticipation_on_clips_or_on_the_whole_video(tmp_path):
             ("c2", 5.0, 6.0, None, None),  # as in the unannotated test file
         ),
     )
-    clips, counts = told(path, videos(tmp_path / "clips", "c1.mp4", "c2.mp4"))
+    clips, counts = read_folder(path, videos(tmp_path / "clips", "c1.mp4", "c2.mp4"))
     assert clips == {("c1", "actions"): [(2.0, "turn on cabinet")], ("c2", "actions"): [(4.5, "cut bread")]}
     assert counts == {"empty text": 1}
-    whole, _ = told(path, videos(tmp_path / "whole", "film.mp4"), narrate_at="start")
-    assert whole == {("film", "actions"): [(101.0, "turn on cabinet"), (203.0, "cut bread")]}
+    full, _ = read_folder(path, videos(tmp_path / "whole", "film.mp4"), narrate_at="start")
+    assert full == {("film", "actions"): [(101.0, "turn on cabinet"), (203.0, "cut bread")]}
 
 
 def test_goal_step_steps_and_substeps(tmp_path):
     path = save(tmp_path, GOALSTEP)
     folder = videos(tmp_path, "deep/er/a.mp4", "b.MP4", "unknown.mkv")
-    steps, counts = told(path, folder)
+    steps, counts = read_folder(path, folder)
     assert steps == {
         ("a", "steps"): [(4.0, "washes hands"), (9.0, "mixes dough")],
         ("b", "steps"): [(8.0, "one"), (9.0, "two words")],
@@ -142,7 +142,7 @@ def test_goal_step_steps_and_substeps(tmp_path):
         "ends before its start": 1,
         "video without narration": 1,
     }
-    both, _ = told(path, folder, passes=["steps", "substeps"], narrate_at="start")
+    both, _ = read_folder(path, folder, passes=["steps", "substeps"], narrate_at="start")
     assert both["a", "substeps"] == [(5.0, "adds flour")] and both["b", "steps"][0] == (2.0, "one")
 
 
@@ -150,32 +150,32 @@ def test_steps_without_times_cannot_be_streamed(tmp_path):
     content = {"videos": [{"video_uid": "a", "step_segments": [{"step_description": "slice", "segment_count": 2}]}]}
     path = save(tmp_path, content)
     with pytest.raises(ValueError, match=r"no narrated video is usable .*no time: 1 \(a\)"):
-        told(path, videos(tmp_path, "a.mp4"))
+        read_folder(path, videos(tmp_path, "a.mp4"))
 
 
 def test_egoexo4d_annotators_and_take_names(tmp_path):
     path = save(tmp_path, EXO)
-    first, counts = told(path, videos(tmp_path, "take-1.mp4"))
+    first, counts = read_folder(path, videos(tmp_path, "take-1.mp4"))
     assert first == {("take-1", "annotator_1"): [(2.5, "C picks a cup")]}
     assert counts == {"rejected": 2, "unsure": 1, "rejected by its annotators": 1}
-    both, _ = told(path, tmp_path / "videos", passes=["annotator_1", "annotator_2"])
+    both, _ = read_folder(path, tmp_path / "videos", passes=["annotator_1", "annotator_2"])
     assert both["take-1", "annotator_2"] == [(2.0, "C lifts a cup")]
     save(tmp_path, [{"take_uid": "take-1", "take_name": "cmu_bike_1"}], "takes.json")
     loaded, _ = load_narrations(path, videos(tmp_path / "named", "cmu_bike_1.mp4"), check_videos=False)
     assert (loaded[0].uid, loaded[0].path.name) == ("take-1", "cmu_bike_1.mp4")
 
 
-def test_epic_kitchens_is_told_when_its_narrator_spoke(tmp_path):
+def test_epic_kitchens_says_when_its_narrator_spoke(tmp_path):
     path = save(tmp_path, EPIC, "epic.csv")
     folder = videos(tmp_path, "P01/videos/P01_11.MP4", "P01/videos/P01_12.MP4")
-    spoken, counts = told(path, folder)
+    spoken, counts = read_folder(path, folder)
     assert spoken["P01_11", "narrations"] == [(0.56, "take plate"), (62.5, "put down plate")]
     assert spoken["P01_12", "narrations"] == [(2.0, "open door")]  # nobody knows when: at its end
     assert counts == {"no time": 1}
-    ends, _ = told(path, folder, narrate_at="end")
+    ends, _ = read_folder(path, folder, narrate_at="end")
     assert ends["P01_11", "narrations"] == [(1.89, "take plate"), (3663.0, "put down plate")]
     with pytest.raises(ValueError, match="missing: narration_timestamp"):
-        told(save(tmp_path, "video_id,start_timestamp,stop_timestamp,narration\n", "bad.csv"), folder)
+        read_folder(save(tmp_path, "video_id,start_timestamp,stop_timestamp,narration\n", "bad.csv"), folder)
 
 
 def test_redacted_intervals_are_left_out(tmp_path):
@@ -187,11 +187,13 @@ def test_redacted_intervals_are_left_out(tmp_path):
     metadata = {
         "videos": [{"video_uid": uid, "redacted_intervals": [{"start_sec": 4.0, "end_sec": 6.0}]} for uid in ("a", "b")]
     }
-    kept, counts = told(path, videos(tmp_path, "a.mp4", "b.mp4"), redactions=save(tmp_path, metadata, "ego4d.json"))
+    kept, counts = read_folder(
+        path, videos(tmp_path, "a.mp4", "b.mp4"), redactions=save(tmp_path, metadata, "ego4d.json")
+    )
     assert [time for time, _ in kept["a", "narration_pass_1"]] == [1, 9]
     assert counts == {"in a redacted interval": 2, "redacted": 1}
     with pytest.raises(ValueError, match="not Ego4D's metadata schema"):
-        told(path, tmp_path / "videos", redactions=path)
+        read_folder(path, tmp_path / "videos", redactions=path)
 
 
 def test_redacted_intervals_of_a_video_are_those_of_its_clips(tmp_path):
@@ -199,7 +201,7 @@ def test_redacted_intervals_of_a_video_are_those_of_its_clips(tmp_path):
     metadata = {"videos": [{"video_uid": "film", "redacted_intervals": [{"start_sec": 104.0, "end_sec": 105.5}]}]}
     redactions = save(tmp_path, metadata, "ego4d.json")
     for name in ("c1", "film"):
-        found, counts = told(path, videos(tmp_path / name, f"{name}.mp4"), redactions=redactions)
+        found, counts = read_folder(path, videos(tmp_path / name, f"{name}.mp4"), redactions=redactions)
         (texts,) = found.values()
         assert [text for _, text in texts] == ["cut bread"]
         assert counts["in a redacted interval"] == 1
@@ -230,7 +232,7 @@ def test_one_malformed_record_does_not_end_the_reading(tmp_path, content, text):
 
 def test_a_video_that_is_encoded_already_may_be_gone(tmp_path):
     path = save(tmp_path, GOALSTEP)
-    found, counts = told(path, videos(tmp_path, "b.mp4"), encoded={"a"})
+    found, counts = read_folder(path, videos(tmp_path, "b.mp4"), encoded={"a"})
     assert {uid for uid, _ in found} == {"a", "b"} and not counts["video missing"]
 
 
@@ -246,7 +248,7 @@ def test_names_that_do_not_exist_are_refused(tmp_path):
         ({"format": "epic_kitchens"}, "not EPIC-KITCHENS' columns"),
     ]:
         with pytest.raises(ValueError, match=message):
-            told(path, folder, **kwargs)
+            read_folder(path, folder, **kwargs)
 
 
 @pytest.mark.skipif(not (SHARED / "ego4d").is_dir(), reason="needs ../shared/data/ego4d and epic_kitchens")

@@ -168,13 +168,13 @@ def test_lightning_runs_it(root, tmp_path):
 
 
 def test_training_goes_on_in_the_middle_of_an_epoch(root):
-    whole = order(ready(root), 1)
+    uninterrupted = order(ready(root), 1)
     first, second = ready(root).train_dataloader(), ready(root).train_dataloader()
     first.sampler.set_epoch(1)
     taken = next(iter(first))["uid"]
     second.load_state_dict(first.state_dict())
     second.sampler.set_epoch(1)
-    assert taken + [uid for batch in second for uid in batch["uid"]] == whole
+    assert taken + [uid for batch in second for uid in batch["uid"]] == uninterrupted
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -303,7 +303,7 @@ def test_annotations_without_training_words_need_a_tokenizer(ego4d, tmp_path):
 
 
 def test_one_name_for_different_videos_of_two_splits(ego4d, tmp_path):
-    """Each split gets the features of its own file."""
+    """Each split gets the features of its file."""
     other = tmp_path / "other"
     write_video(other / "two.mp4", np.zeros((20, 48, 64, 3), np.uint8), fps=4)
     shutil.copytree(tmp_path / "videos", tmp_path / "first", ignore=shutil.ignore_patterns("cut.mp4"))

@@ -12,7 +12,7 @@ SENTENCE = "a small red circle enters, from the left"
 
 
 def byte_bpe():
-    """A byte-level BPE in which ']' and the newline behind it are one token, as in Llama 3."""
+    """A byte-level BPE in which ']' and the newline after it are one token, as in Llama 3."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
@@ -62,7 +62,7 @@ def test_a_merging_tokenizer_keeps_its_decision_tokens():
     tokenizer = prepare_tokenizer(byte_bpe())
     joined = tokenizer.encode("]\nAssistant:", add_special_tokens=False)
     tokens = StreamTokens.of(tokenizer)
-    assert tokens.speak not in joined, "the case this is about: joined text has no ']' of its own"
+    assert tokens.speak not in joined, "the case this is about: joined text has no separate ']'"
     assert tokenizer.decode([tokens.speak, *tokens.assistant]) == "]\nAssistant:"
     assert tokens.decode(tokens.narration("C opens the door")) == "C opens the door"
 

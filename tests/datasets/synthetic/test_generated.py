@@ -38,9 +38,9 @@ def test_narrations_load_as_ego4d_and_round_up_to_the_frames_that_show_them(fold
     videos, report = load_narrations(folder / "train" / "narrations.json", folder / "train" / "videos")
     assert len(videos) == 3 and not report.counts
     for index, video in enumerate(videos):
-        told = world_of(CONFIG, "train", index).narrations
-        assert [item.text for item in video.narrations] == [item.text for item in told]
-        assert [frame_index(item.time_s, CONFIG.fps) for item in video.narrations] == [item.tick for item in told]
+        narrations = world_of(CONFIG, "train", index).narrations
+        assert [item.text for item in video.narrations] == [item.text for item in narrations]
+        assert [frame_index(item.time_s, CONFIG.fps) for item in video.narrations] == [item.tick for item in narrations]
 
 
 def test_words_without_files_are_the_same(folder):
@@ -57,7 +57,7 @@ def test_same_settings_same_bytes_other_seed_other_stories(folder, tmp_path):
 
 
 def test_splits_share_no_video():
-    stories = [tuple(told.text for told in world_of(CONFIG, split, 0).narrations) for split in SPLITS]
+    stories = [tuple(event.text for event in world_of(CONFIG, split, 0).narrations) for split in SPLITS]
     assert len(set(stories)) == 3
 
 

@@ -1,4 +1,4 @@
-"""Worlds: what is told must be true of what is drawn."""
+"""Worlds: narrations are true of the frames."""
 
 from collections import Counter
 from dataclasses import replace
@@ -23,7 +23,7 @@ def many():
 
 
 def test_narrations_are_short_varied_and_of_few_words(many):
-    texts = [told.text for world in many for told in world.narrations]
+    texts = [narration.text for world in many for narration in world.narrations]
     assert {len(text.split()) for text in texts} <= set(range(4, 10))
     assert len({word for text in texts for word in text.split()}) < 80
     assert len(set(texts)) > 0.3 * len(texts), "no sentence can be guessed from being common"
@@ -31,14 +31,14 @@ def test_narrations_are_short_varied_and_of_few_words(many):
 
 
 def test_events_come_about_every_third_frame_at_unguessable_times(many):
-    gaps = np.concatenate([np.diff([told.tick for told in world.narrations]) for world in many])
+    gaps = np.concatenate([np.diff([narration.tick for narration in world.narrations]) for world in many])
     assert gaps.min() >= 2 and 2.7 < gaps.mean() < 3.3
     assert max(Counter(gaps.tolist()).values()) < 0.5 * len(gaps)
-    assert all(len({told.tick for told in world.narrations}) == len(world.narrations) for world in many)
+    assert all(len({narration.tick for narration in world.narrations}) == len(world.narrations) for world in many)
 
 
 def test_all_kinds_of_events_happen(many):
-    events = Counter(told.event for world in many for told in world.narrations)
+    events = Counter(narration.event for world in many for narration in world.narrations)
     assert set(events) == {"enter", "leave", "move", "hit", "hide", "out"}
     assert min(events.values()) > 0.03 * sum(events.values())
 
@@ -47,25 +47,29 @@ def test_stories_are_consistent(many):
     """Objects enter before they leave, hide before they come out, and bear one name at a time."""
     for world in many:
         hidden, left = set(), Counter()
-        for told in world.narrations:
-            words = told.text.split()
-            kind = " ".join(words[2:4] if told.event == "enter" else words[1:3])
-            if told.event == "enter":
+        for narration in world.narrations:
+            words = narration.text.split()
+            kind = " ".join(words[2:4] if narration.event == "enter" else words[1:3])
+            if narration.event == "enter":
                 assert (words[0] == "another") == (left[kind] > 0)
-            if told.event == "out":
+            if narration.event == "out":
                 hidden.remove(kind)
             else:
                 assert kind not in hidden
-            if told.event == "hide":
+            if narration.event == "hide":
                 hidden.add(kind)
-            left[kind] += told.event == "leave"
+            left[kind] += narration.event == "leave"
 
 
 def test_again_is_said_from_the_second_time_on():
-    world = next(w for w in worlds(60) if any("again" in told.text for told in w.narrations))
-    again = next(told for told in world.narrations if "again" in told.text)
+    world = next(w for w in worlds(60) if any("again" in narration.text for narration in w.narrations))
+    again = next(narration for narration in world.narrations if "again" in narration.text)
     name, event = " ".join(again.text.split()[1:3]), again.event
-    before = [told for told in world.narrations if told.tick < again.tick and told.event == event and name in told.text]
+    before = [
+        narration
+        for narration in world.narrations
+        if narration.tick < again.tick and narration.event == event and name in narration.text
+    ]
     assert before, "the same object did the same before"
 
 
@@ -85,37 +89,37 @@ def colour_mass(image, colour):
     return float((np.abs(image / 255 - np.array(COLOURS[colour])).max(axis=2) < 0.06).sum())
 
 
-def test_what_is_told_is_what_is_seen():
+def test_narrations_match_the_frames():
     config = quiet(cue=0)
     for seed in range(8):
         world = plan_world(config, np.random.default_rng(seed))
         frames = np.stack(list(draw_world(world, 96, 1, np.random.default_rng(seed))))
-        for told in world.narrations:
-            words = told.text.split()
-            colour = words[2] if told.event == "enter" else words[1]
-            before, at, after = (colour_mass(frames[told.tick + step], colour) for step in (-1, 0, 1))
-            if told.event in ("enter", "out"):
+        for narration in world.narrations:
+            words = narration.text.split()
+            colour = words[2] if narration.event == "enter" else words[1]
+            before, at, after = (colour_mass(frames[narration.tick + step], colour) for step in (-1, 0, 1))
+            if narration.event in ("enter", "out"):
                 assert before < at, "it appears"
-            elif told.event in ("leave", "hide"):
+            elif narration.event in ("leave", "hide"):
                 assert before > after, "it disappears"
-            assert not np.array_equal(frames[told.tick], frames[told.tick - 1])
+            assert not np.array_equal(frames[narration.tick], frames[narration.tick - 1])
 
 
 def test_nothing_moves_between_events():
     world = plan_world(quiet(), np.random.default_rng(0))
     frames = np.stack(list(draw_world(world, 96, 1, np.random.default_rng(0))))
-    busy = {told.tick + step for told in world.narrations for step in (0, 1)}
+    busy = {narration.tick + step for narration in world.narrations for step in (0, 1)}
     still = [tick for tick in range(1, CONFIG.ticks) if tick not in busy]
     assert still and all(np.array_equal(frames[tick], frames[tick - 1]) for tick in still)
 
 
-def test_the_cue_shows_in_the_told_frame_only():
+def test_the_cue_shows_in_the_narrated_frame_only():
     plain = [
         draw_world(plan_world(quiet(cue=cue), np.random.default_rng(1)), 96, 1, np.random.default_rng(1))
         for cue in (0, 0.8)
     ]
     without, with_cue = (np.stack(list(frames)) for frames in plain)
-    ticks = {told.tick for told in plan_world(quiet(), np.random.default_rng(1)).narrations}
+    ticks = {narration.tick for narration in plan_world(quiet(), np.random.default_rng(1)).narrations}
     differing = {tick for tick in range(CONFIG.ticks) if not np.array_equal(without[tick], with_cue[tick])}
     assert differing == ticks
 

@@ -1,4 +1,4 @@
-"""The embedded captions and pairs: true of their pictures, balanced, deterministic, whole on disk."""
+"""The embedded captions and pairs: true of their pictures, balanced, deterministic, complete on disk."""
 
 import re
 from collections import Counter
@@ -30,7 +30,7 @@ def cell_of(place: str) -> tuple[int, int]:
 
 
 def things_of(caption: str) -> dict[tuple[int, int], tuple[str, str]]:
-    """Colour and shape by cell, as a caption tells them."""
+    """Colour and shape by cell, as a caption gives them."""
     return {cell_of(m[0]): m[1:] for m in re.findall(r"(\w+) a(?:nother)? (\w+) (\w+)", caption)}
 
 
@@ -75,11 +75,11 @@ def test_captions_and_labels_are_true_of_the_world():
             assert len(re.findall("left|right|above|below", statement.text.split(" at ")[0])) == statement.steps
             labels[statement.label] += 1
             steps[statement.steps] += 1
-        for asked, told in picture.questions:
+        for asked, answer in picture.questions:
             kind, place = asked.split(" ", 1)
-            assert told in ("wall", *(COLOURS if kind == "colour" else SHAPES))
-            found = judged(f"{told} {place}", picture.caption, picture.world.wall)
-            assert found == ("neutral" if told == "wall" else "entailment")
+            assert answer in ("wall", *(COLOURS if kind == "colour" else SHAPES))
+            found = judged(f"{answer} {place}", picture.caption, picture.world.wall)
+            assert found == ("neutral" if answer == "wall" else "entailment")
         assert not picture_of(CONFIG, "val", index)[0].questions
     assert max(labels.values()) < 1.3 * min(labels.values())
     assert min(steps[number] for number in range(3)) > 0.15 * sum(steps.values())
@@ -141,7 +141,7 @@ def test_splits_share_no_picture():
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"train": 0}, "SceneCaptionsConfig.train"),
         ({"steps": ()}, "SceneCaptionsConfig.steps"),
@@ -151,8 +151,8 @@ def test_splits_share_no_picture():
         ({"colours": 2, "shapes": 2, "most": 6}, "more than there are kinds"),
     ],
 )
-def test_bad_settings_name_the_field(changed, told):
-    with pytest.raises(ValueError, match=re.escape(told)):
+def test_bad_settings_name_the_field(changed, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         SceneCaptionsConfig(**changed)
 
 

@@ -68,8 +68,8 @@ def test_a_video_that_states_no_length_is_played_and_said_so(tmp_path):
 def test_a_usual_video_needs_no_notes_and_a_truncated_one_is_refused(tmp_path):
     write_video(tmp_path / "v.mp4", np.random.default_rng(0).integers(0, 255, (40, 64, 64, 3), dtype=np.uint8), 10)
     assert open_frames(tmp_path / "v.mp4", 2.0, 32).notes == []
-    whole = (tmp_path / "v.mp4").read_bytes()
-    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    content = (tmp_path / "v.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(content[: len(content) // 2])
     with pytest.raises(VideoError, match="cut"):
         open_frames(tmp_path / "cut.mp4", 2.0, 32)
 

@@ -12,7 +12,7 @@ from mmskip.datasets.video.reader import VideoError, VideoStream, read_video, vi
 
 
 def grey_frames(levels, height=32, width=48):
-    """Flat frames whose level tells which frame it is: [F, H, W, 3]."""
+    """Flat frames whose grey level is the frame number: [F, H, W, 3]."""
     return np.repeat(np.array(levels, np.uint8)[:, None, None, None], 3, axis=3) * np.ones(
         (1, height, width, 1), np.uint8
     )
@@ -182,10 +182,10 @@ def test_a_cut_mp4_is_refused(tmp_path, share):
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_a_cut_file_that_partly_decodes_is_not_silently_short(tmp_path, suffix, share):
     noise = np.random.default_rng(0).integers(0, 255, (60, 64, 64, 3), dtype=np.uint8)
-    whole, fast = tmp_path / "noise.mp4", tmp_path / f"fast{suffix}"
-    write_video(whole, noise, fps=8)
+    full, fast = tmp_path / "noise.mp4", tmp_path / f"fast{suffix}"
+    write_video(full, noise, fps=8)
     options = {"movflags": "faststart"} if suffix == ".mp4" else {}
-    with av.open(str(whole)) as source, av.open(str(fast), "w", options=options) as target:
+    with av.open(str(full)) as source, av.open(str(fast), "w", options=options) as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(video=0):
             if packet.dts is not None:
@@ -221,7 +221,7 @@ def test_writing_refuses_what_the_codec_would_change(tmp_path):
         write_video(path, grey_frames([1]), 0)
     with pytest.raises(VideoError, match="differ in shape"):
         write_video(path, [np.zeros((32, 32, 3), np.uint8), np.zeros((16, 32, 3), np.uint8)], 4)
-    assert list(tmp_path.iterdir()) == [], "a refused video must leave nothing behind"
+    assert list(tmp_path.iterdir()) == [], "a refused video must leave no files"
 
 
 @pytest.mark.parametrize(("degrees", "corner"), [(0, (0, 0)), (90, (1, 0)), (180, (1, 1)), (270, (0, 1))])

@@ -73,12 +73,12 @@ def test_published_examples_to_their_printed_digits(example: tuple) -> None:
 @needs_data
 @pytest.mark.parametrize("corpus", ["fakecap", "human_fifth_caption_vs_first_four"])
 def test_corpus_references_set_by_set_and_caption_by_caption(corpus: str) -> None:
-    told = json.loads((METRICS / "coco_metric_reference.json").read_text())[corpus]
-    items = dict(enumerate(told["items"]))
+    reference = json.loads((METRICS / "coco_metric_reference.json").read_text())[corpus]
+    items = dict(enumerate(reference["items"]))
     references = {index: item["references"] for index, item in items.items()}
     found = scores.score_captions({index: item["candidate"] for index, item in items.items()}, references)
     for name in scores.NAMES:
-        assert found.totals[name] == pytest.approx(told["scores"][name], abs=1e-6), name
+        assert found.totals[name] == pytest.approx(reference["scores"][name], abs=1e-6), name
     for index, item in items.items():
         for name in ("CIDEr", "ROUGE_L", "Bleu_4"):
             assert found.images[index][name] == pytest.approx(item[name], abs=1e-6), (index, name)
@@ -102,15 +102,15 @@ def test_equals_pycocoevalcap_tokenizer_included_on_real_captions() -> None:
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     texts = _coco(520)
-    captions = {image: told[-1] for image, told in texts.items()}
-    references = {image: told[:-1] for image, told in texts.items()}
+    captions = {image: texts_of[-1] for image, texts_of in texts.items()}
+    references = {image: texts_of[:-1] for image, texts_of in texts.items()}
     ours = scores.score_captions(captions, references)
     tokenizer = PTBTokenizer()
-    told = tokenizer.tokenize({image: [{"caption": text} for text in row] for image, row in references.items()})
+    truth = tokenizer.tokenize({image: [{"caption": text} for text in row] for image, row in references.items()})
     said = tokenizer.tokenize({image: [{"caption": text}] for image, text in captions.items()})
-    bleu, bleu_each = Bleu(4).compute_score(told, said, verbose=0)
+    bleu, bleu_each = Bleu(4).compute_score(truth, said, verbose=0)
     parts = list(zip(scores.NAMES[:4], bleu, bleu_each, strict=True))
-    parts += [(name, *tool.compute_score(told, said)) for name, tool in (("ROUGE_L", Rouge()), ("CIDEr", Cider()))]
+    parts += [(name, *tool.compute_score(truth, said)) for name, tool in (("ROUGE_L", Rouge()), ("CIDEr", Cider()))]
     for name, total, each in parts:
         assert ours.totals[name] == pytest.approx(total, abs=1e-6), name
         assert [row[name] for row in ours.images.values()] == pytest.approx(list(each), abs=1e-6), name
@@ -124,8 +124,8 @@ def test_tokens_equal_the_java_tokenizer_on_3500_coco_captions() -> None:
 
     assert set(PUNCTUATIONS) == DROPPED
     texts = _coco(700)
-    told = PTBTokenizer().tokenize({image: [{"caption": text} for text in row] for image, row in texts.items()})
-    theirs = [line.split(" ") for row in told.values() for line in row]
+    tokenized = PTBTokenizer().tokenize({image: [{"caption": text} for text in row] for image, row in texts.items()})
+    theirs = [line.split(" ") for row in tokenized.values() for line in row]
     ours = tokenize_all([text for row in texts.values() for text in row])
     assert len(ours) > 3400
     assert [pair for pair in zip(ours, theirs, strict=True) if pair[0] != pair[1]] == []
@@ -155,10 +155,10 @@ def test_a_given_corpus_makes_cider_of_subsets_comparable() -> None:
     references = {1: ["a red cat sits"], 2: ["a dog runs"], 3: ["a red bus"]}
     captions = {1: "a red cat", 2: "a dog", 3: "a bus"}
     corpus = scores.DocumentFrequency.of(references)
-    whole = scores.score_captions(captions, references)
+    both = scores.score_captions(captions, references)
     one = scores.score_captions({1: captions[1]}, {1: references[1]}, corpus)
-    assert one.totals["CIDEr"] == pytest.approx(whole.images[1]["CIDEr"])
-    assert whole.images[1]["CIDEr"] > 0
+    assert one.totals["CIDEr"] == pytest.approx(both.images[1]["CIDEr"])
+    assert both.images[1]["CIDEr"] > 0
 
 
 def test_wordless_captions_score_nothing_and_bad_input_is_named() -> None:

@@ -82,12 +82,12 @@ def test_rows_of_a_batch_are_as_alone(kind, given, batch):
     model = captioner(kind, given).eval()
     texts = batch["entailment"]
     embedded = model.see(batch["images"])
-    whole = model.judge(*model.encode(embedded, texts))
+    batched = model.judge(*model.encode(embedded, texts))
     for row in range(len(texts.uids)):
         one = texts.rows([row])
         length = int(one.prompt_mask.sum())
         one.prompt, one.prompt_mask = one.prompt[:, :length], one.prompt_mask[:, :length]
-        assert torch.allclose(model.judge(*model.encode(embedded, one))[0], whole[row], atol=1e-5)
+        assert torch.allclose(model.judge(*model.encode(embedded, one))[0], batched[row], atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -143,11 +143,11 @@ def test_depths_of_one_sequence_are_those_of_its_row(settings, given, batch):
         mmskip.apply_(model.llm, EarlyExitConfig(decoder=None, **at))
         with torch.no_grad(), recording(model) as record:
             model.encode(model.see(batch["images"]), texts)
-            told = layers_run(model.llm)
+            ran = layers_run(model.llm)
         mmskip.remove_(model.llm)
         images, prompts = encoder_exits(record, texts.image)
-        assert images == told.get("image", told.get("encoder")).tolist()
-        assert prompts == told.get("text", told.get("encoder")).tolist()
+        assert images == ran.get("image", ran.get("encoder")).tolist()
+        assert prompts == ran.get("text", ran.get("encoder")).tolist()
         seen.add(tuple(images) != tuple(images[row] for row in texts.image.tolist()))
     assert True in seen, "taken row by row or image by image, the depths are the same"
 
@@ -268,7 +268,7 @@ def test_layer_weights():
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"layer_loss": "first"}, "layer_loss"),
         ({"random_exits": 1.5}, "random_exits is 1.5"),
@@ -283,8 +283,8 @@ def test_layer_weights():
         ({"schedule": "step"}, "schedule is 'step'"),
     ],
 )
-def test_bad_settings_are_refused(changed, told):
-    with pytest.raises(ValueError, match=re.escape(told)):
+def test_bad_settings_are_refused(changed, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         Captioner(**({"text": TEXTS["bart"], **TOWER} | changed))
 
 

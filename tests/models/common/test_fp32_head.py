@@ -1,4 +1,4 @@
-"""Logits of half precision: one definition for every path, summed and told in fp32."""
+"""Logits of half precision: one definition for every path, computed in fp32."""
 
 import pytest
 import torch

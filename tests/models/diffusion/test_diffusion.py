@@ -79,12 +79,12 @@ def test_guidance_goes_beyond_the_class_condition_and_counts_both_calls():
 
 def test_samples_do_not_depend_on_the_batch_size():
     model = Diffusion(UNET)
-    whole, _ = model.generate(5, seed=3)
+    together, _ = model.generate(5, seed=3)
     parts, _ = model.generate(5, seed=3, batch_size=2)
     tail, _ = model.generate(2, seed=3, start=3)
-    torch.testing.assert_close(whole, parts, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(whole[3:], tail, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(whole, model.generate(5, seed=4)[0])
+    torch.testing.assert_close(together, parts, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together[3:], tail, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(together, model.generate(5, seed=4)[0])
 
 
 def test_averaged_weights_follow_slowly_and_resume(tmp_path):
@@ -123,7 +123,7 @@ def test_bad_settings_are_refused(settings, message):
         Diffusion(UNET, **settings)
 
 
-def test_a_network_that_diffusers_refuses_is_told():
+def test_a_network_that_diffusers_refuses_is_reported():
     with pytest.raises(ValueError, match="refuses unet"):
         Diffusion({**UNET, "down_block_types": ("NoBlock",)})
     with pytest.raises(ValueError, match="label_dropout > 0"):

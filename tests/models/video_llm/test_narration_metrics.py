@@ -12,7 +12,7 @@ from mmskip.models.video_llm.metrics import (
     correct_prefix,
     frame_diff,
 )
-from mmskip.train.metrics.majority import MajorityBaseline
+from mmskip.train.metrics.majority import MajorityBaseline, majority_accuracy
 
 
 @pytest.mark.parametrize(
@@ -104,6 +104,12 @@ def test_majority_baseline_by_hand():
     assert (second.correct, second.frame_diff) == (1, -1)  # one frame later than it should
     assert second.nll == pytest.approx(-math.log(4 / 13 * 2 / 13 * 4 / 13 * 1 / 10))
     assert (third.correct, third.frame_diff) == (0, 0)  # the end of the stream is its cue
+
+
+def test_majority_accuracy_by_hand():
+    train = [("who", "ann"), ("who", "ann"), ("who", "bob"), ("what", "tea")]
+    asked = [("who", "ann"), ("who", "bob"), ("what", "tea"), ("why", "ann")]
+    assert majority_accuracy(train, asked) == 0.5 and majority_accuracy(train, []) == 0
 
 
 def test_majority_baseline_needs_training_turns():

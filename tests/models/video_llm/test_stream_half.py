@@ -29,7 +29,7 @@ def test_bfloat16_streams_say_word_for_word_what_the_offline_forward_says(name):
 
 
 def test_bfloat16_streams_say_what_was_learned_and_go_on_bit_for_bit_after_a_restore():
-    model, told = memorised("llama"), samples()
+    model, expected = memorised("llama"), samples()
     settings = StreamSettings(max_new_tokens=12)
     for stop in (5, 15):
         running = StreamEngine(model, VIDEOS[0].shape[1], settings, [HEAD] * 3)
@@ -42,7 +42,7 @@ def test_bfloat16_streams_say_what_was_learned_and_go_on_bit_for_bit_after_a_res
         assert rest == running.run()
         assert torch.equal(again.cache.layers[1].keys, running.cache.layers[1].keys)
         frames = {(text.stream, text.frame) for text in said + rest}
-        assert frames == {(row, turn.frames[1] - 1) for row, given in enumerate(told) for turn in given["turns"]}
+        assert frames == {(row, turn.frames[1] - 1) for row, sample in enumerate(expected) for turn in sample["turns"]}
 
 
 @pytest.mark.parametrize("methods", [(), (MOD,)])
@@ -60,7 +60,7 @@ def test_what_differs_in_bfloat16_is_a_near_tie(methods):
             assert steps or not found.different
 
 
-def test_a_stream_that_computes_something_else_is_told(monkeypatch):
+def test_a_stream_that_computes_something_else_is_reported(monkeypatch):
     """The comparison itself can fail: positions shifted by one in the stream alone."""
     model = tiny_narrator((MOD,), seed=4)
     begin = StreamCache.begin

@@ -30,8 +30,8 @@ def test_saved_in_the_middle_and_restored_streams_go_on_as_if_nothing_had_happen
         running.ask(QUESTION, 1)
         return running
 
-    whole = begin()
-    expected = whole.run()
+    uninterrupted = begin()
+    expected = uninterrupted.run()
     stopped, said = begin(), []
     for _ in range(9):  # in the middle of frames, texts and questions
         said += stopped.step()
@@ -39,8 +39,8 @@ def test_saved_in_the_middle_and_restored_streams_go_on_as_if_nothing_had_happen
     again = load_streams(model, tmp_path / "deep" / "streams.safetensors")
     said += again.run()
     assert said == expected
-    assert again.cache.totals == whole.cache.totals
-    assert again.cache.stored_bytes == whole.cache.stored_bytes
+    assert again.cache.totals == uninterrupted.cache.totals
+    assert again.cache.stored_bytes == uninterrupted.cache.stored_bytes
     assert os.listdir(tmp_path / "deep") == ["streams.safetensors"]
 
 

@@ -203,7 +203,7 @@ def test_narration_equals_recomputing_the_whole_stream_at_every_token(methods, t
     layout = [-1] * len(tokens)
 
     @torch.no_grad()
-    def behind() -> torch.Tensor:
+    def last_logits() -> torch.Tensor:
         row, frames = torch.tensor([tokens]), torch.tensor([layout])
         shown = features[: max(layout) + 1]
         extra = {"layout": frames} if methods else {}
@@ -217,7 +217,7 @@ def test_narration_equals_recomputing_the_whole_stream_at_every_token(methods, t
     for frame in range(len(features)):
         tokens.extend([0] * TOKENS)
         layout.extend([frame] * TOKENS)
-        probability = behind().softmax(-1)
+        probability = last_logits().softmax(-1)
         if probability[ids.silent] < threshold:
             probability[ids.silent] = 0
         if frame == 0 or int(probability.argmax()) == ids.silent:
@@ -225,7 +225,7 @@ def test_narration_equals_recomputing_the_whole_stream_at_every_token(methods, t
             continue
         write([ids.speak, *ids.assistant])
         words = []
-        while (token := int(behind().argmax())) != ids.eos and len(words) < 6:
+        while (token := int(last_logits().argmax())) != ids.eos and len(words) < 6:
             words.append(token)
             write([token])
         write([ids.eos, *ids.open])

@@ -93,9 +93,9 @@ def test_an_answer_is_right_when_all_its_words_are(batch, monkeypatch):
         return logits
 
     monkeypatch.setattr(model, "forward", forward)
-    _, tokens, right, answers, whole = model._score(batch).tolist()
+    _, tokens, right, answers, exact = model._score(batch).tolist()
     runs = sum(int(((row[1:] != -100) & (row[:-1] == -100)).sum()) for row in labels)
-    assert (right, answers, whole) == (tokens - 1, runs, runs - 1)
+    assert (right, answers, exact) == (tokens - 1, runs, runs - 1)
 
 
 @pytest.mark.parametrize("methods", [(), (MOD,)], ids=["dense", "mod"])
@@ -259,7 +259,7 @@ def test_keep_follows_the_optimizer_steps_and_a_resumed_run_goes_on(data, tmp_pa
         runner.fit(model, small, ckpt_path=ckpt)
         return model, runner
 
-    whole, runner = fit(tmp_path / "whole")
+    straight, runner = fit(tmp_path / "whole")
     keeps = logged(tmp_path / "whole", "train/keep")
     assert keeps == pytest.approx([1 - 0.6 * min(step / 6, 1) for step in range(9)])
     assert logged(tmp_path / "whole", "val/keep") == pytest.approx([0.7, 0.4, 0.4])
@@ -267,12 +267,12 @@ def test_keep_follows_the_optimizer_steps_and_a_resumed_run_goes_on(data, tmp_pa
         fit(tmp_path / "half", Stop())
     resumed, _ = fit(tmp_path / "half2", ckpt=tmp_path / "middle.ckpt")
     assert logged(tmp_path / "half2", "train/keep") == pytest.approx(keeps[5:])
-    for (name, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+    for (name, one), other in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
         torch.testing.assert_close(one, other, msg=name)
     # after training, the config's ratio
-    anneal(whole.llm, 0.0)
-    runner.validate(whole, chat_data(tmp_path / "data", eval_batch_size=4), verbose=False)
-    assert whole.results["keep"] == 0.4
+    anneal(straight.llm, 0.0)
+    runner.validate(straight, chat_data(tmp_path / "data", eval_batch_size=4), verbose=False)
+    assert straight.results["keep"] == 0.4
 
 
 def test_an_annealing_that_would_not_end_is_refused(data, tmp_path):
@@ -357,8 +357,8 @@ def test_a_trained_base_model_is_a_plain_one_of_transformers(data, batch, tmp_pa
     (_, folder) = save_tuned(model.llm, tmp_path, data.processor)
     (tmp_path / "model/old").touch()
     save_base(model.llm, folder, data.processor)  # again, over itself
-    plain, told = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
-    assert not any(told["missing_keys"]) and not any(told["unexpected_keys"])
+    plain, loading = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading["missing_keys"]) and not any(loading["unexpected_keys"])
     mmskip.load_(plain, tmp_path / "mmskip")
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "uid")}
     with torch.no_grad():

@@ -132,7 +132,7 @@ def test_a_misspelt_key_of_the_yaml_fails(here, capsys):
     assert "max_epoch" in capsys.readouterr().err
 
 
-def test_a_misspelt_setting_of_a_class_is_told_in_one_line_with_the_nearest_one(here, capsys):
+def test_a_misspelt_setting_of_a_class_is_one_line_with_the_nearest_one(here, capsys):
     config = copy.deepcopy(CONFIG)
     config["model"]["init_args"]["methods"] = [{"class_path": "mmskip.MoDConfig", "init_args": {"kep": 0.5}}]
     (here / "bad.yaml").write_text(yaml.safe_dump(config))
@@ -212,7 +212,7 @@ def test_a_run_leaves_one_folder_that_can_be_tested_predicted_and_run_again(here
 def test_an_interrupted_run_resumes_with_the_loss_curve_of_a_whole_one(here, saving, step, capsys):
     """From the last epoch, or from the middle of one."""
     options = ["--model.lora.r=2", "--model.lora.dropout=0.3", "--model.lora.target_modules=all-linear", *saving]
-    main(["--config", "tiny.yaml", "--name", "whole", *options])
+    main(["--config", "tiny.yaml", "--name", "straight", *options])
     with pytest.raises(SystemExit):
         main(["--config", "tiny.yaml", "--name", "part", f"--trainer.callbacks+={__name__}.Interrupt", *options])
     assert "--ckpt_path last" in capsys.readouterr().out
@@ -220,18 +220,18 @@ def test_an_interrupted_run_resumes_with_the_loss_curve_of_a_whole_one(here, sav
     assert torch.load(first / "checkpoints/last.ckpt", weights_only=True)["global_step"] == step
     main(["--config", "tiny.yaml", "--name", "part", "--ckpt_path", "last", *options])
     (second,) = set((here / "runs/part").iterdir()) - {first}
-    whole = losses(only("runs/whole/*", here))
-    assert losses(first) == whole[: len(losses(first))]
-    assert losses(second) == whole[step:]
+    straight = losses(only("runs/straight/*", here))
+    assert losses(first) == straight[: len(losses(first))]
+    assert losses(second) == straight[step:]
     final, resumed = (
         torch.load(only(f"runs/{path}/checkpoints/last.ckpt", here), weights_only=True)["state_dict"]
-        for path in ("whole/*", f"part/{second.name}")
+        for path in ("straight/*", f"part/{second.name}")
     )
     for name, value in final.items():
         assert torch.equal(value, resumed[name])
     reports = [
         json.loads((only(f"runs/{run}", here) / "results.json").read_text())
-        for run in ("whole/*", f"part/{second.name}")
+        for run in ("straight/*", f"part/{second.name}")
     ]
     assert reports[0]["metrics"] == reports[1]["metrics"]
     config = yaml.safe_load((second / "config.yaml").read_text())

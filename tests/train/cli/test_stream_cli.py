@@ -71,9 +71,9 @@ def test_a_run_narrates_a_video_and_reports_it(run, tmp_path, capsys):
 
 
 def test_the_texts_do_not_depend_on_chunks_and_images_play_as_well(run, tmp_path):
-    whole = play(run, tmp_path / "a", "--threshold", "0.6")
+    full = play(run, tmp_path / "a", "--threshold", "0.6")
     chunked = play(run, tmp_path / "b", "--threshold", "0.6", "--chunk", "3", "--report_frames", "4")
-    assert said(whole[1]) == said(chunked[1])
+    assert said(full[1]) == said(chunked[1])
     assert (tmp_path / "b" / "report.html").read_text().count("data:image/jpeg") <= 4
     images = tmp_path / "images"
     images.mkdir()
@@ -85,22 +85,22 @@ def test_the_texts_do_not_depend_on_chunks_and_images_play_as_well(run, tmp_path
 
 
 def test_a_stream_is_saved_and_continued_as_if_it_had_not_stopped(run, tmp_path, capsys):
-    """Two halves of a folder of images, the second with the state of the first, say what the whole says."""
+    """Two halves of a folder of images, the second with the state of the first, say what the full video says."""
     pictures = np.random.default_rng(0).integers(0, 255, (8, 48, 40, 3), dtype=np.uint8)
-    for part, frames in (("whole", pictures), ("first", pictures[:4]), ("second", pictures[4:])):
+    for part, frames in (("full", pictures), ("first", pictures[:4]), ("second", pictures[4:])):
         (tmp_path / part).mkdir()
         for index, frame in enumerate(frames):
             Image.fromarray(frame).save(tmp_path / part / f"{index}.png")
     threshold = ("--threshold", "0.6")
-    whole = play(run, tmp_path / "a", *threshold, "--question", "0:03 who?", video=tmp_path / "whole")
+    full = play(run, tmp_path / "a", *threshold, "--question", "0:03 who?", video=tmp_path / "full")
     state = tmp_path / "states" / "s.safetensors"
     first = play(run, tmp_path / "b", *threshold, "--save_state", str(state), video=tmp_path / "first")
     assert str(state) in capsys.readouterr().out
     question = ("--question", "0:01 who?")
     second = play(run, tmp_path / "c", *threshold, *question, "--load-state", str(state), video=tmp_path / "second")
-    assert second[2]["frames"] == 4 and second[2]["tokens"] == whole[2]["tokens"]
+    assert second[2]["frames"] == 4 and second[2]["tokens"] == full[2]["tokens"]
     later = [(kind, time_s + 2, text) for kind, time_s, text in said(second[1])]  # 4 frames at 2 per second
-    assert said(first[1]) + later == said(whole[1])
+    assert said(first[1]) + later == said(full[1])
     answers = [line["question"] for line in second[1] if line["type"] == "answer"]
     assert answers == ["who?"]
     page = (tmp_path / "c" / "report.html").read_text()
@@ -148,8 +148,8 @@ def test_what_was_watched_before_a_break_is_written(run, tmp_path, capsys):
 
 
 def test_a_stream_that_dies_keeps_what_was_said_until_then(run, tmp_path, monkeypatch):
-    whole = play(run, tmp_path, "--threshold", "0.6", "--report_frames", "0")
-    assert len(whole[1]) > 2 and not (tmp_path / "stream.jsonl.part").exists()
+    full = play(run, tmp_path, "--threshold", "0.6", "--report_frames", "0")
+    assert len(full[1]) > 2 and not (tmp_path / "stream.jsonl.part").exists()
     before = (tmp_path / "stream.jsonl").read_text()
     step, said_so_far = StreamEngine.step, []
 
@@ -164,7 +164,7 @@ def test_a_stream_that_dies_keeps_what_was_said_until_then(run, tmp_path, monkey
     with pytest.raises(MemoryError):
         play(run, tmp_path, "--threshold", "0.6", "--report_frames", "0")
     part = (tmp_path / "stream.jsonl.part").read_text()
-    assert part.endswith("\n") and said([json.loads(line) for line in part.splitlines()]) == said(whole[1])[:2]
+    assert part.endswith("\n") and said([json.loads(line) for line in part.splitlines()]) == said(full[1])[:2]
     assert (tmp_path / "stream.jsonl").read_text() == before
 
 
@@ -198,7 +198,7 @@ def test_what_cannot_be_played_is_refused_in_one_line(run, tmp_path, capsys, arg
     assert not (tmp_path / "out").exists()
 
 
-def test_results_that_cannot_be_written_are_told_before_the_video_is_watched(run, tmp_path, capsys):
+def test_results_that_cannot_be_written_are_refused_before_the_video_is_watched(run, tmp_path, capsys):
     folder, videos = run
     (tmp_path / "file").write_text("")
     base = ["--checkpoint", str(folder), "--video", str(videos / "v0.mp4")]
@@ -228,7 +228,7 @@ def test_a_long_stream_keeps_selections_of_pictured_frames_only(run, tmp_path):
         assert len(watched.kept) == len(session.pictures) == kept
 
 
-def test_texts_are_told_as_they_are_spoken_and_those_before_a_break_stay(run, tmp_path):
+def test_texts_are_printed_as_they_are_spoken_and_those_before_a_break_stay(run, tmp_path):
     """Of a chunk that outgrows the model's range, what was said in it before is not lost."""
     folder, videos = run
     arguments = ["--checkpoint", str(folder), "--video", str(videos / "v0.mp4"), "--out", str(tmp_path)]

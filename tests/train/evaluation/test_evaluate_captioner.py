@@ -83,8 +83,8 @@ def test_pairs_are_judged_alike_alone_and_in_batches(run, tmp_path):
 
 def test_an_interrupted_sweep_goes_on(run, tmp_path, monkeypatch):
     assert evaluated("snli_ve", run, tmp_path, "--timed", "0") == 0
-    whole = (tmp_path / "full" / "samples.jsonl").read_text()
-    (tmp_path / "full" / "samples.jsonl").write_text("\n".join(whole.splitlines()[:2]) + "\n")
+    complete = (tmp_path / "full" / "samples.jsonl").read_text()
+    (tmp_path / "full" / "samples.jsonl").write_text("\n".join(complete.splitlines()[:2]) + "\n")
     seen: list[int] = []
     from mmskip.train.evaluation.captioner.task import CaptionTask
 
@@ -92,7 +92,7 @@ def test_an_interrupted_sweep_goes_on(run, tmp_path, monkeypatch):
     monkeypatch.setattr(CaptionTask, "batch", lambda self, data, n: seen.extend(n) or batch(self, data, n))
     assert evaluated("snli_ve", run, tmp_path, "--timed", "0") == 0
     assert len(seen) == 2
-    assert (tmp_path / "full" / "samples.jsonl").read_text() == whole
+    assert (tmp_path / "full" / "samples.jsonl").read_text() == complete
 
 
 def test_files_of_ones_own_are_evaluated(run, tmp_path, capsys):
@@ -112,7 +112,7 @@ def test_files_of_ones_own_are_evaluated(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("command", "options", "told"),
+    ("command", "options", "message"),
     [
         ("coco", ["--encoder", "1.5"], "--encoder: threshold is 1.5"),
         ("coco", ["--beams", "0"], "--beams is 0"),
@@ -124,12 +124,12 @@ def test_files_of_ones_own_are_evaluated(run, tmp_path, capsys):
         ("coco", ["--encoder", "0.9", "--max-layers", "2"], "--max_layers is 2, which needs thresholds of the decoder"),
     ],
 )
-def test_bad_arguments_are_one_line(run, tmp_path, capsys, command, options, told):
+def test_bad_arguments_are_one_line(run, tmp_path, capsys, command, options, message):
     assert evaluated(command, run, tmp_path / "out", *options) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_settings_the_model_cannot_have_are_told_before_anything_is_computed(run, tmp_path, capsys):
+def test_settings_the_model_cannot_have_are_refused_before_anything_is_computed(run, tmp_path, capsys):
     assert evaluated("snli_ve", run, tmp_path / "out", "--decoder", "0.9", "--max-layers", "99") == 2
     assert "max_layers is 99, and there are" in capsys.readouterr().err
     assert not list((tmp_path / "out").rglob("*.json*"))

@@ -26,21 +26,21 @@ def test_scores_are_printed_and_written(files: tuple[Path, Path], capsys: pytest
     results, annotations = files
     assert main(["coco", "--results", str(results), "--annotations", str(annotations)]) == 0
     assert "Bleu_4    100.0" in capsys.readouterr().out
-    told = json.loads(results.with_suffix(".scores.json").read_text())
-    assert told["scores"]["ROUGE_L"] == pytest.approx(1) and told["images"] == 3
-    assert told["scores"]["CIDEr"] == pytest.approx(sum(row["CIDEr"] for row in told["samples"]) / 3)
+    report = json.loads(results.with_suffix(".scores.json").read_text())
+    assert report["scores"]["ROUGE_L"] == pytest.approx(1) and report["images"] == 3
+    assert report["scores"]["CIDEr"] == pytest.approx(sum(row["CIDEr"] for row in report["samples"]) / 3)
 
 
 def test_a_subset_must_be_asked_for_and_can_be_weighed_by_all(files: tuple[Path, Path]) -> None:
     results, annotations = files
     arguments = ["coco", "--results", str(results), "--annotations", str(annotations)]
     assert main(arguments) == 0
-    whole = json.loads(results.with_suffix(".scores.json").read_text())
+    full = json.loads(results.with_suffix(".scores.json").read_text())
     results.write_text(json.dumps(json.loads(results.read_text())[:1]))
     assert main(arguments) == 2
     assert main([*arguments, "--subset", "--idf", str(annotations)]) == 0
     part = json.loads(results.with_suffix(".scores.json").read_text())
-    assert part["images"] == 1 and part["samples"][0]["CIDEr"] == pytest.approx(whole["samples"][0]["CIDEr"])
+    assert part["images"] == 1 and part["samples"][0]["CIDEr"] == pytest.approx(full["samples"][0]["CIDEr"])
 
 
 def test_what_is_wrong_is_one_line(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,7 @@ def test_training_reports_its_loss_beside_two_that_know_nothing_and_draws(run):
     results = json.loads((folder / "results.json").read_text())
     losses = results["val_loss"]
     assert losses["model"] != losses["untrained"] and losses["pixel_spread"] > 0
-    # a denoiser of the right spread leaves about the whole weighted error
+    # a denoiser of the right spread leaves about all of the weighted error
     assert 0.3 < losses["pixel_spread"] < 3
     assert results["nfe_of_samples"] == [9, 35]
     assert (folder / "samples.png").is_file()
@@ -96,7 +96,7 @@ def test_the_frechet_distance_agrees_with_torchmetrics_on_the_same_features(run,
     assert FidScorer(corners, corners(real)).frechet(fake) == pytest.approx(expected, rel=1e-3) and expected > 0.01
 
 
-def test_fewer_images_than_features_are_told_with_what_follows(run, nets, tmp_path, capsys):
+def test_fewer_images_than_features_are_reported_with_the_consequence(run, nets, tmp_path, capsys):
     assert main(options(run, f"{nets}:wide", tmp_path)) == 0
     printed = capsys.readouterr().out
     assert "10 images and 768 features: the covariance is singular" in printed and "kernel distance" in printed

@@ -45,8 +45,8 @@ def test_perplexity_of_whole_windows_is_that_of_the_notes_beside_the_data():
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
     text = TEXT.read_text(encoding="utf-8").replace("<|endoftext|>", "")
-    whole = [window for window in text_windows(tokenizer, text, 512) if len(window) == 512]
-    assert perplexity(model, whole) == (pytest.approx(4.226, abs=0.001), 3 * 511)
+    full = [window for window in text_windows(tokenizer, text, 512) if len(window) == 512]
+    assert perplexity(model, full) == (pytest.approx(4.226, abs=0.001), 3 * 511)
 
 
 @NEEDS_DATA
@@ -102,8 +102,8 @@ def test_tasks_of_the_harness_and_baselines(tmp_path, monkeypatch, capsys):
     found = json.loads((tmp_path / "lm.json").read_text())
     assert found["dense"]["tasks"]["who_is_it"]["acc"] == 1.0
     assert set(found["changed"]["tasks"]["who_is_it"]) == set(found["dense"]["tasks"]["who_is_it"])
-    for told in found["baselines"].values():
-        assert told["equal"] and told["seconds"]["token_s"] > 0
+    for baseline in found["baselines"].values():
+        assert baseline["equal"] and baseline["seconds"]["token_s"] > 0
     assert "who_is_it: acc 1.0000" in capsys.readouterr().out
     monkeypatch.setattr(lm, "perplexity", lambda *_: pytest.fail("measured before the tasks were looked up"))
     assert main([*call, "--tasks", "no_such_task"]) == 2

@@ -161,14 +161,14 @@ def test_only_samples_that_changed_are_computed_again(trained, tmp_path, monkeyp
     monkeypatch.setattr(ego4d, "score_turns", lambda model, batch: seen.extend(batch["uid"]) or real(model, batch))
     other = narrated_set(tmp_path / "other", 3, seed=5, prefix="o")
     path, videos = Path(other["annotations"]), Path(other["videos"])
-    whole = json.loads(path.read_text())
-    path.write_text(json.dumps({"videos": {uid: whole["videos"][uid] for uid in ("o0", "o1")}}))
+    complete = json.loads(path.read_text())
+    path.write_text(json.dumps({"videos": {uid: complete["videos"][uid] for uid in ("o0", "o1")}}))
     options = ["--annotations", str(path), "--videos", str(videos)]
     before = evaluate(trained, tmp_path / "out", *options)["results"]["trained"]
     assert seen == ["o0", "o1"]
     seen.clear()
     shutil.copy(videos / "o2.mp4", videos / "o0.mp4")
-    path.write_text(json.dumps(whole))
+    path.write_text(json.dumps(complete))
     after = evaluate(trained, tmp_path / "out", *options)["results"]["trained"]
     assert sorted(seen) == ["o0", "o2"]
     assert (before["samples"], after["samples"]) == (2, 3)
@@ -181,8 +181,8 @@ def test_one_bad_file_does_not_end_an_evaluation(trained, tmp_path, capsys):
     content = json.loads(Path(other["annotations"]).read_text())
     content["videos"]["unknown"] = content["videos"]["o0"]
     Path(other["annotations"]).write_text(json.dumps(content))
-    whole = ["--annotations", other["annotations"], "--videos", other["videos"]]
-    assert evaluate(trained, tmp_path / "whole", *whole)["results"]["trained"]["samples"] == 3
+    full = ["--annotations", other["annotations"], "--videos", other["videos"]]
+    assert evaluate(trained, tmp_path / "whole", *full)["results"]["trained"]["samples"] == 3
     bad = Path(other["videos"]) / "o1.mp4"
     bad.write_bytes(bad.read_bytes()[:600])
     options = ["--annotations", other["annotations"], "--videos", other["videos"]]
@@ -201,7 +201,7 @@ def test_one_bad_file_does_not_end_an_evaluation(trained, tmp_path, capsys):
     assert status == 1
 
 
-def test_features_that_break_under_way_are_told_by_name(trained, tmp_path, monkeypatch):
+def test_features_that_break_under_way_are_named(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(
         common.NarrationDataset,
         "__getitem__",

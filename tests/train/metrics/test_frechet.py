@@ -47,7 +47,7 @@ def test_precision_and_recall_tell_missing_modes_from_bad_images():
     assert math.isclose(precision, 0.5) and recall == 1.0
 
 
-def test_too_few_images_are_told():
+def test_too_few_images_are_reported():
     with pytest.warns(UserWarning, match="8 images and 8 features: the covariance is singular"):
         few = FeatureStatistics.of(features(8))
     with warnings.catch_warnings():

@@ -102,18 +102,18 @@ def test_a_search_goes_on_where_it_stopped(tmp_path):
         results = ResumableResults(file, {"seed": seed})
         return cola.search_samples(model, samples[:count], PathSettings(simulations=12), seed, results)
 
-    whole = search(3, tmp_path / "whole.json")
+    full = search(3, tmp_path / "whole.json")
     search(1)
     kept = part.read_text()
-    assert search(1) == whole[:1] and part.read_text() == kept
-    assert search(3) == whole
-    assert search(1) == whole  # finished rows are kept
+    assert search(1) == full[:1] and part.read_text() == kept
+    assert search(3) == full
+    assert search(1) == full  # finished rows are kept
     with pytest.raises(ValueError, match=r"other settings \(seed: 0 there, 1 now\)"):
         search(3, seed=1)
-    for row in whole:
+    for row in full:
         dense = [item for item in row["pareto"] if item["length"] <= 4]
         assert max(item["reward"] for item in dense) >= row["dense"] - 1e-6
-    means = cola.summary(whole, 4)
+    means = cola.summary(full, 4)
     assert means["oracle"] >= means["dense"] and 0 < means["as_good_length"] <= 1
 
 

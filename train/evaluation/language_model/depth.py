@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             found[part] = _measured(part, model, batches, prompt_T, arguments.steps)
         getattr(pictures, part)(found, arguments.out / f"{part}.png")
-        print(f"{part}: {_told(part, found[part])}", flush=True)
+        print(f"{part}: {_summary(part, found[part])}", flush=True)
     write_json(found, arguments.out / "depth.json")
     print(f"written to {arguments.out}")
     return 0
@@ -130,8 +130,8 @@ def _maps(model: Any, other: Any, batches: list[Tensor]) -> Any:
     return measure.linear_maps(measure.states(model, batches), measure.states(other, batches)).tolist()
 
 
-def _told(part: str, found: Any) -> str:
-    """The line printed of a part."""
+def _summary(part: str, found: Any) -> str:
+    """Summarize the result of a part in one line."""
     if part == "contributions":
         return "||a + m|| / ||x|| by block " + " ".join(f"{v:.2f}" for v in found["norm"]["block"])
     if part == "effects":
