@@ -13,7 +13,7 @@ Runs in parts, each of which resumes where its file (`benchmarks/results/depth_M
     python benchmarks/depth.py --part draw        # pictures
 
 `--clock cpu` counts the seconds this process computes instead of those that pass, for a machine with other work; such
-figures stand under names of their own (`speed_cpu`) and are drawn where no others are there.
+figures stand under separate names (`speed_cpu`) and are drawn where no others are there.
 """
 
 import argparse

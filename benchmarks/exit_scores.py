@@ -1,4 +1,4 @@
-"""What an exit score costs at the shape of a published model, beside the decoder layer that it might save.
+"""Cost of an exit score at the shape of a published model, beside the decoder layer that it might save.
 
 A step of the decoder over its cache is timed at full depth, with scores after every layer that never let a token
 exit, and with every token exiting after layer 1; the first two differ by the scores, the first and the last by the

@@ -5,7 +5,7 @@
 Select and merge are compared with `gather` / `scatter` on an index expanded over the width; ragged attention with
 masked attention on samples padded to one length and, on CUDA, with FlexAttention on packed samples. The shapes are
 small on a CPU and those of Llama-3-8B on CUDA (`SHAPES`). On CUDA the same operations also run with `MMSKIP_OPS=torch`,
-which tells where xFormers wins: this is the record that verifies the xFormers paths. The result goes to
+which shows where xFormers wins: this is the record that verifies the xFormers paths. The result goes to
 `benchmarks/results/kernels_<device type>.json`.
 """
 
@@ -90,7 +90,7 @@ def attention_parity(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def over_torch(ours: Callable[[], None], pairs: int, device: torch.device) -> dict[str, Any] | None:
-    """How many times faster the path that runs here is than the torch path; None where it is the torch path."""
+    """Speedup of the path that runs here over the torch path; None if it is the torch path."""
     if all(path.name == "torch" for path in operation_paths(device).values()):
         return None
     before = os.environ.get(ENV_VAR, "auto")

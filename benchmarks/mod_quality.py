@@ -15,7 +15,7 @@ chosen on the validation videos of other seeds, by the last line above; the test
     coarse     a dense model with fewer vision tokens per frame (2 x 2 instead of 3 x 3)
     dense_blank, mod_blank                            the same models with their visual input blanked
 
-Finished trainings are kept under runs/mod_quality by the hash of their whole recipe, and not repeated: an interrupted
+Finished trainings are kept under runs/mod_quality by the hash of their full recipe, and not repeated: an interrupted
 benchmark resumes where it stopped.
 """
 
@@ -89,14 +89,14 @@ class Run:
 
     @property
     def file(self) -> Path:
-        """Where the results of the training are kept; the name holds a hash of all its settings."""
+        """File of the results of the training; its name holds a hash of all settings."""
         settings = self.recipe()
         model, data = settings["model"]["init_args"], settings["data"]["init_args"]
         model["methods"] = [method.to_dict() for method in model["methods"]]
         data["generated"] = data["generated"].id
         limits = {key: settings["trainer"].get(key) for key in ("max_epochs", "gradient_clip_val")}
-        whole = [model, data, limits, self.seed, self.split]
-        digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:10]
+        recipe = [model, data, limits, self.seed, self.split]
+        digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:10]
         return ROOT / "runs" / "mod_quality" / f"{self.variant}-{self.seed}-{digest}.json"
 
 
@@ -196,7 +196,7 @@ def costs(variants: list[str], like: Run, pairs: int) -> dict[str, dict[str, Any
 
 
 def run_all(todo: list[Run], jobs: int) -> None:
-    """Train, `jobs` at a time, each in a process of its own."""
+    """Train, `jobs` at a time, each in a separate process."""
     running: list[tuple[Run, subprocess.Popen[bytes]]] = []
     threads = max(1, (os.cpu_count() or 1) // jobs)
     while todo or running:
@@ -338,7 +338,7 @@ def main() -> None:
     if arguments.split == "test":
         save_png(quality_against_compute(points(results)), RESULTS / "mod_quality.png")
         emit(report)
-    else:  # a search leaves the reported results as they are
+    else:  # a search does not change the reported results
         emit(report, ROOT / "runs" / "mod_quality" / "search.json")
 
 

@@ -13,8 +13,8 @@ paired and interleaved with full depth in one process.
     python benchmarks/mue.py --separate         # how well scores tell settled answers, before and after `settle`
     python benchmarks/mue.py                    # times; draws docs/mue_*.png
 
-Ways of exiting: `mue` (saturation in encoder and decoder), `entropy` and `patience` (in the decoder, with the encoder
-whole or exiting as MuE's), `fixed` (the same decoder layer for every token), `random` (the library's learned exits,
+Ways of exiting: `mue` (saturation in encoder and decoder), `entropy` and `patience` (in the decoder, with the full
+encoder or exits as MuE's), `fixed` (the same decoder layer for every token), `random` (the library's learned exits,
 whose heads draw lots such that as many states exit after each layer as under MuE). The last line is one JSON object.
 """
 
@@ -145,16 +145,16 @@ class Search:
     def mue(self) -> list[Tried]:
         """MuE's settings that no other beats in both quality and layers, timed."""
         encoders = product(*(self.seen.thresholds(part) for part in ("image", "text")))
-        whole = front([self.tried(_setting("mue", {"image": image, "text": text})) for image, text in encoders])
-        kept = [t for t in whole if t["quality"] >= self.goal] or whole[-1:]
-        found = list(whole)
+        encoder_front = front([self.tried(_setting("mue", {"image": image, "text": text})) for image, text in encoders])
+        kept = [t for t in encoder_front if t["quality"] >= self.goal] or encoder_front[-1:]
+        found = list(encoder_front)
         for tried, (points, most) in product(kept[:ENCODERS], self.places[1]):
             for threshold in self.seen.thresholds("saturation", points, most):
                 found.append(self.tried(_setting("mue", _encoder(tried), threshold, points, most)))
         return [self.timed(t) for t in front(found)]
 
     def heads(self, way: str, mue: Tried) -> list[Tried]:
-        """Settings of exits by the decoder's head, with the encoder whole or left as by MuE, timed."""
+        """Settings of exits by the decoder's head, with the full encoder or with exits as MuE, timed."""
         settings = []
         for encoder, (points, most) in product(({}, _encoder(mue)), self.places[way == "patience"]):
             if way == "entropy":
@@ -201,7 +201,7 @@ def _setting(
 
 
 def _encoder(tried: Tried) -> dict[str, Any]:
-    """How a setting leaves the encoder."""
+    """Exits of a setting in the encoder."""
     config = Setting.from_dict(tried).config
     return {part: getattr(config, part) for part in ("image", "text")}
 
@@ -298,9 +298,9 @@ def timed(models: Models, chosen: dict[str, Any], pictures: Pictures, options: a
 
 
 def draw(scores: dict[str, Any], times: dict[str, Any], folder: Any) -> None:
-    """Per task: where MuE leaves, and quality against counted FLOPs and measured time of single samples."""
+    """Draw per task where MuE exits, and quality against counted FLOPs and measured time of single samples."""
     for task, (metric, _) in TASKS.items():
-        note = f"{task}: where MuE leaves, test pictures of {len(SEEDS)} seeds"
+        note = f"{task}: where MuE exits, test pictures of {len(SEEDS)} seeds"
         figure = viz.exit_depths(scores[task]["mue"]["exits"]["histogram"], note)
         viz.save_png(figure, folder / f"mue_{task}_exits.png")
         points = [
@@ -309,7 +309,7 @@ def draw(scores: dict[str, Any], times: dict[str, Any], folder: Any) -> None:
             for way, one in scores[task].items()
             if way not in ("blanked", "mue_as_shallow")  # MuE is drawn once
         ]
-        note = f"{task}, single samples; a blanked image leaves {scores[task]['blanked']['quality']:.3g}"
+        note = f"{task}, single samples; with a blanked image {scores[task]['blanked']['quality']:.3g}"
         figure = viz.quality_against_compute(points, metric, lower_is_better=False, note=note)
         viz.save_png(figure, folder / f"mue_{task}.png")
 

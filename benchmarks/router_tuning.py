@@ -8,7 +8,7 @@ ratios: random tokens, the same weights trained as long. With nothing trained: f
 evenly spaced and largest-norm tokens, and tokens dropped by the attention they receive (FastV); and the base with
 blanked pictures. Losses are those of the test split.
 
-Compute is that of the language model; the vision tower runs whole.
+Compute is that of the language model; the vision tower runs in full.
 
     python benchmarks/router_tuning.py            # report: test split of other seeds
     python benchmarks/router_tuning.py --search   # of the router, on the base of the search seed
@@ -192,11 +192,11 @@ def evaluate(model: VLM, data: ChatData, batch: dict[str, Any]) -> dict[str, flo
     with torch.no_grad():
         for part in data.val_dataloader():
             scores += model._score(part)
-    loss, labels, right, answers, whole = scores.tolist()
+    loss, labels, right, answers, exact = scores.tolist()
     model.results = {
         "loss": loss / labels,
         "token_accuracy": right / labels,
-        "answer_accuracy": whole / answers,
+        "answer_accuracy": exact / answers,
         "answers": answers,
         "keep": mmskip.methods.mixture_of_depths.read_keep(model.llm),
     }
@@ -344,7 +344,7 @@ def run_of(seed: int, split: str, names: list[str], every: int) -> dict[str, Any
 def chosen_keep(seed: int) -> dict[str, Any]:
     """The keep ratios of a base: the last of `LADDER` before one whose loss, with fitted routers, may exceed that of
     the base by more than `ALLOWED`. Going on only while each holds keeps the confidence of one test (fixed-sequence
-    testing, Learn then Test, arXiv 2110.01052); judged on the validation split and on a set of its own."""
+    testing, Learn then Test, arXiv 2110.01052); judged on the validation split and on a separate set."""
     folder = base_model(seed)
     settings = [(CONFIGS / TUNED["router"][0]).read_text(), LADDER, ALLOWED, SIZES]
     kept = FOLDER / f"keep-{folder.name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:10]}.json"

@@ -1,4 +1,4 @@
-"""What scales of 1 on the skip connections cost: forward passes with and without them, in interleaved pairs.
+"""Cost of scales of 1 on the skip connections: forward passes with and without them, in interleaved pairs.
 
     python benchmarks/skip_overhead.py [--widths 16 32 48] [--size 16] [--batch 64] [--pairs 31]
 

@@ -1,11 +1,11 @@
-"""How often streams choose otherwise than the offline forward, and by how little; and what logits in fp32 cost.
+"""How often and how narrowly streams choose otherwise than the offline forward, and the cost of logits in fp32.
 
     python benchmarks/stream_exact.py --checkpoint runs/videollm_mod       the test videos of a run of `make train`
 
 The checkpoint watches videos in fp32 and in bf16, by chunks of several sizes, one stream or several of a batch, saved
-and restored in the middle; each stream is compared with one forward over its whole sequence under the recorded
-selections. As a control bf16 once more with logits rounded to bf16, as a head alone tells them. The cost is that of the
-head of an 8B model for one token: `speedup` is that of the plain bf16 head over the one whose sums stay in fp32.
+and restored in the middle; each stream is compared with one forward over its full sequence under the recorded
+selections. As a control bf16 once more with logits rounded to bf16, as the head alone gives them. The cost is that of
+the head of an 8B model for one token: `speedup` is that of the plain bf16 head over the one whose sums stay in fp32.
 
 Each line is kept in the result file as soon as it is there; `--kinds` and `--ways` name a part, and what the file holds
 of the same commit, checkpoint and videos stays in it.

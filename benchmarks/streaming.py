@@ -286,18 +286,18 @@ class Results:
         self._found = found if same and not where["dirty"] else {}
 
     def known(self, part: str, settings: dict[str, Any]) -> dict[str, Any] | None:
-        """What was measured of a part with these settings; None: nothing."""
+        """Return the measurements of a part with these settings, or None."""
         found = self._found.get(part)
         return found if found and found["settings"] == json.loads(json.dumps(settings)) else None
 
     def keep(self, part: str, settings: dict[str, Any], values: dict[str, Any]) -> None:
         """Write a part, beside those that are there."""
         self.result[part] = {"settings": settings, **values}
-        write_json(self.whole, self.path)
+        write_json(self.all, self.path)
 
     @property
-    def whole(self) -> dict[str, Any]:
-        """What was measured now, and beside it what was measured alike before."""
+    def all(self) -> dict[str, Any]:
+        """Measurements of this run, and earlier ones with the same settings."""
         return {**self._found, **self.result}
 
 
@@ -373,7 +373,7 @@ def main() -> None:
     about["method"] = MOD.to_dict()
     results = Results(path, about, args.fresh)
     measure(args, models, results, lambda text: print(text, flush=True))
-    result = results.whole
+    result = results.all
     measured = result.get("prefill") or result.get("position") or _median_cell(result)
     result |= {"speedup": measured["speedup"], "ideal": measured["ideal"]}
     if result.keys() & {"position", "grid"}:

@@ -66,7 +66,7 @@ class Spoken:
 
 @dataclass
 class Watched:
-    """What playing a video gave.
+    """Results of playing a video.
 
     Attributes:
         spoken: in order.

@@ -1,4 +1,4 @@
-"""What a method saves on one batch: counted from a trace, and measured against the same model without it."""
+"""Savings of a method on one batch: counted from a trace, and measured against the same model without it."""
 
 import copy
 from typing import TYPE_CHECKING, Any

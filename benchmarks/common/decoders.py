@@ -116,7 +116,7 @@ class Decoder:
         return settings
 
     def call(self, stream: Stream, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What the dense model is called with, and what a routed one gets besides."""
+        """Make the arguments of the dense model, and the additional ones of a routed model."""
         layout = stream.layout().to(device)
         ids = torch.randint(0, self.vocab, layout.shape, generator=torch.Generator().manual_seed(0))
         return {"input_ids": ids.to(device)}, {"layout": layout}
@@ -212,7 +212,7 @@ class Vlm:
         return 56 if self.text.width == 32 else 384 if device == "cuda" else 168
 
     def call(self, stream: Stream, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What the dense model is called with; a routed one finds its frames in the same."""
+        """Make the arguments of the dense model; a routed model finds its frames in them."""
         generator = torch.Generator().manual_seed(0)
         frames, call = stream.frames, {}
         if self.model_type == "qwen2_5_vl":

@@ -1,4 +1,4 @@
-"""What the depth benchmark compares: models, texts, and policies by name."""
+"""Models, texts and named policies of the depth benchmark."""
 
 import random
 from collections.abc import Callable
@@ -63,14 +63,14 @@ def texts(name: str, tokenizer: Any) -> dict[str, dict[str, list[torch.Tensor]]]
 
 
 def sizes(layers: int) -> list[int]:
-    """How many blocks, attentions or MLPs are dropped."""
+    """Count the blocks, attentions or MLPs that are dropped."""
     return list(range(1, layers // 2 + 2)) if layers < 8 else [2, 4, 6, 8]
 
 
 def plans(table: Any, chosen: dict[str, list[list[Any]]]) -> Configs:
     """Static plans: by importance, by greedy choices (of `greedy_of`), at random, evenly spaced, LAC's.
 
-    Random plans are drawn twice: among all parts (the first block is never dropped as a whole), and among those of the
+    Random plans are drawn twice: among all parts (the first block is never dropped entirely), and among those of the
     inner blocks, which is what anyone would do who knows no more than that the first and the last block matter.
     """
     count = table.layers
@@ -105,7 +105,7 @@ def greedy_of(model: Any, calibrate: dict[str, list[torch.Tensor]], kind: str) -
 
 
 def token_policies(model: Any, windows: list[torch.Tensor]) -> Configs:
-    """What is decided token by token."""
+    """Policies that decide token by token."""
     batches = [window[None] for window in windows]
     found: Configs = {"lac per token": LACConfig}
     for share in (0.15, 0.3):

@@ -1,4 +1,4 @@
-"""What every benchmark measures with: paired timing, activation bytes, the machine, and the result line."""
+"""Measurements of the benchmarks: paired timing, activation bytes, the machine, and the result line."""
 
 import json
 import os
@@ -121,7 +121,7 @@ def saved_activation_bytes(fn: Callable[[], object], exclude: Iterable[Tensor] =
 
 
 class _Saved:
-    """Owner of a saved tensor whose end tells that autograd no longer needs it."""
+    """Owner of a saved tensor whose end shows that autograd no longer needs it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor

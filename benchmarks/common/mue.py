@@ -1,4 +1,4 @@
-"""What benchmarks/mue.py works with: pictures of a seed, ways of leaving early, their quality and what they cost."""
+"""Parts of benchmarks/mue.py: pictures of a seed, ways of exiting early, their quality and cost."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +26,7 @@ from mmskip.train.evaluation.captioner.task import Batch, encoded
 from mmskip.utils.timing import Ratio, interleaved_ratio
 
 PARTS = {"image": "image", "text": "prompt", "decoder": "decoder"}
-"""What leaves, and what the records of a sample call it."""
+"""Kinds of states that exit, and their keys in the record of a sample."""
 SCORED = EarlyExitConfig(image=0.99, text=0.99, decoder=0.99)
 """A score after every layer; see `_never`."""
 ONE_LAYER = EarlyExitConfig(encoder=FixedExit(1), decoder=FixedExit(1))
@@ -37,12 +37,12 @@ Odds = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Setting:
-    """A way of leaving layers early.
+    """A way of exiting early.
 
     Attributes:
         way: `full`, `mue`, `entropy`, `patience`, `random`, `shallow`, ...
         config: None: every layer runs.
-        odds: of `random`: by what leaves, the probability that a state exits after layer 1, 2, ... if it got there.
+        odds: of `random`: by kind of state, the probability that it exits after layer 1, 2, ... if it got there.
     """
 
     way: str
@@ -64,7 +64,7 @@ class Setting:
 
 
 class _Chance:
-    """Score of a learned head that says "leave" at random.
+    """Score of a learned head that exits at random.
 
     Args:
         odds: probability.
@@ -146,7 +146,7 @@ class Pictures:
         return found
 
     def together(self, task: str, rows: int) -> list[Batch]:
-        """One batch of so many rows, each with a picture of its own."""
+        """One batch of so many rows, each with a separate picture."""
         batch = self.batches(task, rows)[0]
         texts = batch[task]
         if task == "caption":
@@ -161,7 +161,7 @@ class Pictures:
 def records(
     model: Captioner, task: str, batches: Sequence[Batch], setting: Setting, tokenizer: Any
 ) -> list[dict[str, Any]]:
-    """What was said of every sample, and the layers that ran."""
+    """Record the answers to every sample and the layers that ran."""
     found: list[dict[str, Any]] = []
     with torch.no_grad(), _leaving(model, setting), recording(model) as record:
         for batch in batches:
@@ -201,7 +201,7 @@ def all_of(value: Any) -> list[int]:
 
 
 def call_of(task: str, batch: Batch, tokens: int | None = None) -> Call:
-    """What is timed: from pictures and texts to the answers.
+    """Make the call to time, from pictures and texts to answers.
 
     Args:
         task: which.
@@ -253,7 +253,7 @@ def _never() -> Iterator[None]:
 
 def where_time_goes(model: Captioner, task: str, batches: Sequence[Batch], pairs: int, clock: str) -> dict[str, float]:
     """Milliseconds of a sample at full depth, and in it: everything but layers, the layers, and what scores add to
-    them that never let anything leave. Captions have 24 tokens."""
+    them that never let anything exit. Captions have 24 tokens."""
     calls = [call_of(task, batch, 24) for batch in batches]
     with torch.no_grad():
         one = exit_cost(model, ONE_LAYER, calls, pairs, CLOCKS[clock])
@@ -261,12 +261,12 @@ def where_time_goes(model: Captioner, task: str, batches: Sequence[Batch], pairs
             never = exit_cost(model, SCORED, calls, pairs, CLOCKS[clock])
     tokens = 1 if task == "entailment" else 24
     encoder, decoder = len(model.view.encoder), len(model.view.decoder)
-    whole, least = 2 * encoder + tokens * decoder, 2 + tokens
+    most, least = 2 * encoder + tokens * decoder, 2 + tokens
     full = 1000 * never["seconds"] / never["measured"]
-    layer = full * (1 - one["measured"]) / (whole - least)
+    layer = full * (1 - one["measured"]) / (most - least)
     return {
         "full": full,
-        "besides_layers": full - whole * layer,
-        "layers": whole * layer,
+        "besides_layers": full - most * layer,
+        "layers": most * layer,
         "scores": full * (never["measured"] - 1),
     }

@@ -1,4 +1,4 @@
-"""What benchmarks/mue.py chooses thresholds and exit points by: scores at full depth, and where answers settle."""
+"""Candidate thresholds and exit layers of benchmarks/mue.py: scores at full depth, and where answers settle."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,12 +23,12 @@ QUANTILES = {
 POINTS = (1, 2, 3)
 """After how many layers of the decoder an exit is possible, where it is not every one: each costs a score."""
 SCORE = 0.15
-"""What a score is taken to cost when points are chosen, in layers."""
+"""Assumed cost of a score when exit layers are chosen, in layers."""
 
 
 @dataclass
 class Observed:
-    """What full depth shows of the validation texts.
+    """Scores and answers of the validation texts at full depth.
 
     Attributes:
         scores: `image`, `text`: saturations in the encoder; `saturation`, `entropy`: of the answers' tokens after each

@@ -1,4 +1,4 @@
-"""What a scale on the skips does inside a network, and what else would do it (skip_effect.py).
+"""Effects of a scale on the skips inside a network, and alternatives with the same effect (skip_effect.py).
 
 Shapes: B images.
 """
@@ -146,7 +146,7 @@ def cancelled(unet: nn.Module) -> list[float | None]:
 
 @torch.no_grad()
 def reach(bench: Bench, options: argparse.Namespace, count: int = 60) -> dict[str, dict[str, float]]:
-    """What rho = 0.9 does to D on noisy real images, by sigma, as root mean squares in the spread of the images:
+    """Measure the effect of rho = 0.9 on D on noisy real images, by sigma, as root mean squares in their spread:
     `shift`, D_rho - D (and by the path it acts on, where there are paths). `squared_error`: that of D_rho beside that
     of D, both against the clean images."""
     image_sampler = bench.opened.image_sampler
@@ -173,7 +173,7 @@ def reach(bench: Bench, options: argparse.Namespace, count: int = 60) -> dict[st
 
 
 def unconverged(bench: Bench, nfe: int, rho: float, count: int = 60) -> dict[str, float]:
-    """How far samples are from those of the same noise after 65 evaluations, in their spread: `plain`, and with the
+    """Distance of samples to those of the same noise after 65 evaluations, in their spread: `plain`, and with the
     found rho; and `moved`, how far rho moves them."""
     image_sampler = bench.opened.image_sampler
 

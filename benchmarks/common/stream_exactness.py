@@ -1,4 +1,4 @@
-"""How exactly a running stream computes what the offline forward of the whole sequence computes.
+"""Compare a running stream with the offline forward of its full sequence.
 
 In half precision the two round their hidden states differently (matrices of other shapes are summed in another order),
 so that choices between nearly equal logits may differ. Logits themselves are not rounded
@@ -69,7 +69,7 @@ class _Record:
     chosen: dict[int, tuple[bool, Tensor]] = field(default_factory=dict)
 
     def cut(self, total: int) -> None:
-        """Leave out what was cropped: all from `total` on."""
+        """Drop everything from `total` on."""
         del self.ids[total:], self.layout[total:]
         self.chosen = {place: found for place, found in self.chosen.items() if place < total}
 
@@ -122,7 +122,7 @@ def compare(
     rounded: bool = False,
     reopen_after: int | None = None,
 ) -> Comparison:
-    """Watch videos as streams of one batch, and compare each with one forward over its whole sequence under its
+    """Watch videos as streams of one batch, and compare each with one forward over its full sequence under its
     selections.
 
     Args:
@@ -137,7 +137,7 @@ def compare(
         ValueError: settings with a window.
     """
     if settings.window is not None:
-        raise ValueError(f"window is {settings.window}; the offline forward sees the whole stream, so leave it out")
+        raise ValueError(f"window is {settings.window}; the offline forward sees the full stream, so omit it")
     settings = replace(settings, temperature=0.0)
     found = Comparison()
     heads = [list(head) for _ in videos]

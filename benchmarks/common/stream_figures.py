@@ -82,7 +82,7 @@ def verdict(cells: Sequence[dict[str, Any]]) -> str:
 
 
 def picture(result: dict[str, Any]) -> Figure:
-    """What was measured: latency and KV bytes against position, and the grid."""
+    """Draw the measurements: latency and KV bytes against position, and the grid."""
     cells, contenders = result.get("grid", {}).get("cells", []), result.get("position", {}).get("contenders", {})
     count = 2 * bool(contenders) + bool(cells)
     figure = Figure(figsize=(4.35 * max(count, 1), 3.8), layout="constrained")

@@ -1,4 +1,4 @@
-"""Which words of the embedded set's narrations a model has learned: its loss by kind of word."""
+"""Loss on the embedded set's narrations by kind of word, to see which words a model has learned."""
 
 import math
 from collections import defaultdict

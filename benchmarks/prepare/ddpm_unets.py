@@ -74,7 +74,7 @@ class DdpmUNet(nn.Module):
         self.up1 = nn.Sequential(nn.ConvTranspose2d(40, 40, 4, 2, 1), nn.SiLU(), nn.ConvTranspose2d(40, 40, 2))
         self.up2, self.up3 = nn.ConvTranspose2d(20, 20, 4, 2, 1), nn.ConvTranspose2d(10, 10, 4, 2, 1)
         self.conv_out = nn.Conv2d(10, 1, 3, 1, 1)
-        # the concatenations pass through modules of their own, because time is added before the next stage sees them
+        # the concatenations pass through separate modules, because time is added before the next stage sees them
         self.join1, self.join2, self.join3 = nn.Identity(), nn.Identity(), nn.Identity()
 
     def forward(self, x_BCHW: Tensor, t: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ def train(model: Any, ids: torch.Tensor, chosen: dict[str, list[torch.Tensor]], 
 
 
 def folder_of(variant: str) -> Path:
-    """Where a variant is kept."""
+    """Folder of a variant."""
     return ROOT / "runs" / "deep_lm" / variant
 
 

@@ -61,7 +61,7 @@ def read_captions(path: str | Path, split: str | None = None) -> tuple[list[Capt
     report = LoadReport()
     if "annotations" in content:
         if split is not None:
-            raise ValueError(f"split is {split!r}, but {path} is COCO's file of one split; leave the split out.")
+            raise ValueError(f"split is {split!r}, but {path} is COCO's file of one split; omit the split.")
         found = _official(content, path)
     else:
         found = _karpathy(images, path, split)
@@ -195,7 +195,7 @@ def pair_up(
     Args:
         results: as read by `read_results`.
         images: the annotated ones.
-        subset: leave out annotated images without a result, instead of refusing.
+        subset: skip annotated images without a result, instead of refusing.
 
     Raises:
         ValueError: results for unknown images; annotated images without a result.

@@ -51,7 +51,7 @@ class ChatLoader:
         fps: frames per second at which videos are sampled, > 0.
         max_frames: most frames of a video; longer videos are sampled more sparsely.
         blank: show black pictures instead (the control that sees nothing).
-        prompt: leave out the last answer and what follows, to have it generated.
+        prompt: cut the last answer and all after it, to have it generated.
     """
 
     def __init__(

@@ -54,8 +54,8 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     if not file.is_file():
         raise ValueError(f"there is no file {path}; expected a .json or .jsonl file of conversations")
     text = file.read_text()
-    whole = text.lstrip().startswith("[")
-    pieces = [(1, text)] if whole else [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    is_list = text.lstrip().startswith("[")
+    pieces = [(1, text)] if is_list else [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     records: list[Any] = []
     for number, piece in pieces:
         try:
@@ -64,7 +64,7 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
             raise ValueError(
                 f"{path}, line {number}: not JSON ({error}); expected a list, or one object per line"
             ) from error
-        records += value if whole else [value]
+        records += value if is_list else [value]
     if not records or not all(isinstance(record, dict) for record in records):
         raise ValueError(f"{path} holds no conversations; expected a JSON list of objects, or one object per line")
     return records

@@ -96,7 +96,7 @@ def measure_all(
 
 
 def cut_long(index: ChatIndex, max_tokens: int) -> None:
-    """Leave out what is longer than `max_tokens`."""
+    """Drop conversations longer than `max_tokens`."""
     for number in list(index.usable):
         if index.lengths[number] > max_tokens:
             message = f"number {number} with {index.lengths[number]} tokens"

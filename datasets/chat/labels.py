@@ -1,4 +1,4 @@
-"""Which tokens of a conversation are learned: those of the assistant's turns, end-of-turn token included.
+"""Labels of a conversation, on the learned tokens: those of the assistant's turns, end-of-turn token included.
 
 The words are found in the rendered text, before a processor expands placeholders into hundreds of vision tokens, and
 then found again in the expanded sequence. So any processor of transformers will do, whatever it expands to.
@@ -57,7 +57,7 @@ class ChatLabels:
         return text
 
     def special_tokens(self, text: str) -> bool:
-        """Whether a tokenizer should add its special tokens: not where the template has written them."""
+        """Whether a tokenizer should add its special tokens; not if the template has written them."""
         bos = self.tokenizer.bos_token
         return not (bos is not None and text.startswith(bos))
 

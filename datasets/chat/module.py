@@ -210,7 +210,7 @@ class ChatData(BaseData):
         return int(self.collate()([[loader(chat)]])["input_ids"].shape[1])
 
     def _cache(self, split: str, source: Path, folder: Path) -> Path:
-        """Where the lengths of a split are kept: other settings or another file, another name."""
+        """File of the lengths of a split; its name depends on the settings and the source."""
         stamp = source.stat()
         key = cache_key(
             str(source.resolve()),

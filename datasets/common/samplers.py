@@ -6,7 +6,7 @@ from torch.utils.data import Dataset, DistributedSampler
 
 
 class UnrepeatedSampler(DistributedSampler):
-    """Give every sample once, dealt round the ranks in order. (Lightning leaves a DistributedSampler as it is.)"""
+    """Give every sample once, dealt round the ranks in order. (Lightning does not replace a DistributedSampler.)"""
 
     def __init__(self, dataset: Dataset, world: int, rank: int) -> None:
         super().__init__(dataset, world, rank, shuffle=False)

@@ -121,7 +121,7 @@ def tower_arguments(
         ValueError: settings without a tower, or an unknown tower.
     """
     if name is None and (image_size or tower_kwargs or pretrained):
-        raise ValueError("image_size, tower_kwargs and tower_pretrained need a tower; name one, or leave them out")
+        raise ValueError("image_size, tower_kwargs and tower_pretrained need a tower; name one, or omit them")
     given = {"name": name, "pretrained": pretrained, "grid": grid, "image_size": image_size}
     args = {**given, "tower_kwargs": tower_kwargs, "seed": seed, **({} if name else EMBEDDED_TOWER)}
     check_tower_name(args["name"])

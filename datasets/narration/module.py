@@ -350,7 +350,7 @@ def _check_batches(padding_side: str, fps: float, batch_size: int) -> None:
 
 
 def _source(format: str, passes: list[str] | None, narrate_at: str | None, redactions: str | None) -> dict[str, Any]:
-    """How annotations are read: arguments of `load_narrations`.
+    """Settings of the annotation reader: arguments of `load_narrations`.
 
     Raises:
         ValueError: a format, pass or moment that is not known.

@@ -20,7 +20,7 @@ class Moment:
     Attributes:
         start_s, end_s: seconds from the start of the video, 0 <= start_s <= end_s; equal where only a time is given.
         text: plain words.
-        spoken_s: when the annotator said it, where the format tells.
+        spoken_s: when the annotator said it, if the format records it.
     """
 
     start_s: float

@@ -52,7 +52,7 @@ class Turn(NamedTuple):
 
 
 class TurnSpan(NamedTuple):
-    """Where one turn lies in a token sequence. (A named tuple: Lightning moves batches that hold them.)
+    """Position of one turn in a token sequence. (A named tuple: Lightning moves batches that hold them.)
 
     Attributes:
         frames: frame index range [start, stop) of the stream part, counted in the sample's own frames.

@@ -212,8 +212,8 @@ def _chains(world: World, steps: int) -> list[tuple[str, Cell]]:
 def _draw(
     config: SceneCaptionsConfig, world: World, hidden: bool, rng: np.random.Generator, taken: Sequence[Cell] = ()
 ) -> tuple[str, Cell, int]:
-    """A description, where it leads, and its steps; it leads behind the wall or not, and to none of the cells that are
-    taken."""
+    """Draw a description, the cell it leads to (the one behind the wall if `hidden`, never a taken one), and its
+    number of steps."""
     weights = np.array(config.steps)
     for steps in [*rng.choice(len(weights), len(weights), p=weights / weights.sum()).tolist(), 0]:
         chains = [

@@ -52,7 +52,7 @@ def draw_world(world: World, size: int, per_tick: int, rng: np.random.Generator)
 
 
 def _position(thing: Thing, tick: float) -> Point | None:
-    """Where a thing is, in cells, by straight lines between the points of its path; None before it came or after."""
+    """Position of a thing, in cells, by straight lines between the points of its path; None before it came or after."""
     times = list(thing.path)
     first, last = times[0], times[-1]
     if tick < first or (tick > last and thing.left):

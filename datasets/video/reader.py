@@ -149,7 +149,7 @@ class VideoStream:
         if done < len(wanted):
             raise VideoError(
                 f"{self.path}: broken: only {done} of {len(wanted)} frames could be decoded; "
-                "copy the file again or leave it out"
+                "copy the file again or omit it"
             )
 
 
@@ -245,7 +245,7 @@ def _scan(path: Path) -> _Scan:
     if corrupt or duration + slack < stated or len(packets) + max(3, 0.02 * expected) < expected or _cut_gif(path):
         total = f"of {expected} frames" if expected else f"frames, {duration:.2f} of {stated:.2f} s"
         raise VideoError(
-            f"{path}: truncated: {_count_decodable(path)} {total} can be decoded; copy the file again or leave it out"
+            f"{path}: truncated: {_count_decodable(path)} {total} can be decoded; copy the file again or omit it"
         )
     turns = _quarter_turns(path)
     if turns % 2:

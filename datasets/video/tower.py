@@ -248,7 +248,7 @@ def _hf_model(name: str, image_size: int | None, kwargs: dict[str, Any]) -> tupl
     own = getattr(model.config, "image_size", None)
     own = own[0] if isinstance(own, list | tuple) else own
     if image_size is not None and own not in (None, image_size):
-        raise ValueError(f"hf/{name} takes images of {own} pixels, image_size is {image_size}; leave image_size out")
+        raise ValueError(f"hf/{name} takes images of {own} pixels, image_size is {image_size}; omit image_size")
     return model, image_size or own or 224, mean, std
 
 

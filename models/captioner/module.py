@@ -355,7 +355,7 @@ class Captioner(StepLossModule):
         """The ids all three answers begin with, and the first id in which they differ, of each.
 
         Raises:
-            ValueError: two of them go on alike, so that one step of the decoder cannot distinguish them.
+            ValueError: two of them continue alike, so that one step of the decoder cannot distinguish them.
         """
         rows = self.hparams["tokens"]["answers"]
         length = next(n for n, ids in enumerate(zip(*rows, strict=False)) if len(set(ids)) > 1)

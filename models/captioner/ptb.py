@@ -31,7 +31,7 @@ _ANY_CASE = (
     "det mlle mme insp jr sr bros blvd rd esq ph\\.d ed\\.d inc cos? corp ltd plc bancorp dept bhd assn univ intl natl "
     "sys mfg bldg etc al seq est ext sq tel vs? cf ft"
 )
-_CAPITAL = "Ark Az Del Ill La Mass Miss Ore Pa Tex Wash"  # words of their own in small letters
+_CAPITAL = "Ark Az Del Ill La Mass Miss Ore Pa Tex Wash"  # separate words in small letters
 _NUMBERED = "nos? art figs? pp?"
 _SPLIT_IN_TWO = (("can", "not"), ("gon", "na"), ("got", "ta"), ("lem", "me"), ("gim", "me"), ("wan", "na"))
 _OPENERS = (

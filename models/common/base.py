@@ -166,7 +166,7 @@ class StepLossModule(BaseModule):
             self.log(f"train/{name}", value, prog_bar=name == "loss")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out the frozen weights of a model that has a name: they can be had again by it."""
+        """Drop frozen weights of a named model: the name is enough to load them again."""
         for name in self._frozen():
             del checkpoint["state_dict"][name]
 

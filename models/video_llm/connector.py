@@ -14,7 +14,7 @@ class Connector(nn.Sequential):
         feature_dim: channels C of the frame features.
         hidden_size: width D of the language model.
 
-    Shapes: [..., C] to [..., D]. An empty input gives an empty output whose backward leaves zero gradients, not None,
+    Shapes: [..., C] to [..., D]. An empty input gives an empty output whose backward gives zero gradients, not None,
     as DDP needs.
     """
 

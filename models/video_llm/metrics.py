@@ -72,8 +72,8 @@ def frame_diff(speaks: Sequence[bool], later: Sequence[bool]) -> int:
 
 
 def appended_frames(turn_frames: int, next_frames: int) -> int:
-    """How many frames of the next turn are appended to a turn in which the model stayed silent: not more than on its
-    other side, so that early and late count alike."""
+    """Number of frames of the next turn to append to a turn in which the model stayed silent: at most as many as on
+    its other side, so that early and late count alike."""
     return min(next_frames, turn_frames - 1)
 
 

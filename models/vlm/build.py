@@ -101,8 +101,7 @@ def check_fit(config: PretrainedConfig, attention: str, methods: Sequence[Any], 
         raise ValueError(f"trainable is {trainable!r}, but none of {list(methods)} has a router that learns")
     if trainable == "lora" and routers:
         raise ValueError(
-            "trainable is 'lora', which would leave the routers untrained; use 'router+lora', or a router that "
-            "has no weights"
+            "trainable is 'lora', which does not train the routers; use 'router+lora', or a router that has no weights"
         )
 
 

@@ -203,8 +203,8 @@ class VLM(StepLossModule):
 
     @property
     def progress(self) -> float:
-        """How far the keep ratio has gone from 1 to the target: a function of the optimizer steps done, so that a
-        resumed run goes on where it was. 1 outside of training."""
+        """Progress of the keep ratio from 1 to the target: a function of the optimizer steps done, so that a
+        resumed run continues where it was. 1 outside of training."""
         steps = self.hparams["anneal_steps"]
         if steps == 0 or self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return 1.0

@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--config", metavar="YAML", help="config of the run, if it does not lie beside the checkpoint")
     add("--video", required=True, metavar="FILE", help="video file, or folder of images")
     add("--fps", type=float, help="frames watched per second of video (default: those of the run's training)")
-    add("--window", type=int, metavar="N", help="tokens a token looks back on; default: the whole stream")
+    add("--window", type=int, metavar="N", help="tokens a token looks back on; default: the full stream")
     add("--sinks", type=int, default=0, metavar="N", help="first tokens that stay visible under a window")
     add("--positions", choices=("absolute", "rolling"), default="absolute", help="rolling: streams without end")
     add("--chunk", type=int, default=1, metavar="F", help="frames per call of the model")

@@ -1,4 +1,4 @@
-"""How a language model uses its depth (Do Language Models Use Their Depth Efficiently?, arXiv 2505.13898).
+"""Measures of how a language model uses its depth (Do Language Models Use Their Depth Efficiently?, arXiv 2505.13898).
 
 Everything is measured on the residual stream x -> x + a (attention) -> x + a + m (MLP) of the blocks of a decoder, on
 token ids without padding. Models are not changed, and are run as they are (in `eval` mode by the caller).
@@ -40,7 +40,7 @@ def _logits(model: Any, ids_BT: Tensor) -> Tensor:
 
 @torch.no_grad()
 def contributions(model: Any, batches: Batches) -> dict[str, dict[str, list[float | None]]]:
-    """What each block adds to the stream it reads, means over tokens.
+    """Contribution of each block to the stream it reads, means over tokens.
 
     Returns:
         `norm` and `cosine`, each with `attn`, `mlp` and `block`, one number per block: ||a|| / ||x||,
@@ -72,7 +72,7 @@ def contributions(model: Any, batches: Batches) -> dict[str, dict[str, list[floa
 
 
 def _updates(model: Any, view: Any, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """What each block adds [L, B, T, D], and the probabilities [B, T, V]."""
+    """Updates of each block [L, B, T, D], and the probabilities [B, T, V]."""
     added: list[Tensor] = []
     with residuals(view, lambda seen: added.append((seen.y_BTD - seen.x_BTD).float()), middle=False):
         probs = _logits(model, ids_BT).softmax(-1)
@@ -81,7 +81,7 @@ def _updates(model: Any, view: Any, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def skip_effects(model: Any, batches: Batches, future: bool = False) -> dict[str, Any]:
-    """How leaving out a block changes what the later ones add, and the output.
+    """Effect of skipping a block on the updates of later blocks, and on the output.
 
     Args:
         future: the block is left out for the first half of each window only, and effects are measured on the second
@@ -125,7 +125,7 @@ def _skip(skipped_T: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
 @torch.no_grad()
 def logit_lens(model: Any, batches: Batches, top: int = 5) -> dict[str, list[float]]:
-    """What the final norm and head make of the stream after each block.
+    """Predictions of the final norm and head on the stream after each block.
 
     Returns:
         `kl`: KL(final || after the block) in nats, mean over tokens; `overlap`: share of the `top` likeliest tokens
@@ -195,8 +195,8 @@ def _erase(here_BT: Tensor, mean_D: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def integrated_gradients(model: Any, ids_T: Tensor, steps: int = 256, rows: int = 16) -> Tensor:
-    """What each block's update of each token gives the last prediction: the gradient of the log-probability of the
-    likeliest next token, integrated while that block's update grows from nothing to what it is (midpoint rule).
+    """Contribution of each block's update of each token to the last prediction: the gradient of the log-probability of
+    the likeliest next token, integrated while that block's update grows from zero to its value (midpoint rule).
 
     Summed over tokens, a row is the log-probability with the block minus that without it.
 
@@ -254,7 +254,7 @@ def states(model: Any, batches: Batches) -> Tensor:
 
 
 def linear_maps(from_LND: Tensor, to_LND: Tensor, held_out: float = 0.25, ridge: float = 1e-3) -> Tensor:
-    """How well a linear map of the states of one model gives those of another on the same tokens.
+    """Error of a linear map from the states of one model to those of another on the same tokens.
 
     Args:
         from_LND, to_LND: of `states`, with as many tokens N.

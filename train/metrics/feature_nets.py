@@ -28,7 +28,7 @@ class FeatureNet:
     """A network that turns images into features.
 
     Attributes:
-        name: tells the network and its weights; statistics under one name are comparable.
+        name: identifies the network and its weights; statistics under one name are comparable.
         module: from images [N, 3, size, size] in [0, 1] to features [N, F].
         size: side of its input, pixels; images of another size are resized. None: as they come.
     """
@@ -149,7 +149,7 @@ def _open_clip(path: Path, model: str) -> tuple[nn.Module, int | None]:
     import open_clip
 
     if model not in open_clip.list_models():
-        raise ValueError(f"open_clip has no model {model!r}; `open_clip.list_models()` tells which there are.")
+        raise ValueError(f"open_clip has no model {model!r}; `open_clip.list_models()` lists the models.")
     try:
         net: Any = open_clip.create_model(model, pretrained=str(path))
     except RuntimeError as error:

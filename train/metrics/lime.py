@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from mmskip.train.metrics.missingness import predict_probabilities
 
 WIDTH = 0.25
-"""Width of LIME's kernel: exp(-distance^2 / width^2), distance = 1 - cosine to the whole image."""
+"""Width of LIME's kernel: exp(-distance^2 / width^2), distance = 1 - cosine to the full image."""
 RIDGE = 1.0
 
 
 def grid_segments(size: int, cells: int) -> Tensor:
-    """[H, W] numbers of `cells` x `cells` squares; the last row and column take what is left over."""
+    """[H, W] numbers of `cells` x `cells` squares; the last row and column take the remainder."""
     place = (torch.arange(size) * cells) // size
     return place[:, None] * cells + place[None]
 
@@ -26,7 +26,7 @@ def grid_segments(size: int, cells: int) -> Tensor:
 def lime_weights(
     model: nn.Module, image: Tensor, segments: Tensor, masking: str, samples: int = 512, seed: int = 0, batch: int = 32
 ) -> Tensor:
-    """The weight [S] of every segment for the class predicted for the whole image.
+    """The weight [S] of every segment for the class predicted for the full image.
 
     Args:
         model: takes images in [0, 1].
@@ -38,7 +38,7 @@ def lime_weights(
     count = int(segments.max()) + 1
     generator = torch.Generator().manual_seed(seed)
     on_NS = (torch.rand(samples, count, generator=generator) < 0.5).float()
-    on_NS[0] = 1  # the whole image, as in LIME
+    on_NS[0] = 1  # the full image, as in LIME
     x, m = image[None].expand(samples, -1, -1, -1), on_NS[:, segments][:, None]
     p_NC = predict_probabilities(model, x, m, masking, batch)
     wanted = p_NC[:, p_NC[0].argmax()].double()

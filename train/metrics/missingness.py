@@ -1,4 +1,4 @@
-"""What a classifier makes of images of which a part is missing, for each way of leaving it out.
+"""Answers of a classifier to images with missing parts, by way of masking.
 
 Shapes: B images, H and W pixels; masks [B, 1, H, W] with 1 = kept; images [B, 3, H, W] in [0, 1].
 """
@@ -43,7 +43,7 @@ def fill_mean(x: Tensor, m: Tensor) -> Tensor:
 
 
 def fill_blur(x: Tensor, m: Tensor) -> Tensor:
-    """A wide Gaussian blur of what is kept (a blur of the whole image would show what is to be hidden)."""
+    """A wide Gaussian blur of what is kept (a blur of the full image would reveal the hidden part)."""
     size = x.shape[-1]
     sigma = size / 16
     reach = min(round(3 * sigma), size - 1)
@@ -173,7 +173,7 @@ class Answers:
         accuracy: share of right answers.
         entropy: of the distribution of predicted classes, nats.
         classes: how many classes are predicted at all.
-        agreement: share of answers equal to those for the whole images.
+        agreement: share of answers equal to those for the full images.
     """
 
     accuracy: float
@@ -183,7 +183,7 @@ class Answers:
 
     @classmethod
     def of(cls, predicted: Tensor, labels: Tensor, clean: Tensor) -> "Answers":
-        """From predicted classes, labels, and the classes predicted for the whole images, [B] each."""
+        """From predicted classes, labels, and the classes predicted for the full images, [B] each."""
         share = torch.bincount(predicted).double() / len(predicted)
         share = share[share > 0]
         return cls(
@@ -199,7 +199,7 @@ class Missingness:
     """The report on one classifier.
 
     Attributes:
-        clean: of the whole images.
+        clean: of the full images.
         curves: answers by order, masking and fraction hidden.
         shape: shape-leak figures by masking, see `shape_leak`.
         maskings, fractions, orders: what was measured.
@@ -277,7 +277,7 @@ def measure(
     if size % patch:
         raise ValueError(f"patch is {patch}; expected a divisor of the image size {size}.")
     with frozen(model):
-        whole = predict(model, x, torch.ones_like(x[:, :1]), "black")
+        full = predict(model, x, torch.ones_like(x[:, :1]), "black")
         scores = saliency(model, x)
         curves: dict[str, dict[str, dict[float, Answers]]] = {}
         for order in orders:
@@ -288,7 +288,7 @@ def measure(
                 for masking in maskings:
 
                     def answers(m: Tensor = m, masking: str = masking) -> dict[str, Any]:
-                        return vars(Answers.of(predict(model, x, m, masking), labels, whole))
+                        return vars(Answers.of(predict(model, x, m, masking), labels, full))
 
                     found = recall(f"{order}/{fraction}/{masking}", answers)
                     curves[order][masking][fraction] = Answers(**found)
@@ -296,7 +296,7 @@ def measure(
         silhouettes = salient_regions(scores) if objects is None else objects
         leak = functools.partial(shape_leak, model, x, labels, silhouettes)
         shape = {masking: recall(f"shape/{masking}", functools.partial(leak, masking)) for masking in maskings}
-    clean = Answers.of(whole, labels, whole)
+    clean = Answers.of(full, labels, full)
     report = Missingness(clean, curves, shape, maskings, fractions, orders, len(x), len(set(labels.tolist())))
     if objects is None:
         report.notes.append("no object masks were given: the most salient 30 % of each image stand for the object")
@@ -334,7 +334,7 @@ def shape_leak(
 
     `object` and `rolled`: accuracy with the object hidden, and with the same hole rolled by half a width. `donor` and
     `donor rolled`: how often an image with the hole of another image (of another class) is taken for that image's
-    class; with the hole where it was, and rolled. An outline that tells nothing gives the chance rate.
+    class; with the hole where it was, and rolled. An uninformative outline gives the chance rate.
     """
     half = x.shape[-1] // 2
 

@@ -14,7 +14,7 @@ from mmskip.utils.files import write_json, write_text
 class RunReport(Callback, ABC):
     """Calls `report` at the end of fit, validate and test.
 
-    What the model scored before training comes from Lightning's check, if that runs over the whole validation set
+    What the model scored before training comes from Lightning's check, if that runs over the full validation set
     (`trainer.num_sanity_val_steps: -1`), and is kept in checkpoints: a resumed run cannot measure it again.
 
     Attributes:

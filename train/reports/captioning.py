@@ -26,7 +26,7 @@ class CaptionReport(RunReport):
     Files in the folder of the run: `report.txt`, `results.json`; `captions.json` (COCO's result format),
     `answers.json`.
 
-    The untrained model is evaluated by Lightning's check, if that runs over the whole validation set
+    The untrained model is evaluated by Lightning's check, if that runs over the full validation set
     (`trainer.num_sanity_val_steps: -1`).
 
     Args:

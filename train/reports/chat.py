@@ -26,7 +26,7 @@ class ChatReport(RunReport):
 
     Files in the folder of the run: `report.txt`, `results.json`; `predictions.json`.
 
-    The model before training is evaluated by Lightning's check, if that runs over the whole validation set
+    The model before training is evaluated by Lightning's check, if that runs over the full validation set
     (`trainer.num_sanity_val_steps: -1`). Where the keep ratio is annealed, that is the base model.
 
     Args:

@@ -29,7 +29,7 @@ class NarrationReport(RunReport):
     Files in the folder of the run: `report.txt`, `results.json`, `keep_map.png`, `dropped_patches.png`,
     `quality_compute.png`; `predictions.json`.
 
-    The untrained model is evaluated by Lightning's check before training, if that runs over the whole validation set
+    The untrained model is evaluated by Lightning's check before training, if that runs over the full validation set
     (`trainer.num_sanity_val_steps: -1`).
 
     Args:
@@ -88,7 +88,7 @@ class NarrationReport(RunReport):
     def _fit_baseline(self, trainer: Trainer, model: Any) -> MajorityBaseline:
         baseline = MajorityBaseline(model.ids.vocab_size)
         tokens = StreamTokens.of(trainer.datamodule.tokenizer)  # type: ignore[attr-defined]
-        # a loader of its own: the one in use may have begun an epoch
+        # a separate loader: the one in use may have begun an epoch
         with torch.random.fork_rng():
             for index, batch in enumerate(trainer.datamodule.train_dataloader()):  # type: ignore[attr-defined]
                 if index == self.baseline_batches:

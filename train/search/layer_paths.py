@@ -148,7 +148,7 @@ def read_samples(file: Path, tokenizer: Any) -> list[Sample]:
 
 @torch.no_grad()
 def reward_of(model: Any, sample: Sample) -> float:
-    """How well a model answers: with choices, 1 if the right one is the likeliest per token, else 0; without, the
+    """Reward of a model's answer: with choices, 1 if the right one is the likeliest per token, else 0; without, the
     geometric mean of the probabilities of the answer's tokens."""
     means = [_mean_log_prob(model, sample.prompt, choice) for choice in sample.choices]
     if len(means) == 1:

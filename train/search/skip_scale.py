@@ -115,7 +115,7 @@ def _settings(arguments: argparse.Namespace, net: FeatureNet, opened: LoadedSamp
 def _measure(
     arguments: argparse.Namespace, net: FeatureNet, opened: LoadedSampler
 ) -> Callable[[ImageSampler, int], float]:
-    """What is to be lowered: a function of the network, as it stands, and of the steps."""
+    """Build the objective: (network, steps) -> score; lower is better."""
     if arguments.metric == "denoising":
         images, _, resize = real_images(arguments, opened)
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: arguments.samples].tolist()

@@ -5,7 +5,7 @@ Five tasks, as VideoLLM-online and VideoLLM-MoD (arXiv 2408.16730) evaluate them
 | task | question | answer |
 |---|---|---|
 | `step` | which step is shown? | the step |
-| `task` | what is done in the whole video? | the video's class |
+| `task` | what is done in the video? | the video's class |
 | `next` | which step comes next? | the next step |
 | `procedure` | which steps come next? | up to five steps, one a line |
 | `procedure+` | the same, with the video's class given | the same |

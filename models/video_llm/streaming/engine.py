@@ -132,7 +132,7 @@ class StreamEngine:
 
     @property
     def questions_asked(self) -> list[int]:
-        """How many questions each stream was asked; the next one has this number."""
+        """Number of questions asked of each stream, which is the number of the next one."""
         return [row.asked for row in self._streams]
 
     def kv_bound(self) -> int | None:

@@ -9,7 +9,7 @@ from mmskip.hf.streaming.cache import POSITIONS
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """How streams are watched.
+    """Settings of streams.
 
     Attributes:
         window: tokens a token looks back on, itself included; None: all of the stream. At least one frame and its
@@ -45,7 +45,7 @@ class StreamSettings:
         if self.positions not in POSITIONS:
             raise ValueError(f"positions is {self.positions!r}; expected one of {', '.join(POSITIONS)}.")
         if self.sinks and self.window is None:
-            raise ValueError(f"sinks is {self.sinks} without a window; give a window, or leave the sinks out.")
+            raise ValueError(f"sinks is {self.sinks} without a window; give a window, or omit the sinks.")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold is {self.threshold!r}; expected a number from 0 to 1.")
         if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:

@@ -160,7 +160,7 @@ def test_lora_alone_trains_a_dense_model_and_one_with_a_random_router(batch):
         ({"trainable": "lora"}, "need the settings of lora"),
         ({"trainable": "all", "lora": LORA}, "go without"),
         ({"trainable": "router", "methods": [mmskip.MoDConfig(router="random")]}, "router that learns"),
-        ({"trainable": "lora", "lora": LORA, "methods": [MOD]}, "leave the routers untrained"),
+        ({"trainable": "lora", "lora": LORA, "methods": [MOD]}, "does not train the routers"),
         ({"trainable": "router", "methods": [MOD], "export": "x"}, "export"),
         ({"methods": [mmskip.MoDConfig(layers=[0, 1])]}, "block 0"),
         ({"anneal_steps": -1}, "anneal_steps"),

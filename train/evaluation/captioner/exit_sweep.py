@@ -49,7 +49,7 @@ class ExitVariant:
     blank: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """What the results depend on."""
+        """Settings the results depend on."""
         return {"exits": None if self.config is None else self.config.to_dict(), "blank": self.blank}
 
 
@@ -236,8 +236,8 @@ def depths(records: Iterable[Mapping[str, Any]], model: Captioner) -> dict[str, 
             counted = Counter(n for one in kept if one["right"] is wanted for n in _numbers(one[part]))
             found["histogram"][part][name] = [counted[layer] for layer in range(1, full[part] + 1)]
     layers = sum(sum(values) for values in ran.values())
-    whole = sum(full[part] * len(values) for part, values in ran.items())
-    return found | {"layers_left_out": 1 - layers / whole if whole else 0.0}
+    all_layers = sum(full[part] * len(values) for part, values in ran.items())
+    return found | {"layers_left_out": 1 - layers / all_layers if all_layers else 0.0}
 
 
 def _numbers(value: Any) -> list[int]:

@@ -1,4 +1,4 @@
-"""What the evaluations of a captioner share: arguments, the run's model and data, and the loop over images."""
+"""Shared parts of the evaluations of a captioner: arguments, the run's model and data, and the loop over images."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -145,7 +145,7 @@ class CaptionTask:
             **settings: what the records depend on besides.
         """
         dataset = self.blanked() if variant.blank else self.dataset
-        whole = {
+        all_settings = {
             "evaluation": self.name,
             "checkpoint": fingerprint(self.run.checkpoint),
             "split": self.split,
@@ -153,7 +153,7 @@ class CaptionTask:
             **settings,
         }
         samples = {entry.uid: _sample_id(entry) for entry in dataset.entries}
-        store = ResultsStore(self.out / variant.name, whole, samples, self.group, current_settings)
+        store = ResultsStore(self.out / variant.name, all_settings, samples, self.group, current_settings)
         todo = [number for number, entry in enumerate(dataset.entries) if entry.uid not in store.done]
         share, size = todo[self.group.rank :: self.group.world], self.options.batch_size
         bar = tqdm(total=len(share), desc=variant.name, unit="image", disable=not self.group.first or not share)
@@ -168,7 +168,7 @@ class CaptionTask:
     def costs(
         self, variants: Sequence[ExitVariant], call: Callable[[Captioner, Batch], Any]
     ) -> dict[str, dict[str, float]]:
-        """What each setting costs, on the first images one by one."""
+        """Measure the cost of each setting on the first images, one by one."""
         count = min(self.options.timed, len(self.dataset))
         batches = [self.batch(self.dataset, [number]) for number in range(count)]
         calls = [lambda model, batch=batch: call(model, batch) for batch in batches]
@@ -218,7 +218,7 @@ class CaptionTask:
 
 
 def encoded(model: Captioner, batch: Batch, texts: Texts) -> tuple[Tensor, Tensor]:
-    """What the decoder attends to for each text, and its mask."""
+    """Encode what the decoder attends to for each text; states and mask."""
     return model.encode(model.see(batch["images"]), texts)
 
 
@@ -234,7 +234,7 @@ def variants_of(options: argparse.Namespace) -> list[ExitVariant]:
 
 
 def _sample_id(entry: PictureEntry) -> str:
-    """What a sample's record depends on besides the settings."""
+    """Hash of the content of a sample, on which its record depends besides the settings."""
     stamp = entry.path.stat()
     content = (entry.captions, entry.pairs, stamp.st_size, entry.path.name)
     return sha256(repr(content).encode()).hexdigest()[:16]

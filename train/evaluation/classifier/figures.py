@@ -20,7 +20,7 @@ def curves_picture(report: Missingness, path: Path) -> None:
         "accuracy": "accuracy",
         "entropy": "class entropy (nats)",
         "classes": "classes predicted",
-        "agreement": "agreement with the whole image",
+        "agreement": "agreement with the full image",
     }
     figure, axes = subplots(len(report.orders), 4, 15, 3.4 * len(report.orders))
     colours = _colours(report.maskings)
@@ -55,17 +55,17 @@ def grid_picture(
     path: Path,
     count: int = 4,
 ) -> None:
-    """Some images with half of their patches hidden: what each masking shows the network, and its answer."""
+    """Some images with half of their patches hidden: the input by masking, and the answer."""
     x, labels = x[:count], labels[:count]
     size = x.shape[-1]
     m = patch_masks(patch_orders(torch.zeros_like(x[:, :1]), patch, "random"), 0.5, size, patch)
-    columns = ["whole", *maskings]
+    columns = ["full image", *maskings]
     training = model.training
     model.eval()
     figure, axes = subplots(len(x), len(columns), 1.9 * len(columns), 2.25 * len(x))
     for column, masking in enumerate(columns):
-        keep = torch.ones_like(m) if masking == "whole" else m
-        answers = predict(model, x, keep, "black" if masking == "whole" else masking)
+        keep = torch.ones_like(m) if masking == "full image" else m
+        answers = predict(model, x, keep, "black" if masking == "full image" else masking)
         shown = FILLS[masking](x, m) if masking in FILLS else _hatched(x, keep)
         for row, axis in enumerate(axes[:, column]):
             axis.imshow(shown[row].permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
@@ -80,7 +80,7 @@ def grid_picture(
 
 @dataclass(frozen=True)
 class Stage:
-    """What a network keeps at one resolution.
+    """Positions a network keeps at one resolution.
 
     Attributes:
         name: the last module with this resolution.
@@ -126,7 +126,7 @@ def stage_masks(model: nn.Module, x: Tensor, m: Tensor) -> list[Stage]:
 
 
 def stages_picture(model: nn.Module, x: Tensor, patch: int, path: Path, count: int = 3, fraction: float = 0.5) -> None:
-    """What layer masking keeps at every resolution of the network, with half of the patches hidden."""
+    """Draw the positions layer masking keeps at every resolution of the network, with half of the patches hidden."""
     x = x[:count]
     m = patch_masks(patch_orders(torch.zeros_like(x[:, :1]), patch, "random"), fraction, x.shape[-1], patch)
     training = model.training

@@ -63,7 +63,7 @@ class LoadedSampler:
 
     @property
     def folder(self) -> Path:
-        """Where its results go."""
+        """Folder of its results."""
         return self.run.folder if self.run is not None else Path("runs") / self.name.replace(":", "_")
 
 
@@ -122,7 +122,7 @@ def write_method(config: MethodConfig, path: str | Path, **further: Any) -> Path
 
 
 def real_images(arguments: argparse.Namespace, opened: LoadedSampler) -> tuple[ImageSet, str, int | None]:
-    """The real images, a name that tells them apart from others, and how they are resized.
+    """The real images, a name that identifies them, and how they are resized.
 
     Raises:
         ValueError: none are given or found.

@@ -87,7 +87,7 @@ def _check(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; expected at least {least}.")
     if arguments.prompt is not None and not arguments.prompt.strip():
-        raise ValueError(f"--prompt is {arguments.prompt!r}; expected text, or leave it out: the first text begins it.")
+        raise ValueError(f"--prompt is {arguments.prompt!r}; expected text, or omit it: the first text begins it.")
     if arguments.parts == ["maps"] and arguments.other is None:
         raise ValueError("linear maps lead to another model; give its folder as --other.")
 
@@ -97,10 +97,10 @@ def _load(auto: Any, folder: str, device: str) -> Any:
 
 
 def batches_of(tokenizer: Any, texts: list[str], count: int, arguments: argparse.Namespace) -> list[Tensor]:
-    """Whole windows of the texts in turn, `count` at most, in batches on the device.
+    """Full windows of the texts in turn, `count` at most, in batches on the device.
 
     Raises:
-        ValueError: no text has a whole window.
+        ValueError: no text has a full window.
     """
     each = [[w for w in text_windows(tokenizer, t, arguments.window) if len(w) == arguments.window] for t in texts]
     turns = [windows[i] for i in range(max(map(len, each))) for windows in each if i < len(windows)][:count]

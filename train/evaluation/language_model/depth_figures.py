@@ -83,7 +83,7 @@ def erasure(found: dict[str, Any], path: Path) -> None:
 
 
 def gradients(found: dict[str, Any], path: Path) -> None:
-    """What each block's update of each token gives the last prediction."""
+    """Draw the contribution of each block's update of each token to the last prediction."""
     figure, (axis,) = _figure(1, 3 + 0.28 * len(found["prompt"]), 4.5)
     most = max(abs(v) for row in found["gradients"] for v in row) or 1.0
     title = "integrated gradients of the likeliest next token's log-probability"

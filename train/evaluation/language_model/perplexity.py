@@ -200,7 +200,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _tasks(tokenizer: Any, arguments: argparse.Namespace) -> Callable[[Any], dict[str, Any]]:
-    """What scores a model on the tasks asked for; they are looked up at once."""
+    """Make a function that scores a model on the tasks asked for; tasks are looked up at once."""
     if not arguments.tasks:
         return lambda model: {}
     from mmskip.train.evaluation.language_model.tasks import harness, task_manager, task_scores

@@ -122,7 +122,7 @@ class Budgets:
 def variant_cost(
     model: "VideoLLM", budgets: Budgets, methods: Sequence[Any], batch: dict[str, Any], pairs: int
 ) -> dict[str, float | None]:
-    """What scoring a batch costs with some methods, as shares of the same weights without any.
+    """Cost of scoring a batch with some methods, as shares of the same weights without any.
 
     Args:
         model: in evaluation mode; call it under `torch.no_grad`.

@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _evaluate(task: Task, dataset: NarrationDataset, variant: Variant) -> tuple[dict[str, Any], dict[str, str]]:
-    """The totals of one variant, whose samples go to a folder of its own; and the samples that could not be read."""
+    """The totals of one variant, whose samples go to a separate folder; and the samples that could not be read."""
     folder = task.out / variant.name
     methods = freeze(variant.methods)
     blanked = NarrationDataset(dataset.entries, dataset.store, dataset.tokens, variant.blank)

@@ -1,4 +1,4 @@
-"""What the evaluations of a video LLM share: their arguments, their data, and the loop over samples."""
+"""Shared parts of the evaluations of a video LLM: arguments, data, and the loop over samples."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -48,7 +48,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, annotations: str) -> N
 
 @dataclass(frozen=True)
 class Task:
-    """What is evaluated: a model, a split of data, and how.
+    """Subject of an evaluation: a model, a split of data, and how.
 
     Attributes:
         name: of the evaluation.
@@ -101,7 +101,7 @@ class Task:
 
     def store(self, folder: Path, dataset: NarrationDataset, **settings: Any) -> ResultsStore:
         """The store of an evaluation of `dataset`, which depends on these settings and on those of the task."""
-        whole = {
+        all_settings = {
             "evaluation": self.name,
             "checkpoint": fingerprint(self.run.checkpoint),
             "split": self.split,
@@ -109,10 +109,12 @@ class Task:
             "precision": self.precision,
             **settings,
         }
-        return ResultsStore(folder, whole, {entry.uid: self._sample_id(entry) for entry in dataset.entries}, self.group)
+        return ResultsStore(
+            folder, all_settings, {entry.uid: self._sample_id(entry) for entry in dataset.entries}, self.group
+        )
 
     def _sample_id(self, entry: Entry) -> str:
-        """What a sample's result depends on besides the settings: its text, its turns and the content of its video."""
+        """Hash of a sample's text, turns and video, on which its result depends besides the settings."""
         content = self.data.store.content(entry.features)
         return sha256(repr((entry.instruction, entry.turns, content)).encode()).hexdigest()[:16]
 
@@ -160,7 +162,7 @@ class Task:
         return records, {uid: message for part in self.group.gather(broken) for uid, message in part.items()}
 
     def left_out(self, broken: dict[str, str]) -> dict[str, Any]:
-        """What was not evaluated: counts by reason with the first names, and the message of each broken file."""
+        """Samples left out: counts by reason with the first names, and the message of each broken file."""
         report = self.data.reports.get(self.split)
         return {
             "counts": dict(self.data.counts.get(self.split, {})),
@@ -189,7 +191,7 @@ def _data(run: TrainedRun, options: argparse.Namespace, data: dict[str, Any]) ->
     if (options.annotations is None) != (options.videos is None):
         raise ValueError("--annotations and --videos belong together; give both, or none for the data of the run")
     if options.annotations is None and getattr(options, "format", "auto") != "auto":
-        raise ValueError(f"--format {options.format} belongs to --annotations; give them, or leave the format out")
+        raise ValueError(f"--format {options.format} belongs to --annotations; give them, or omit the format")
     settings = (run.config.get("data") or {}).get("init_args") or {}
     own, folder = settings.get("annotations"), tokenizer_folder(run)
     known = list(SPLITS) if own is None else [split for split in SPLITS if split in own]
