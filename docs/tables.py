@@ -166,11 +166,22 @@ def settings_table() -> str:
         names, values, _, retired = getattr(method.config, "_renamed", ({}, {}, None, ()))
         title = f"`{method.config.__name__}`"
         rows += [[title, f"`{old}`", f"`{new}`"] for old, new in names.items()]
+        earlier = {new: old for old, new in names.items()}
         for field, choices in values.items():
-            rows += [[title, f'`{field}="{old}"`', f'`{field}="{new}"`'] for old, new in choices.items()]
+            name = earlier.get(field, "kv" if "kv" in retired else field)
+            taken = {old: new for old, new in choices.items() if _takes(method.config, field, new)}
+            rows += [[title, f'`{name}="{old}"`', f'`{field}="{new}"`'] for old, new in taken.items()]
         if retired:
-            rows.append([title, ", ".join(f"`{old}`" for old in retired), f"see [{method.title}]({method.page})"])
+            rows.append([title, ", ".join(f"`{old}`" for old in retired), "nested, see below"])
     return _table(rows)
+
+
+def _takes(config: type, field: str, value: str) -> bool:
+    try:
+        config(**{field: value})
+    except ValueError:
+        return False
+    return True
 
 
 def modules_table() -> str:
