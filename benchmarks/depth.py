@@ -75,7 +75,7 @@ def decode(model: Any, ids: torch.Tensor, new_tokens: int, **extra: Any) -> Call
 
 
 def applied_or_refused(model: Any, config_of: Callable[[], Any], measure: Callable[[Any], Any]) -> Any:
-    """What `measure` says of the changed model, or why the policy does not serve it."""
+    """Measure the changed model; if the policy does not fit it, return the reason."""
     try:
         config = config_of()
         mmskip.apply_(model, config)

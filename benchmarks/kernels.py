@@ -167,7 +167,7 @@ def time_attention(
 
 
 def flex_step(shape: Shape, packed: list[Tensor], window: int | None) -> Callable[[], None]:
-    """The same attention by a compiled FlexAttention on the packed samples."""
+    """Build the same attention by a compiled FlexAttention on the packed samples."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     device, total = packed[0].device, sum(shape.lens)

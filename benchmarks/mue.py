@@ -10,11 +10,11 @@ paired and interleaved with full depth in one process.
     python benchmarks/mue.py --train full       # and --train shallow; kept under runs/mue_bench
     python benchmarks/mue.py --choose           # thresholds on the validation pictures of the search seed
     python benchmarks/mue.py --score            # quality on test pictures (without: only where no scores are kept)
-    python benchmarks/mue.py --separate         # how well scores tell settled answers, before and after `settle`
+    python benchmarks/mue.py --separate         # how well scores separate settled answers, before and after `settle`
     python benchmarks/mue.py                    # times; draws docs/mue_*.png
 
 Ways of exiting: `mue` (saturation in encoder and decoder), `entropy` and `patience` (in the decoder, with the full
-encoder or exits as MuE's), `fixed` (the same decoder layer for every token), `random` (the library's learned exits,
+encoder or with MuE's exits), `fixed` (the same decoder layer for every token), `random` (the library's learned exits,
 whose heads draw lots such that as many states exit after each layer as under MuE). The last line is one JSON object.
 """
 
@@ -136,7 +136,7 @@ class Search:
         return {**setting.to_dict(), **found}
 
     def timed(self, tried: Tried) -> Tried:
-        """The same with its measured time, as a share of full depth's."""
+        """Add the measured time, as a share of full depth's."""
         if "measured" in tried:
             return tried
         pairs, clock = self.options.pairs, self.options.clock
@@ -154,7 +154,7 @@ class Search:
         return [self.timed(t) for t in front(found)]
 
     def heads(self, way: str, mue: Tried) -> list[Tried]:
-        """Settings of exits by the decoder's head, with the full encoder or with exits as MuE, timed."""
+        """Settings of exits by the decoder's head, with the full encoder or with MuE's exits, timed."""
         settings = []
         for encoder, (points, most) in product(({}, _encoder(mue)), self.places[way == "patience"]):
             if way == "entropy":
@@ -207,7 +207,8 @@ def _encoder(tried: Tried) -> dict[str, Any]:
 
 
 def front(tried: Sequence[Tried]) -> list[Tried]:
-    """Those that no other beats in both quality and layers, fewest layers first; of equals the one of fewest points."""
+    """Keep the settings that no other beats in both quality and layers, fewest layers first; of equals the one of
+    fewest exit layers."""
 
     def points(one: Tried) -> int:
         config = Setting.from_dict(one).config
@@ -362,7 +363,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--train", choices=("full", "shallow"), help="train one of the models, and end")
     parser.add_argument("--choose", action="store_true", help="choose thresholds, and end")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="whose thresholds are chosen")
-    parser.add_argument("--separate", action="store_true", help="how well scores tell settled answers, and end")
+    parser.add_argument("--separate", action="store_true", help="how well scores separate settled answers, and end")
     parser.add_argument("--score", action="store_true", help="quality on test pictures, and end (no timing)")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=list(SEEDS), help="of test pictures; others are printed and not kept"

@@ -265,7 +265,7 @@ def untuned(base: Path, data: ChatData, config: mmskip.MoDConfig, base_losses: l
 
 
 def answer_calls(loader: Any) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
-    """What `fit_routers` takes: the arguments of a batch, and the tokens from which its answers are predicted."""
+    """Yield the input of `fit_routers`: arguments of a batch, and the tokens from which its answers are predicted."""
     for batch in loader:
         yield inputs_of(batch), answering_tokens(batch["labels"])
 

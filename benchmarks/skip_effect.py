@@ -156,7 +156,7 @@ def opened(case: Case) -> tuple[Bench, argparse.Namespace]:
     if case.noise:
         assert bench.opened.run is not None
         model = NoisePrediction.load_from_checkpoint(bench.opened.run.checkpoint, "cpu", weights_only=True)
-        # the checkpoint alone does not tell: the same weights under EDM's preconditioning are another network
+        # the checkpoint alone does not show it: the same weights under EDM's preconditioning are another network
         name, file = f"{bench.opened.name}-noise", bench.known.path.with_stem(f"{bench.known.path.stem}-noise")
         network = dataclasses.replace(bench.opened, image_sampler=model.eval().image_sampler(), name=name)
         bench = dataclasses.replace(bench, opened=network, known=ResumableResults(file))

@@ -339,7 +339,7 @@ def measure(
 
 
 def _median_cell(result: dict[str, Any]) -> dict[str, float]:
-    """Of the grid; 1 where nothing is compared with dense."""
+    """Median over the cells of the grid; 1 if nothing is compared with dense."""
     cells = result.get("grid", {}).get("cells") or [{"speedup": 1.0, "ideal": 1.0}]
     return {key: round(statistics.median(cell[key] for cell in cells), 3) for key in ("speedup", "ideal")}
 

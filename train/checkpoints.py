@@ -29,7 +29,7 @@ class Resume(Callback):
 
     Gives a training loader back its place in the epoch (see `mmskip.datasets.common.resumable`): Lightning stores
     that place, but forgets to restore it when a schedule has asked for the number of steps before. And saves the end
-    of training, which a checkpoint every so many steps misses."""
+    of training, which a checkpoint every n steps misses."""
 
     def __init__(self) -> None:
         self._states: list[dict[str, Any]] = []

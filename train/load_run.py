@@ -77,7 +77,7 @@ def load_model(run: TrainedRun, device: str | torch.device = "cpu", dtype: str |
 
 
 def load_captioner(run: TrainedRun, device: str | torch.device = "cpu") -> Captioner:
-    """As `load_model`, for a captioner."""
+    """Load the captioner of a run, in evaluation mode."""
     return _load(run, Captioner, {}).to(device).eval()
 
 

@@ -147,7 +147,7 @@ class Player:
         realtime: wait for each frame until its time has come.
         say: called with each text as soon as it is spoken.
         see: called with the index and picture [H, W, 3] of each frame that is pictured.
-        every: one frame in so many is pictured; 0: none, and nothing is traced.
+        every: draw every n-th frame; 0: none, and nothing is traced.
     """
 
     def __init__(
@@ -266,7 +266,7 @@ class Player:
 
 
 def _rechunked(chunks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """The same frames, `size` at a time."""
+    """Yield the frames, `size` at a time."""
     waiting: list[np.ndarray] = []
     for chunk in chunks:
         for frame in chunk:

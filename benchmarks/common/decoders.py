@@ -50,7 +50,7 @@ class Decoder:
     others: dict[str, Any] = field(default_factory=dict)
 
     def reduced(self) -> "Decoder":
-        """The same proportions for a CPU."""
+        """Shrink the shape for a CPU, in the same proportions."""
         by = {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 4}
         others = {k: v // by[k] if k in by else v for k, v in self.others.items()}
         others = _sections(others, self.head_dim // 2)
@@ -173,7 +173,7 @@ class Vlm:
         return self.text.vocab
 
     def reduced(self) -> "Vlm":
-        """The same proportions for a CPU."""
+        """Shrink the shape for a CPU, in the same proportions."""
         by = {"hidden_size": 8, "intermediate_size": 8, "depth": 4, "num_hidden_layers": 4, "num_heads": 4}
         tower = {k: v // by.get(k, 1) for k, v in self.tower.items()}
         if "num_attention_heads" in tower:

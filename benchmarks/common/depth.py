@@ -22,10 +22,10 @@ MODELS = {
 RANDOM_SEEDS = 20
 """Random plans of every size."""
 RANDOM_BITS = 10
-"""Random assignments of every average."""
+"""Number of random assignments for every average."""
 GREEDY = ("block", "attn", "mlp")
 MOST_WINDOWS = 12
-"""Of each text."""
+"""Most windows taken from each text."""
 BITS = ((8, 3), (4, 2))
 """High and low bits of the assignments."""
 Configs = dict[str, Callable[[], Any]]

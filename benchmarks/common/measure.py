@@ -49,7 +49,7 @@ class Decoder:
     dtype: str = "float32"
 
     def settings(self, positions: int) -> dict[str, int]:
-        """Of a `LlamaConfig` for `positions` positions."""
+        """Arguments of a `LlamaConfig` for `positions` positions."""
         return {
             "vocab_size": self.vocab,
             "hidden_size": self.width,
@@ -86,7 +86,7 @@ def saved_activation_bytes(fn: Callable[[], object], exclude: Iterable[Tensor] =
 
     Args:
         fn: a forward pass, or a forward and backward pass.
-        exclude: further tensors to leave out, such as the inputs of the model.
+        exclude: further tensors to ignore, such as the inputs of the model.
 
     Returns:
         Bytes.

@@ -50,7 +50,7 @@ class Setting:
     odds: Odds = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """For the file of chosen settings."""
+        """Return a JSON-ready dict for the file of chosen settings."""
         return {"way": self.way, "config": self.config.to_dict() if self.config else None, "odds": self.odds}
 
     @classmethod
@@ -163,7 +163,7 @@ def records(
 ) -> list[dict[str, Any]]:
     """Record the answers to every sample and the layers that ran."""
     found: list[dict[str, Any]] = []
-    with torch.no_grad(), _leaving(model, setting), recording(model) as record:
+    with torch.no_grad(), _exiting(model, setting), recording(model) as record:
         for batch in batches:
             record.clear()
             if task == "caption":
@@ -174,7 +174,7 @@ def records(
 
 
 @contextmanager
-def _leaving(model: Captioner, setting: Setting) -> Iterator[None]:
+def _exiting(model: Captioner, setting: Setting) -> Iterator[None]:
     with using(model, setting.config):
         draw_lots(model.llm, setting)
         yield
@@ -224,7 +224,7 @@ def cost(model: Captioner, setting: Setting, calls: Sequence[Call], pairs: int, 
 def cost_of_other(
     model: Captioner, other: Captioner, calls: Sequence[Call], pairs: int, clock: str
 ) -> dict[str, float | None]:
-    """The same of another model."""
+    """Cost of the calls on another model, as a share of `model`'s."""
 
     def runs(one: Captioner) -> Callable[[], None]:
         return lambda: [call(one) for call in calls] and None

@@ -81,7 +81,7 @@ def _ideal(settled: int, points: Sequence[int], most: int) -> float:
 
 @contextmanager
 def _states(blocks: Sequence[nn.Module]) -> Iterator[list[list[Tensor]]]:
-    """Of every run of the blocks inside, the states before the first one and after each."""
+    """Collect, for every run of the blocks, the states before the first block and after each."""
     runs: list[list[Tensor]] = []
     keep = blocks[0].register_forward_pre_hook(lambda _, given: runs.append([given[0]]))
     others = [block.register_forward_hook(lambda _, given, output: runs[-1].append(output)) for block in blocks]

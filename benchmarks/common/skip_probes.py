@@ -35,7 +35,7 @@ def changed(unet: nn.Module, config: Any) -> Iterator[None]:
 
 
 def with_noise_scale(image_sampler: ImageSampler, s: float) -> ImageSampler:
-    """The same network with its predicted noise times s: D' = x + s (D - x)."""
+    """Scale the predicted noise of a network by s: D' = x + s (D - x)."""
 
     def denoiser(number_B: Tensor) -> Denoiser:
         denoise = image_sampler.denoiser(number_B)

@@ -105,7 +105,7 @@ class _Recorder(StreamEngine):
         return logits
 
     def reopened(self) -> "_Recorder":
-        """The same streams, saved and restored."""
+        """Save and restore the streams."""
         heads: list[list[int]] = [[] for _ in self._streams]
         other = _Recorder(self.model, self.frame_tokens, self.settings, heads, rounded=self.rounded)
         other.restore(*self.state())
@@ -130,7 +130,7 @@ def compare(
         videos: [F, N, C] each.
         head: ids before the first frame.
         settings: without a window.
-        rounded: both choose by logits rounded to the model's dtype, as its head alone would tell them.
+        rounded: both choose by logits rounded to the model's dtype, as its head alone would give them.
         reopen_after: the streams are saved and restored after so many calls; None: never.
 
     Raises:

@@ -70,7 +70,7 @@ def _binned(values: dict[int, float], size: int, scale: float) -> list[tuple[int
 
 
 def verdict(cells: Sequence[dict[str, Any]]) -> str:
-    """Where MoD does not pay, in words."""
+    """Say in words in which cells MoD does not pay."""
     losing = [c for c in cells if c["speedup"] < 1.05]
     if not losing:
         return f"MoD is at least 1.05x faster in all {len(cells)} cells of the grid."

@@ -1,7 +1,7 @@
 """Trains the 12-layer language model that the depth benchmark measures, from the texts of the data folder, and keeps
 it as a transformers folder under `runs/deep_lm`. One thread, at most half an hour; a folder that is there is kept.
 
-`--variant plain` trains all layers in every step. `--variant skipped` leaves out, in every step, another random share
+`--variant plain` trains all layers in every step. `--variant skipped` skips, in every step, another random share
 of the blocks between the first and the last, so that the middle of the stack does little: what self-speculation by
 skipping wants. Weights that write into the residual stream start at zero in both.
 
@@ -47,7 +47,7 @@ SHAPE = {
     "tie_word_embeddings": True,
 }
 MOST_SKIPPED = 0.8
-"""Largest share of the inner blocks that the variant `skipped` leaves out in a step."""
+"""Largest share of the inner blocks that the variant `skipped` skips in a step."""
 
 
 def parts(name: str) -> dict[str, str]:
@@ -67,7 +67,7 @@ def batches(ids: torch.Tensor, rows: int, length: int, seed: int) -> Iterator[to
 
 
 def left_out(layers: int, source: random.Random) -> tuple[int, ...]:
-    """Blocks that one step of the variant `skipped` leaves out: every inner one with a chance drawn for the step."""
+    """Blocks that one step of the variant `skipped` skips: every inner one with a chance drawn for the step."""
     chance = source.uniform(0, MOST_SKIPPED)
     return tuple(i for i in range(1, layers - 1) if source.random() < chance)
 

@@ -68,7 +68,7 @@ class Texts:
     label: list[int]
 
     def to(self, device: Any) -> "Texts":
-        """The same on another device."""
+        """Copy to another device."""
         return self._changed(lambda tensor: tensor.to(device), self.uids, self.label)
 
     def _changed(self, change: Callable[[Tensor], Tensor], uids: list[str], label: list[int]) -> "Texts":
@@ -138,7 +138,7 @@ class CaptionCollate:
 
     Raises:
         ValueError: the tokenizer has no pad or eos, the entailment prompt has no "{hypothesis}", or the tokenizer does
-            not tell the three answers apart.
+            not distinguish the three answers.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class CaptionCollate:
         self.caption_prompt, self.entailment_prompt = caption_prompt, entailment_prompt
         self.answers = [self.answer_ids(word) for word in ANSWERS.values()]
         if len(set(map(tuple, self.answers))) < len(LABELS):
-            raise ValueError(f"the tokenizer does not tell {', '.join(ANSWERS.values())} apart: {self.answers}")
+            raise ValueError(f"the tokenizer does not distinguish {', '.join(ANSWERS.values())}: {self.answers}")
 
     def answer_ids(self, text: str) -> list[int]:
         """The ids that are to be said for a text: as the tokenizer frames it, with one eos at the end."""

@@ -63,7 +63,7 @@ class ChatLoader:
         """Read one conversation.
 
         Raises:
-            ValueError: a file is missing or broken, or the template does not tell the assistant's words.
+            ValueError: a file is missing or broken, or the template does not mark the assistant's words.
         """
         if self.prompt:
             chat = before_last_answer(chat)
@@ -205,7 +205,7 @@ class ChatCollate:
 
 
 class PromptCollate(ChatCollate):
-    """As `ChatCollate`, for conversations to be answered: padded left, without labels; `answer` holds the truth."""
+    """Collate conversations to be answered: padded left, without labels; `answer` holds the truth."""
 
     def __init__(self, labels: ChatLabels, arguments: Mapping[str, Any] | None = None) -> None:
         super().__init__(labels, arguments, padding_side="left")

@@ -179,7 +179,7 @@ class ChatData(BaseData):
         return self.files is None or split in self.files
 
     def collate_of(self, split: str) -> ChatCollate:
-        """As `collate`; training rows may be packed."""
+        """Collate function of a split; training rows may be packed."""
         return self.collate(self.pack and split == "train")
 
     def predict_dataloader(self) -> DataLoader:

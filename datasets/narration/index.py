@@ -154,7 +154,7 @@ def load_narrations(
 
 
 def _count_unpaired(entries: Sequence[Annotated], files: Iterable[str], report: LoadReport) -> None:
-    """Count videos that nobody narrates, and entries that tell nothing."""
+    """Count videos that nobody narrates, and entries without narrations."""
     named = {name for entry in entries for name in (entry.uid, *entry.names, *(entry.whole or ())[:1])}
     for uid in sorted(set(files) - named):
         report.add("video without narration", uid)

@@ -69,7 +69,7 @@ class TurnSpan(NamedTuple):
     time_s: float
 
     def shifted(self, by: int) -> "TurnSpan":
-        """The same turn `by` tokens further right (left padding)."""
+        """Shift the turn `by` tokens to the right (left padding)."""
         return self._replace(
             stream=tuple(index + by for index in self.stream), text=(self.text[0] + by, self.text[1] + by)
         )
@@ -189,13 +189,13 @@ def split_turns(
 
 
 class _Size(NamedTuple):
-    """Of a sample."""
+    """Length of a sample in frames and tokens."""
 
     frames: float
     tokens: float
 
     def plus(self, turn: Turn, per_frame: int, text: int) -> "_Size":
-        """With a turn whose text takes `text` tokens."""
+        """Add a turn whose text takes `text` tokens."""
         frames = turn.frames[1] - turn.frames[0]
         return _Size(self.frames + frames, self.tokens + frames * per_frame + text)
 

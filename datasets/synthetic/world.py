@@ -35,7 +35,7 @@ class SceneConfig:
     Attributes:
         ticks: length, sampled frames, >= 8.
         cells: cells per side of the stage, >= 3. Objects are smaller than a cell.
-        colours, shapes: how many of each exist, 2..6 and 2..7; later shapes are harder to tell apart.
+        colours, shapes: how many of each exist, 2..6 and 2..7; later shapes are harder to distinguish.
         start_objects: objects on the stage at the start (their entering is never narrated), 0..max_objects.
         max_objects: most objects at a time, hidden ones included, 1..cells * cells - 2.
         gaps: probability of 2, 3, 4, ... ticks from one event to the next.

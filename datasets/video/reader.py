@@ -324,7 +324,7 @@ def _decode(path: Path, scan: _Scan, wanted: np.ndarray) -> Iterator[np.ndarray]
 
 
 def _decode_decord(path: Path, scan: _Scan, wanted: np.ndarray) -> Iterator[np.ndarray]:
-    """As `_decode`; ends early, without an error, at whatever decord cannot read."""
+    """Decode by decord; ends early, without an error, at whatever it cannot read."""
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)
@@ -341,7 +341,7 @@ def _decode_decord(path: Path, scan: _Scan, wanted: np.ndarray) -> Iterator[np.n
 
 
 def _decode_av(path: Path, scan: _Scan, wanted: np.ndarray) -> Iterator[np.ndarray]:
-    """As `_decode`, by PyAV; ends early at a frame that cannot be decoded."""
+    """Decode by PyAV; ends early at a frame that cannot be decoded."""
     starts = scan.starts_s[wanted]
     chunk: list[np.ndarray] = []
     done = 0

@@ -65,12 +65,12 @@ class DocumentFrequency:
 
     @classmethod
     def of(cls, references: Mapping[Any, Sequence[str]]) -> "DocumentFrequency":
-        """Those of a corpus: image -> its captions."""
+        """Count the n-grams of a corpus: image -> its captions."""
         return cls.of_tokens(list(_tokenized(references).values()))
 
     @classmethod
     def of_tokens(cls, references: Sequence[Sequence[Tokens]]) -> "DocumentFrequency":
-        """The same for tokenized captions."""
+        """Count the n-grams of tokenized captions."""
         counts = Counter(gram for captions in references for gram in {g for tokens in captions for g in _grams(tokens)})
         return cls(counts, len(references))
 

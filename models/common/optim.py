@@ -15,7 +15,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 RANGES = {"lr": "(0, inf)", "weight_decay": "[0, inf)", "warmup": "[0, 1)"}
-"""Of the settings every model shares, for `check_ranges`."""
+"""Ranges of the settings all models share, for `check_ranges`."""
 
 
 def check_ranges(given: Mapping[str, Any], table: Mapping[str, str]) -> None:

@@ -167,7 +167,7 @@ class ImageSampler:
 
     Attributes:
         unet: the network to which methods are applied.
-        denoiser: from the numbers [B] of the images, which may tell their classes, to their D(x, sigma).
+        denoiser: from the numbers [B] of the images, which may determine their classes, to their D(x, sigma).
         image_shape: C, H, W.
         sigma_min, sigma_max: noise levels where sampling ends and begins.
         levels: settings of `mmskip.SkipScaleConfig` on how the network receives its noise level and what it

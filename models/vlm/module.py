@@ -137,7 +137,7 @@ class VLM(StepLossModule):
         """Build the model, once. The token ids of a model from scratch come from the trainer's data module.
 
         Raises:
-            ValueError: there is no data module to ask, or its batches are packed and the model cannot tell.
+            ValueError: there is no data module to ask, or its batches are packed and the model cannot know it.
         """
         if self.llm is not None:
             return

@@ -45,7 +45,7 @@ def test_activation_bytes_count_each_storage_once():
     assert saved_activation_bytes(lambda: (x.exp().view(10, 100) * x.exp().view(10, 100)).sum()) == 8000
 
 
-def test_activation_bytes_leave_out_parameters_and_excluded_inputs():
+def test_activation_bytes_exclude_parameters_and_excluded_inputs():
     layer = nn.Linear(16, 16)
     x = torch.randn(8, 16)
     assert saved_activation_bytes(lambda: layer(x)) == x.nbytes

@@ -45,7 +45,7 @@ def contributions(model: Any, batches: Batches) -> dict[str, dict[str, list[floa
     Returns:
         `norm` and `cosine`, each with `attn`, `mlp` and `block`, one number per block: ||a|| / ||x||,
         ||m|| / ||x + a||, ||a + m|| / ||x||, and the cosines of the same pairs. None where attention and MLP of a
-        block cannot be told apart.
+        block cannot be distinguished.
     """
     view = view_of(model)
     found: dict[str, dict[str, list[float | None]]] = {
@@ -167,7 +167,7 @@ def mean_states(model: Any, batches: Batches) -> list[Tensor]:
 
 @torch.no_grad()
 def erasure(model: Any, ids_T: Tensor, means: Sequence[Tensor], rows: int = 32) -> Tensor:
-    """How far the last prediction of a text still needs a token at a depth: the state of one token that enters one
+    """Change of the last prediction of a text without a token at a depth: the state of one token that enters one
     block is replaced by the mean state there.
 
     Args:

@@ -1,4 +1,4 @@
-"""How far generated images lie from real ones, in the features of a network chosen by the user.
+"""Distances between generated and real images, in the features of a network chosen by the user.
 
 Frechet distance (Heusel et al. 2017), kernel distance (Binkowski et al. 2018), precision and recall (Kynkaanniemi et
 al. 2019). Shapes: N images, F features.

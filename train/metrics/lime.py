@@ -1,4 +1,4 @@
-"""Do LIME's explanations lie on the object, and how much does the way of leaving segments out matter for that?
+"""Do LIME's explanations lie on the object, and how much does the way of masking segments matter for that?
 
 LIME (Ribeiro et al., KDD 2016) hides random segments of an image, and fits the probability of a class by a linear
 function of the segments kept; its weights are the explanation. Shapes: S segments, N samples, H and W pixels.

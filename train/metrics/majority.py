@@ -40,8 +40,7 @@ def _conversations(path: Path) -> Iterator[tuple[str, str]]:
 
 
 class MajorityBaseline:
-    """Speaks every so many frames, as most training turns do, and says at each place of a narration the token that
-    stands there most often.
+    """Speaks after the most frequent number of frames, and says at each place of a narration its most frequent token.
 
     Probabilities are the frequencies of the tokens at a place, with one added to each token of the vocabulary.
 

@@ -330,7 +330,7 @@ def salient_regions(scores: Tensor, share: float = 0.3) -> Tensor:
 def shape_leak(
     model: nn.Module, x: Tensor, labels: Tensor, objects: Tensor, masking: str, batch: int = 32
 ) -> dict[str, float]:
-    """Does the outline of what is hidden tell the class?
+    """Does the outline of the hidden region reveal the class?
 
     `object` and `rolled`: accuracy with the object hidden, and with the same hole rolled by half a width. `donor` and
     `donor rolled`: how often an image with the hole of another image (of another class) is taken for that image's

@@ -105,7 +105,7 @@ def comparable_points(own: Mapping[str, Any], own_folder: Path, runs: Path) -> l
     newest: dict[str, dict[str, Any]] = {}
     for path in sorted(runs.glob("*/*/results.json"), key=lambda path: path.stat().st_mtime):
         results = json.loads(path.read_text())
-        # runs of other modules (tuned VLMs, captioners) tell other things
+        # runs of other modules (tuned VLMs, captioners) report other things
         same = results.get("task") == own["task"] and results.get("stage") == own["stage"]
         if same and path.parent != own_folder and results["name"] != own["name"]:
             newest[results["name"]] = results

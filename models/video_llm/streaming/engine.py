@@ -150,8 +150,8 @@ class StreamEngine:
 
     @cached_property
     def _entry_bytes(self) -> tuple[int, ...]:
-        """Bytes that each layer stores of a token. Configs tell it in many ways, so one token is run, over a cache that
-        is then thrown away."""
+        """Bytes that each layer stores of a token. Configs state it in several ways, so one token is run over a
+        temporary cache."""
         cache: Any = self._make_cache(1)
         token = Packed(np.full((1, 1), self.model.ids.eos), np.full((1, 1), TEXT), [1], [], [0], [0])
         with torch.no_grad():

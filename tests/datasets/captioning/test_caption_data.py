@@ -109,8 +109,8 @@ def test_missing_and_broken_images_are_counted(folder, tmp_path):
     assert data.reports["train"].counts == {"image missing": 1 + 2, "image not readable": 1 + 2}
 
 
-def test_answers_that_cannot_be_told_apart_are_refused():
-    with pytest.raises(ValueError, match="does not tell yes, maybe, no apart"):
+def test_indistinguishable_answers_are_refused():
+    with pytest.raises(ValueError, match="does not distinguish yes, maybe, no"):
         CaptionCollate(word_tokenizer(["a cat"]))
     with pytest.raises(ValueError, match="must hold"):
         CaptionCollate(word_tokenizer(["yes maybe no"]), entailment_prompt="is it so?")

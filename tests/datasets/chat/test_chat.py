@@ -364,10 +364,10 @@ def test_ranks_share_the_samples_and_an_epoch_has_its_own_order(made):
 
 def test_an_epoch_goes_on_in_its_middle(made):
     data = chat_data(made, batch_size=2)
-    whole = [batch["uid"] for batch in data.train_dataloader()]
+    uids = [batch["uid"] for batch in data.train_dataloader()]
     loader = data.train_dataloader()
     loader.load_state_dict({"taken": 2})
-    assert [batch["uid"] for batch in loader] == whole[2:]
+    assert [batch["uid"] for batch in loader] == uids[2:]
 
 
 def test_packed_rows_hold_every_conversation_once_and_no_row_is_too_long():

@@ -144,7 +144,7 @@ def test_features_of_a_changed_video_are_not_hidden_by_a_file_of_before(videos, 
 
 
 def test_features_that_cannot_be_read_leave_out_their_videos_only(videos, tmp_path):
-    """Where the video is gone they cannot be made again; the other videos are used."""
+    """Features of a missing video cannot be made again; the other videos are used."""
     records = [{"timestamp_sec": time, "narration_text": f"#C C moves {time}"} for time in (1.0, 3.0)]
     content = {name: {"narration_pass_1": {"narrations": records}} for name in "abcd"}
     (tmp_path / "train.json").write_text(json.dumps(content))

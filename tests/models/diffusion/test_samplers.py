@@ -17,7 +17,7 @@ def gaussian(x, sigma):
 
 
 def exact(noise, sigma_max):
-    """Where the probability-flow ODE leads: an affine map of the start."""
+    """End of the probability-flow ODE: an affine map of the start."""
     start = noise * sigma_max
     return MEAN + (start - MEAN) * SPREAD / math.sqrt(SPREAD**2 + sigma_max**2)
 

@@ -16,7 +16,7 @@ THRESHOLD = 0.05  # of these models: they speak at some frames and stay silent a
 
 
 def stream(model, videos, push: int = 100, **settings):
-    """What is said when `push` frames at a time are shown."""
+    """Return the texts of a stream that is shown `push` frames at a time."""
     running = engine(model, len(videos), threshold=THRESHOLD, **settings)
     said = []
     for start in range(0, max(map(len, videos)), push):

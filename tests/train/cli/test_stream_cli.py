@@ -229,7 +229,7 @@ def test_a_long_stream_keeps_selections_of_pictured_frames_only(run, tmp_path):
 
 
 def test_texts_are_printed_as_they_are_spoken_and_those_before_a_break_stay(run, tmp_path):
-    """Of a chunk that outgrows the model's range, what was said in it before is not lost."""
+    """Texts of a chunk that outgrows the model's range are kept up to that point."""
     folder, videos = run
     arguments = ["--checkpoint", str(folder), "--video", str(videos / "v0.mp4"), "--out", str(tmp_path)]
     session = Session(build_parser().parse_args([*arguments, "--threshold", "0.99", "--chunk", "8"]))

@@ -51,7 +51,7 @@ def test_all_five_accuracies_come_from_generated_answers(trained, tmp_path):
         "procedure+": 4,
     }
     assert totals["procedure"]["answers"] == 6
-    assert totals["step"]["accuracy"] > 0.5, "colours are easy to tell: chance is a third"
+    assert totals["step"]["accuracy"] > 0.5, "colours are easy to recognize: chance is a third"
     judged = {sample["uid"]: sample for sample in results["samples"]}
     assert judged["coin1/step/0"]["answers"] == ["paint it red"] and judged["coin1/step/0"]["said"]
     right = [ok for sample in judged.values() if sample["task"] == "next" for ok in sample["right"]]

@@ -40,7 +40,7 @@ def test_training_reports_its_loss_beside_two_that_know_nothing_and_draws(run):
     results = json.loads((folder / "results.json").read_text())
     losses = results["val_loss"]
     assert losses["model"] != losses["untrained"] and losses["pixel_spread"] > 0
-    # a denoiser of the right spread leaves about all of the weighted error
+    # a denoiser of the right spread has about the full weighted error
     assert 0.3 < losses["pixel_spread"] < 3
     assert results["nfe_of_samples"] == [9, 35]
     assert (folder / "samples.png").is_file()

@@ -45,7 +45,7 @@ def run(options: argparse.Namespace, frequency: DocumentFrequency | None) -> int
             scores = scored(task, records, frequency, options.java)
             if variant.name == FULL:
                 full = {uid: one["CIDEr"] for uid, one in scores.images.items()}
-            # a caption is right where leaving early cost it nothing
+            # a caption is right if the early exit cost it nothing
             rows = [{**records[uid], "right": scores.images[uid]["CIDEr"] >= full[uid] - 1e-9} for uid in records]
             totals[variant.name] = {**variant.to_dict(), "metrics": scores.totals, "exits": depths(rows, task.model)}
             if group.first:

@@ -117,7 +117,7 @@ class CaptionTask:
         return cls(name, run, model, dataset, data.collate(), split, group, out, options, counts)
 
     def blanked(self) -> PictureDataset:
-        """The same images, black."""
+        """Return the dataset with black images."""
         return PictureDataset(self.dataset.entries, self.dataset.size, self.dataset.resize, blank=True)
 
     def batch(self, dataset: PictureDataset, numbers: Sequence[int]) -> Batch:

@@ -1,4 +1,4 @@
-"""`python evaluate.py masking`: which way of leaving pixels out suits a classifier?"""
+"""`python evaluate.py masking`: which way of masking pixels suits a classifier?"""
 
 import argparse
 from pathlib import Path

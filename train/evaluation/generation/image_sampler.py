@@ -147,7 +147,7 @@ def real_images(arguments: argparse.Namespace, opened: LoadedSampler) -> tuple[I
 
 
 def _digest(source: Path) -> str:
-    """Sixteen characters that tell a set of files: equal for equal names, sizes and dates."""
+    """Sixteen characters that identify a set of files: equal for equal names, sizes and dates."""
     if source.is_file():
         return fingerprint(source)
     files = sorted(path for path in source.rglob("*") if path.is_file())
