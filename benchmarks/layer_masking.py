@@ -1,4 +1,4 @@
-"""Layer masking: what a masked forward of a CNN costs beside the plain one.
+"""Layer masking: cost of a masked forward of a CNN beside the plain one.
 
     python benchmarks/layer_masking.py [--model resnet50] [--batch 8] [--size 224] [--pairs 15]
 

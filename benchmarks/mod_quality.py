@@ -54,7 +54,7 @@ METRICS = ("lm_ppl", "lm_correctness", "time_diff", "fluency")
 
 @dataclass(frozen=True)
 class Run:
-    """One training: what, of which seed, and what it is scored on. `layers` is the depth of the shallow control."""
+    """One training: variant, seed and scored split. `layers` is the depth of the shallow control."""
 
     variant: str
     seed: int
@@ -64,7 +64,7 @@ class Run:
     data_seed: int | None = None
 
     def recipe(self) -> dict[str, Any]:
-        """The settings of the training: the recipe with what the variant changes."""
+        """The settings of the training: the recipe with the changes of the variant."""
         settings: dict[str, Any] = copy.deepcopy(yaml.safe_load(CONFIG.read_text()))
         model, data = settings["model"]["init_args"], settings["data"]["init_args"]
         routing = model["methods"][0]["init_args"]

@@ -72,7 +72,7 @@ Tried = dict[str, Any]
 
 def train(name: str, options: Sequence[str]) -> None:
     """Train by the recipe (a run `<name>_base`), then on from its weights with answers that learn to stay. A first part
-    that is finished is not repeated; the options are for what is left."""
+    that is finished is not repeated; the options are for the rest."""
     base = f"{name}_base"
     if finished(base) is None:
         _fit(name, base, options)

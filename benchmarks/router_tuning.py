@@ -13,7 +13,7 @@ Compute is that of the language model; the vision tower runs in full.
     python benchmarks/router_tuning.py            # report: test split of other seeds
     python benchmarks/router_tuning.py --search   # of the router, on the base of the search seed
 
-Trained models are kept under runs/router_tuning; delete what is there to do it anew. The report writes
+Trained models are kept under runs/router_tuning; delete them to train anew. The report writes
 docs/router_tuning.png; both print one JSON line.
 """
 
@@ -64,7 +64,7 @@ TUNED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "router+lora": ("vlm_mod_lora.yaml", {}, {}),
     "random+lora": ("vlm_mod_lora.yaml", RANDOM, {"router_fit": 0}),
 }
-"""Recipe, and what differs from it in the method and in the model."""
+"""Recipe, and changes of the method and of the model."""
 COLORS = {
     "router": "#d1495b",
     "random tuned": "#e6a5ac",

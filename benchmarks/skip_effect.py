@@ -73,7 +73,7 @@ class Case:
     """A network and a sampler.
 
     Attributes:
-        about: what is changed.
+        about: the change.
         checkpoint: a run, trained by `recipe` where it is missing, or FILE.py:FUNCTION.
         recipe: settings of skip_tuning.yaml that differ.
         features, real: as for evaluate.py fid.
@@ -282,7 +282,7 @@ def _near_best(search: dict[str, float]) -> tuple[float, float]:
 
 
 def main(given: Sequence[str] | None = None) -> None:
-    """Study the cases; what was known of the others is kept."""
+    """Study the cases; earlier results of the others are kept."""
     parser = CommandParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)} (default: all)")
     parser.add_argument("--out", type=Path, default=_measure.RESULTS, help="folder of the results")

@@ -84,7 +84,7 @@ class Bench:
 
 
 def open_bench(options: argparse.Namespace) -> Bench:
-    """The network and the scorer that the command line names, with what was measured with these weights before."""
+    """The network and the scorer that the command line names, with earlier results of these weights."""
     device = device_of(options.device)
     net = open_feature_net(options.features, device)
     opened = load_sampler(options.checkpoint, options.guidance, device)

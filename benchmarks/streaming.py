@@ -128,7 +128,7 @@ def probed(frames: int) -> set[int]:
 
 
 def position(models: dict[str, VideoLLM], frames: int, window: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Latency and KV bytes by frame, per contender; and what the window was announced to take."""
+    """Latency and KV bytes by frame, per contender; and the announced bytes of the window."""
     plan = {"dense": ("dense", None), "mod": ("mod", None), "dense + window": ("dense", window)}
     plan["mod + window"] = ("mod", window)
     running = {name: Contender(models[model], window=limit) for name, (model, limit) in plan.items()}

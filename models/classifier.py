@@ -47,7 +47,7 @@ class Classifier(BaseModule):
         num_classes: None: taken from the data module.
         model_kwargs: further settings of the model, e.g. `{"widths": [16, 32]}`.
         pretrained: start from timm's weights (downloads them).
-        augment: what happens to a part of each training image: `none`; `patches`: random patches are painted with the
+        augment: change of a part of each training image: `none`; `patches`: random patches are painted with the
             mean colour of the data; `layer_masking`: they are hidden by layer masking (CNNs only).
         augment_share: share of the images of a batch that lose patches, in [0, 1].
         hidden: range of the share of patches hidden, within [0, 1].
@@ -191,7 +191,7 @@ class Classifier(BaseModule):
             self.log(f"{stage}/{name}", right, prog_bar=True, on_epoch=True, batch_size=len(x))
 
     def on_validation_epoch_end(self) -> None:
-        """Say how well it does, beside always naming the most frequent class."""
+        """Print the accuracies beside the majority baseline (the most frequent class of the validation set)."""
         data = self.data
         if data is None or not self.trainer.is_global_zero:
             return

@@ -129,7 +129,7 @@ def check_tokens(model: VideoLLM, data: Any) -> None:
     """Refuse a tokenizer other than the one the model was trained with.
 
     Raises:
-        ValueError: what to do.
+        ValueError: the tokenizers differ; the message gives the remedy.
     """
     if TokenIds.of(data.tokenizer) != model.ids:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Playing a video to a streaming model: frames in, time-stamped texts out, and what it cost.
+"""Play a video to a streaming model: frames in, time-stamped texts and cost out.
 
 Shapes: F frames, N vision tokens per frame, C feature channels.
 """
@@ -54,8 +54,8 @@ class Spoken:
     Attributes:
         time_s: of the frame after which it was spoken, seconds.
         frame: index of that frame; -1: before the first.
-        text: what it said.
-        question: what it was asked; None: it spoke by itself.
+        text: its words.
+        question: the question it answers; None: it spoke unasked.
     """
 
     time_s: float
@@ -72,7 +72,7 @@ class Watched:
         spoken: in order.
         times_s: of the frames watched.
         kept: by frame that is pictured, by block: which of its vision tokens were processed (BoolTensor [N]).
-        latencies_s: of each chunk of frames: seconds from its features to the end of what was said at it.
+        latencies_s: of each chunk of frames: seconds from its features to the end of its texts.
         encode_s: seconds per frame of the vision tower.
         behind_s: most seconds that a chunk had to wait because those before it took too long, in real time.
         stored_bytes, reserved_bytes: most bytes of keys and values, and of the buffers they lie in.

@@ -158,7 +158,7 @@ DECODERS = {
 class Vlm:
     """A vision-language model of real size: its language model, and the sizes of its tower.
 
-    `tower` names what the reduction divides: hidden_size and intermediate_size by 8, depth and heads by 4.
+    `tower` is reduced as follows: hidden_size and intermediate_size by 8, depth and heads by 4.
     """
 
     model_type: str

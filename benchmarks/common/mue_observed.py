@@ -33,14 +33,14 @@ class Observed:
     Attributes:
         scores: `image`, `text`: saturations in the encoder; `saturation`, `entropy`: of the answers' tokens after each
             decoder layer but the last.
-        settled: of each of these tokens the first decoder layer from which on the head says what it says in the end.
+        settled: of each of these tokens the first decoder layer from which on the head gives its final answer.
     """
 
     scores: dict[str, list[list[float]]]
     settled: list[int]
 
     def thresholds(self, part: str, points: Sequence[int] | None = None, most: int | None = None) -> list[float]:
-        """Thresholds that differ in what they let exit after some layers (None: all below `most`), and one that never
+        """Thresholds that differ in the exits after some layers (None: all below `most`), and one that never
         fires."""
         layers = self.scores[part][: None if most is None else max(most - 1, 1)]
         taken = [value for number, values in enumerate(layers, 1) if points is None or number in points

@@ -12,7 +12,7 @@ RULES = {
     "random": {"marker": "x", "s": 22, "alpha": 0.35, "lw": 0.9},
     "random inner": {"marker": "+", "s": 26, "alpha": 0.35, "lw": 0.9},
 }
-"""Marks of the ways to choose what is dropped; colours are those of `PARTS`."""
+"""Marks of the ways to choose the dropped parts; colours are those of `PARTS`."""
 OTHERS = ("unified balanced", "unified released", "lac static", "lac per token", "ffn_skip")
 
 

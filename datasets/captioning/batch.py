@@ -134,7 +134,7 @@ class CaptionCollate:
         tokenizer: has pad and eos.
         caption_prompt, entailment_prompt: what is asked; "{hypothesis}" (and "{caption}", where the pairs have one) is
             that of the pair.
-        max_tokens: longest prompt and longest answer; what is longer is cut.
+        max_tokens: longest prompt and longest answer; longer ones are cut.
 
     Raises:
         ValueError: the tokenizer has no pad or eos, the entailment prompt has no "{hypothesis}", or the tokenizer does

@@ -40,7 +40,7 @@ class CaptionData(BaseData):
     do not decode are left out, counted and reported.
 
     Args:
-        root: folder for what is made here.
+        root: folder of the generated files.
         generated: settings of the embedded set.
         captions: per split ("train", "val", "test") COCO's caption annotations, or Karpathy's `dataset_coco.json`.
         caption_images: folder of their images; or one per split.

@@ -29,7 +29,7 @@ class Loaded:
     Attributes:
         chat: the conversation.
         text: rendered, placeholders unexpanded.
-        runs: what is learned of it, see `ChatLabels.runs`; empty in a prompt.
+        runs: learned part, see `ChatLabels.runs`; empty in a prompt.
         images: RGB.
         videos: uint8 [F, 3, H, W] each.
         rates: frames per second of the videos.

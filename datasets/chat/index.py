@@ -38,7 +38,7 @@ class ChatIndex:
         self.examples.setdefault(reason, message)
 
     def report(self) -> str:
-        """Say what was left out; empty: nothing."""
+        """Summarize the skipped conversations; empty if there are none."""
         return "; ".join(
             f"{count} {reason} (the first: {self.examples[reason]})" for reason, count in self.left_out.items()
         )
@@ -76,7 +76,7 @@ def parse_all(records: Sequence[dict[str, Any]], folder: Path, name: str) -> tup
 def measure_all(
     chats: Sequence[Chat | None], index: ChatIndex, measure: Callable[[Chat], int], cache: Path, workers: int
 ) -> None:
-    """Read every usable conversation once and note its length in `index`; broken ones are left out. What was found is
+    """Read every usable conversation once and note its length in `index`; broken ones are skipped. The result is
     kept in `cache`, so the next run reads nothing."""
     from mmskip.utils.files import write_text
 

@@ -40,7 +40,7 @@ class ChatData(BaseData):
 
     Without `files` it is the embedded set, written under `root` on first use. Your own files are read once before the
     first training: conversations with a missing or broken file, and those longer than `max_tokens`, are left out,
-    counted and reported; what was found is kept under `root`.
+    counted and reported; the result is kept under `root`.
 
     Args:
         root: folder for everything that is made here.

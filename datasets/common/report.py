@@ -1,4 +1,4 @@
-"""Count what was left out or repaired while a data set was read."""
+"""Counts of records skipped or repaired while a data set was read."""
 
 from collections import Counter
 from dataclasses import dataclass, field

@@ -90,7 +90,7 @@ def read_json(path: Path) -> Any:
 
 
 def dicts(records: Any, uid: str, report: LoadReport) -> list[dict[str, Any]]:
-    """The records of a list; what is none is counted as "malformed". None stands for no records."""
+    """The records of a list; other items are counted as "malformed". None stands for no records."""
     given = [] if records is None else records if isinstance(records, list) else [records]
     found = [record for record in given if isinstance(record, dict)] if isinstance(records, list) else []
     report.add("malformed", uid, len(given) - len(found))

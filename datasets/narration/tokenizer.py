@@ -16,7 +16,7 @@ USER = "\nUser:"
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Add what the stream needs to a Hugging Face tokenizer, in place: `<v>`, and pad, bos and eos where missing.
+    """Add the tokens of the stream to a Hugging Face tokenizer, in place: `<v>`, and pad, bos and eos where missing.
 
     A missing pad token becomes `<pad>`, a missing bos the eos (GPT-2 and Qwen have it so) or `<bos>`.
 

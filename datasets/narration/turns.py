@@ -154,7 +154,7 @@ def split_turns(
         instruction: as given to `build_sample`.
 
     Returns:
-        The turns of each sample, and what was shortened, dropped or cut off ("split": samples beyond the first).
+        The turns of each sample, and counts of those shortened, dropped or cut off ("split": samples beyond the first).
 
     Raises:
         ValueError: a limit too small for one learned frame.

@@ -1,4 +1,4 @@
-"""Samples of narrated videos: what a split holds, read and tokenized on access."""
+"""Samples of narrated videos: the content of a split, read and tokenized on access."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -121,7 +121,7 @@ class Statement:
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of the set: its world, what is to be said of it, statements about it, and questions with answers."""
+    """One picture of the set: its world, caption, statements about it, and questions with answers."""
 
     world: World
     caption: str

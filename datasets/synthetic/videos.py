@@ -1,7 +1,7 @@
 """The embedded narrated-video set: real mp4 files with Ego4D-format narrations, made on first use.
 
-Every split has its own random numbers. What is said and when can only be known from the frames: objects, times, places
-and events are random, and nothing repeats between videos. See `mmskip.datasets.synthetic.world` for the worlds.
+Every split has its own random numbers. The texts and their times can only be known from the frames: objects, times,
+places and events are random, and nothing repeats between videos. See `mmskip.datasets.synthetic.world` for the worlds.
 
 Layout of the folder:
 
@@ -85,7 +85,7 @@ class GeneratedConfig:
 def generate(
     root: str | Path, config: GeneratedConfig | None = None, workers: int | None = None, progress: bool = True
 ) -> Path:
-    """Write the set into a folder; what is already there is kept, so an interrupted run is taken up.
+    """Write the set into a folder; existing files are kept, so an interrupted run continues.
 
     Args:
         root: the set's folder, new or of the same settings.

@@ -1,4 +1,4 @@
-"""Plan little worlds of coloured objects: what happens, and how it is narrated.
+"""Plan little worlds of coloured objects: events and their narrations.
 
 A world is planned in ticks (one tick = one sampled frame) and drawn by `mmskip.datasets.synthetic.render`. Objects rest
 in the cells of a square stage. One event happens at a time, takes two ticks, and is narrated at the tick in the middle,

@@ -224,7 +224,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m mmskip.d
 
     Args:
         arguments: without the program's name; None: those of the process.
-        prog: what the user typed, for the help.
+        prog: command as typed, for the help.
     """
     parser = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)

@@ -21,7 +21,7 @@ class ImageFolder:
     Attributes:
         times_s: float64 [F].
         duration_s: length, seconds.
-        notes: what a user should know of the source, in words.
+        notes: remarks on the source for the user.
 
     Raises:
         VideoError: no image in it.
@@ -54,7 +54,7 @@ class ImageFolder:
 
 
 class VideoFrames:
-    """A video file as `ImageFolder` is a folder: a `VideoStream` with what is to be said of it."""
+    """A video file as `ImageFolder` is a folder: a `VideoStream` with its notes."""
 
     def __init__(self, path: str | Path, fps: float, size: int) -> None:
         self._stream = VideoStream(path, fps, size)

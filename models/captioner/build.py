@@ -85,7 +85,7 @@ def sees(config: PretrainedConfig) -> bool:
 
 
 def token_ids(tokenizer: Any, answers: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Collect what a model must know of its tokenizer, as plain numbers; `answers` are the ids of the three answers."""
+    """Collect the tokenizer facts a model needs, as plain numbers; `answers` are the ids of the three answers."""
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.pad_token_id
     return {
         **plain_ids(tokenizer),

@@ -87,7 +87,7 @@ class Captioner(StepLossModule):
         max_new_tokens: longest caption, tokens.
         no_repeat_ngram: no caption says an n-gram of this length twice; 0: it may.
         val_captions: images captioned in each validation, at most, per rank; 0: none.
-        tokens: what a model must know of its tokenizer (`mmskip.models.captioner.build.token_ids`); None: taken from
+        tokens: the tokenizer facts a model needs (`mmskip.models.captioner.build.token_ids`); None: taken from
             the data module.
 
     Raises:

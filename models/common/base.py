@@ -128,7 +128,7 @@ class StepLossModule(BaseModule):
         raise NotImplementedError
 
     def step_losses(self, sums: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """From the sums of a step: the number of its labels, and what is logged as `train/<name>`."""
+        """Compute from the sums of a step the number of its labels, and the values logged as `train/<name>`."""
         raise NotImplementedError
 
     def on_train_start(self) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 HALF = (torch.bfloat16, torch.float16)
 SLICE = 256
-"""Rows of a head that are widened at a time where no kernel sums in fp32 by itself: what a core's cache holds."""
+"""Rows of a head that are widened at a time where no kernel sums in fp32 by itself: as many as fit a core's cache."""
 
 
 @contextmanager

@@ -94,7 +94,7 @@ NO_IDS = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
 
 
 def token_ids(tokenizer: Any) -> dict[str, Any]:
-    """Collect what a model from scratch has to know of its tokenizer, as plain numbers fit for a checkpoint."""
+    """Collect the facts of its tokenizer that a model from scratch needs, as plain numbers fit for a checkpoint."""
     return {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,

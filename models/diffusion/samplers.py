@@ -172,7 +172,7 @@ class ImageSampler:
         sigma_min, sigma_max: noise levels where sampling ends and begins.
         levels: settings of `mmskip.SkipScaleConfig` on how the network receives its noise level and what it
             predicts, for schedules over the noise level.
-        finish: brings what was drawn into [-1, 1].
+        finish: brings drawn images into [-1, 1].
         calls: evaluations of the network per call of D (2 with guidance).
     """
 

@@ -8,7 +8,7 @@ class Connector(nn.Sequential):
     """The two-layer connector of VideoLLM-online and VideoLLM-MoD: Linear, GELU, Linear, on standardised features.
 
     The features of a tower share a large common part (of a random tower most of their size), under which a small
-    connector hardly sees what differs; so each channel is standardised by fixed statistics first (`standardise_by`).
+    connector hardly sees the difference; so each channel is standardised by fixed statistics first (`standardise_by`).
 
     Args:
         feature_dim: channels C of the frame features.

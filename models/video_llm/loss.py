@@ -10,7 +10,7 @@ from mmskip.models.common.positions import Positions
 
 
 def loss_sums(logits: Tensor, positions: Positions, stream_weight: float) -> Tensor:
-    """Sums, not means: what a mean is taken over is only known at the end of an optimizer step.
+    """Sums, not means: the divisor of a mean is only known at the end of an optimizer step.
 
     Args:
         logits: [P, V].

@@ -108,7 +108,7 @@ class NarrationMetrics:
             fps: frames per second of the sampled video, > 0.
 
         Returns:
-            `lm_ppl`, `lm_correctness`, `time_diff` (seconds), `fluency` (NaN where no turn has what they need),
+            `lm_ppl`, `lm_correctness`, `time_diff` (seconds), `fluency` (NaN if no turn allows them),
             `samples` and `turns` counted.
         """
         return averages(self.gathered().values(), fps)

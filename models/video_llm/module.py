@@ -107,7 +107,7 @@ class VideoLLM(StepLossModule):
     # --- building -----------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Build the model, once. What the arguments left open is taken from the trainer's data module.
+        """Build the model, once. Open arguments are taken from the trainer's data module.
 
         Raises:
             ValueError: something is still open, or a method does not fit the language model.

@@ -11,7 +11,7 @@ from mmskip.datasets.narration.tokenizer import StreamTokens
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Token ids of the stream template as plain numbers: what a model keeps of its tokenizer in a checkpoint.
+    """Token ids of the stream template as plain numbers, which a model keeps in its checkpoint.
 
     Attributes:
         silent, speak, eos: single ids; see `mmskip.datasets.narration.tokenizer.StreamTokens`.

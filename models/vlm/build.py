@@ -45,7 +45,7 @@ def vlm_config(vlm: str | Mapping[str, Any]) -> PretrainedConfig:
 
 
 def token_ids(processor: Any) -> dict[str, Any]:
-    """Collect what a VLM from scratch has to know of its processor, as plain numbers (see `TOKENS`)."""
+    """Collect the facts of its processor that a VLM from scratch needs, as plain numbers (see `TOKENS`)."""
     tokenizer = processor.tokenizer
     found = plain_ids(tokenizer)
     for name in TOKENS[1:]:

@@ -88,7 +88,7 @@ class VLM(StepLossModule):
         warmup: share of all steps with a linearly rising rate, in [0, 1).
         max_new_tokens: longest answer when predicting, tokens.
         export: folder to write the trained base model and its processor to as well; with trainable="all" only.
-        tokens: what a model from scratch has to know of its processor (`mmskip.models.vlm.build.token_ids`); None:
+        tokens: the processor facts a model from scratch needs (`mmskip.models.vlm.build.token_ids`); None:
             taken from the data module.
 
     Raises:
@@ -324,7 +324,7 @@ class VLM(StepLossModule):
     # --- saving -------------------------------------------------------------------------------------------------
 
     def on_fit_end(self) -> None:
-        """Write what was trained to `adapter/`, and to `export`."""
+        """Write the trained weights to `adapter/`, and to `export`."""
         if not self.trainer.is_global_zero or getattr(self.trainer, "fast_dev_run", False):
             return
         processor = self.trainer.datamodule.processor  # type: ignore[attr-defined]

@@ -33,6 +33,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = "mmskip search") ->
 
     Args:
         arguments: without the program's name; None: those of the process.
-        prog: what the user typed, for the help.
+        prog: command as typed, for the help.
     """
     return run_task(prog, TASKS, USAGE, sys.argv[1:] if arguments is None else arguments)

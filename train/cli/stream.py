@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; an error in arguments or files is one line.
 
     Returns:
-        Exit status: 0 played to its end, 1 stopped early (what was watched is written), 2 nothing was played.
+        Exit status: 0 played to its end, 1 stopped early (results so far are written), 2 nothing was played.
     """
     return exit_status(lambda: _watch(build_parser().parse_args(arguments)))
 
@@ -79,7 +79,7 @@ class Session:
     """One run watching one video. Everything is checked on construction, before a frame is decoded.
 
     Raises:
-        ValueError: what is wrong, see `main`.
+        ValueError: a bad argument, see `main`.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -162,7 +162,7 @@ class Session:
     # --- playing ------------------------------------------------------------------------------------------------
 
     def announce(self) -> None:
-        """Say what is about to be played, and how much memory it can take."""
+        """Print the settings of the stream, and the most memory it can take."""
         times = self.frames.times_s
         print(f"{self.args.video}: {len(times)} frames, {self.fps:g} per second, {self.tower.num_tokens} tokens each")
         for note in self._notes():

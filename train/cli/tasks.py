@@ -15,7 +15,7 @@ def run_task(prog: str, tasks: Tasks, usage: str, arguments: Sequence[str]) -> i
     """Run one task of a command.
 
     Args:
-        prog: what the user typed before the task's name.
+        prog: command as typed, before the task's name.
         tasks: the tasks of the command.
         usage: help of the command, with places for `prog` and `tasks`.
         arguments: the task and its own arguments.

@@ -20,8 +20,8 @@ class ResultsStore:
     Args:
         folder: of this evaluation.
         settings: what all results depend on (JSON-ready).
-        samples: by uid, what the result of a single sample depends on. A stored result with another such text is
-            dropped: the sample has changed.
+        samples: by uid, a text on which the result of a single sample depends. A stored result with another text
+            is dropped: the sample has changed.
         group: the processes.
         current: spells stored settings of an older version as today's.
 

@@ -36,14 +36,14 @@ def fill_grey(x: Tensor, m: Tensor) -> Tensor:
 
 
 def fill_mean(x: Tensor, m: Tensor) -> Tensor:
-    """The mean colour of what is kept of the image; grey where nothing is."""
+    """The mean colour of the visible part of the image; grey if nothing is visible."""
     share = m.mean((2, 3), keepdim=True)
     mean = (x * m).mean((2, 3), keepdim=True) / share.clamp(min=1e-8)
     return x * m + torch.where(share > 0, mean, 0.5) * (1 - m)
 
 
 def fill_blur(x: Tensor, m: Tensor) -> Tensor:
-    """A wide Gaussian blur of what is kept (a blur of the full image would reveal the hidden part)."""
+    """A wide Gaussian blur of the visible part (a blur of the full image would reveal the hidden part)."""
     size = x.shape[-1]
     sigma = size / 16
     reach = min(round(3 * sigma), size - 1)
@@ -202,7 +202,7 @@ class Missingness:
         clean: of the full images.
         curves: answers by order, masking and fraction hidden.
         shape: shape-leak figures by masking, see `shape_leak`.
-        maskings, fractions, orders: what was measured.
+        maskings, fractions, orders: as measured.
         count, classes: images, and classes among their labels.
         lime: how LIME's explanations agree with the objects, by masking, see `mmskip.train.metrics.lime`.
     """
@@ -268,7 +268,8 @@ def measure(
         x, labels: images and classes.
         objects: masks [B, 1, H, W] with 1 on the object; None: the most salient 30 % of each image stand for it.
         patch: side of the hidden patches, pixels.
-        recall: called with the name of each part and what makes it (a dict for JSON); may return an earlier result.
+        recall: called with the name of each part and a function that computes it (a dict for JSON); may return an
+            earlier result.
 
     Raises:
         ValueError: the patches do not fit the image.

@@ -14,8 +14,8 @@ from mmskip.utils.files import write_json, write_text
 class RunReport(Callback, ABC):
     """Calls `report` at the end of fit, validate and test.
 
-    What the model scored before training comes from Lightning's check, if that runs over the full validation set
-    (`trainer.num_sanity_val_steps: -1`), and is kept in checkpoints: a resumed run cannot measure it again.
+    Scores before training come from Lightning's check, if that runs over the full validation set
+    (`trainer.num_sanity_val_steps: -1`), and are kept in checkpoints: a resumed run cannot measure them again.
 
     Attributes:
         model_class: the model that the report is for.
@@ -48,7 +48,7 @@ class RunReport(Callback, ABC):
     # --- hooks ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run cannot measure again."""
+        """Return the values a resumed run cannot measure again."""
         return {name: getattr(self, name) for name in self.kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -122,5 +122,5 @@ def first_batch(loaders: Any) -> Any:
 
 
 def rank_suffix(trainer: Trainer) -> str:
-    """Return what the file name of a rank's predictions ends with; empty with one rank."""
+    """Return the suffix of the file name of a rank's predictions; empty with one rank."""
     return f"-{trainer.global_rank}" if trainer.world_size > 1 else ""

@@ -153,7 +153,7 @@ class NarrationReport(RunReport):
     def _savings(
         self, trainer: Trainer, model: VideoLLM, batch: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Savings of a training step, and figures of what an evaluation keeps."""
+        """Savings of a training step, and figures of the tokens an evaluation keeps."""
         # a small batch, so that the measured pairs take seconds
         rows = split_rows(batch)[:MEASURED_SAMPLES]
         batch = model.transfer_batch_to_device(collate_narration(rows, 0), model.device, 0)

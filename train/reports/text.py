@@ -87,7 +87,7 @@ def model_label(methods: Sequence[Mapping[str, Any]]) -> str:
 
 
 def task_id(samples: Iterable[Any]) -> str:
-    """A name of what was evaluated: equal ids, equal samples, so that results can be compared. It depends on frames,
+    """A name of the evaluated samples: equal ids, equal samples, so that results can be compared. It depends on frames,
     texts and times of the samples (uid, turns), not on how a model lays them out in tokens."""
     described = [(uid, [(turn.frames, turn.narration, turn.time_s) for turn in turns]) for uid, turns in samples]
     return hashlib.sha256("\n".join(sorted(map(repr, described))).encode()).hexdigest()[:16]

@@ -50,7 +50,7 @@ class CoinVideo:
 
     Attributes:
         uid: the video's id, which is its file name.
-        task: what is done, in words: "put on hair extensions".
+        task: the activity, in words: "put on hair extensions".
         subset: "training" or "testing".
         start_s, end_s: where the task is done, seconds.
         steps: in the order of time.
@@ -71,7 +71,7 @@ class CoinQuestion:
     Attributes:
         uid: "<video>/<task>/<number>".
         task: one of `TASKS`.
-        question: what the model is asked.
+        question: the question to the model.
         start_s, end_s: the part of the video, seconds.
         answers: the right answer: one text, or up to five for procedures.
     """
@@ -95,7 +95,7 @@ def read_coin(path: str | Path) -> tuple[list[CoinVideo], LoadReport]:
     """Read `COIN.json`: `database[video] = {class, subset, start, end, duration, annotation: [{segment, label}]}`.
 
     Returns:
-        The videos by uid, and what was left out or mended, as
+        The videos by uid, and a report of skipped and repaired records, as
         `mmskip.datasets.narration.index.read_annotations` counts it ("no steps": videos without a usable step).
 
     Raises:

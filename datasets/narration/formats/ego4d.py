@@ -19,7 +19,7 @@ _ASIDE = re.compile(r"_*\([^)]*\)")
 
 
 def clean_text(text: Any) -> Any:
-    """A narration without Ego4D's tags: "#C C opens a door #unsure" -> "C opens a door"; what is no text as it is."""
+    """A narration without Ego4D's tags: "#C C opens a door #unsure" -> "C opens a door"; other values unchanged."""
     return " ".join(_TAG.sub(" ", text).split()) if isinstance(text, str) else text
 
 

@@ -17,7 +17,7 @@ class StreamSettings:
         sinks: first tokens of a stream that stay visible under a window, >= 0.
         positions: `absolute` or `rolling`, see `mmskip.hf.streaming.cache.StreamCache`.
         position_range: positions the model has; None: as its config says.
-        chunk: most frames of one stream in one call, >= 1. What is said does not depend on it.
+        chunk: most frames of one stream in one call, >= 1. The texts do not depend on it.
         threshold: a silent token below this probability is set to zero, in [0, 1]; 0: plain argmax.
         max_new_tokens: longest text, tokens, >= 1.
         temperature: of sampling, >= 0; 0: greedy.

@@ -1,4 +1,4 @@
-"""Early exits of a trained captioner: sweeps of thresholds, what ran, and what it cost.
+"""Early exits of a trained captioner: sweeps of thresholds, layers run, and cost.
 
 Shapes: B rows, T tokens.
 """
@@ -149,7 +149,7 @@ def using(model: Captioner, config: EarlyExitConfig | None) -> Iterator[None]:
             mmskip.remove_(model.llm)
 
 
-# --- what ran -------------------------------------------------------------------------------------------------------
+# --- layers run -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -244,7 +244,7 @@ def _numbers(value: Any) -> list[int]:
     return value if isinstance(value, list) else [value]
 
 
-# --- what it costs --------------------------------------------------------------------------------------------------
+# --- cost -----------------------------------------------------------------------------------------------------------
 
 
 def exit_cost(

@@ -49,7 +49,7 @@ def answer(model: Captioner, batch: Batch) -> Any:
 
 
 def judged(model: Captioner, batch: Batch, record: Recorder) -> list[dict[str, Any]]:
-    """The record of each image of a batch: its pairs, what was said of them, and the layers that ran."""
+    """The record of each image of a batch: its pairs, the answers, and the layers that ran."""
     texts = batch["entailment"]
     states = encoded(model, batch, texts)
     images, prompts = encoder_exits(record, texts.image)

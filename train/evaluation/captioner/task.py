@@ -142,7 +142,7 @@ class CaptionTask:
         Args:
             variant: the setting.
             score: the records of a batch.
-            **settings: what the records depend on besides.
+            **settings: further settings the records depend on.
         """
         dataset = self.blanked() if variant.blank else self.dataset
         all_settings = {

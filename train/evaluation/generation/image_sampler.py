@@ -30,7 +30,7 @@ from mmskip.utils.user_function import call_function
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say what draws, by what it is judged, and against which images."""
+    """Add the arguments of the network, the features, and the real images."""
     parser.add_argument("--features", required=True, help=KINDS)
     parser.add_argument("--real", help="real images: folder, .npz or embedded (default: those of the run)")
     parser.add_argument("--split", default="train", help="of the real images (default train)")
@@ -192,7 +192,7 @@ class FidScorer:
         real_NF: features of the real images.
 
     Attributes:
-        notes: what was odd, each once.
+        notes: warnings, each once.
     """
 
     def __init__(self, net: FeatureNet, real_NF: Tensor) -> None:

@@ -1,5 +1,5 @@
-"""`evaluate.py depth`: what the layers of a language model do: contributions, effects of skipping, logit lens, erasure,
-integrated gradients, and linear maps to another model; one JSON file and a picture of each.
+"""`evaluate.py depth`: the work of each layer of a language model: contributions, effects of skipping, logit lens,
+erasure, integrated gradients, and linear maps to another model; one JSON file and a picture of each.
 """
 
 import argparse

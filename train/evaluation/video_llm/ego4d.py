@@ -106,7 +106,7 @@ def _score(record: Mapping[str, Any]) -> TurnScore:
 def _add_compute(
     task: Task, dataset: NarrationDataset, budgets: Budgets, variants: list[Variant], totals: dict[str, dict[str, Any]]
 ) -> None:
-    """Add what each variant costs, on a few samples that can be read."""
+    """Add the cost of each variant, on a few readable samples."""
     samples = []
     for index in range(len(dataset)):
         try:

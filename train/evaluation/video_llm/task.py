@@ -171,7 +171,7 @@ class Task:
         }
 
     def print_left_out(self, left_out: Mapping[str, Any]) -> None:
-        """Say what was not evaluated."""
+        """Print the counts of skipped samples."""
         print("\nleft out or changed:" + ("" if left_out["counts"] else " nothing"))
         for reason, count in sorted(left_out["counts"].items()):
             names = left_out["examples"].get(reason, [])
@@ -218,7 +218,7 @@ def check_fit(model: VideoLLM, data: NarrationData) -> None:
     """Refuse data whose tokens or features are not those the model was trained with.
 
     Raises:
-        ValueError: which of them, and what to do.
+        ValueError: a setting differs; the message names it and the remedy.
     """
     check_tokens(model, data)
     for name, found in (("feature_dim", data.feature_dim), ("fps", data.fps)):
