@@ -29,7 +29,11 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add CONTRIBUTING and CHANGELOG as pages, and the files of the repository that pages link to."""
+    """Add CONTRIBUTING and CHANGELOG as pages, a page for each method that has none, and the files of the repository
+    that pages link to."""
+    for method in tables.methods():
+        if files.get_file_from_path(method.page) is None:
+            files.append(File.generated(config, method.page, content=tables.generated_page(method)))
     for name, page in PAGES.items():
         if files.get_file_from_path(page) is None:
             files.append(File.generated(config, page, content=(ROOT / name).read_text(encoding="utf-8")))

@@ -29,21 +29,21 @@ FAMILIES = {
 }
 """Headings of the families' columns; others, of plug-ins too, are headed by their names."""
 
-ASPECTS = {
-    "MoDConfig": ("tokens",),
-    "TokenReductionConfig": ("tokens",),
-    "EarlyExitConfig": ("exit",),
-    "LayerPlanConfig": ("order", "parts"),
-    "FFNSkipConfig": ("mlp",),
-    "LACConfig": ("update",),
-    "LayerBitsConfig": ("weights",),
-    "SelfSpeculationConfig": ("draft",),
-    "SkipScaleConfig": ("skip",),
-    "FreeUConfig": ("backbone", "skip"),
-    "StepCacheConfig": ("steps",),
-    "LayerMaskConfig": ("mask",),
-}
-"""What each method claims (see `mmskip.composition`), which a test compares with the pairs of the contract."""
+ORDER = (
+    "MoDConfig",
+    "TokenReductionConfig",
+    "EarlyExitConfig",
+    "LayerPlanConfig",
+    "FFNSkipConfig",
+    "LACConfig",
+    "LayerBitsConfig",
+    "SelfSpeculationConfig",
+    "SkipScaleConfig",
+    "FreeUConfig",
+    "StepCacheConfig",
+    "LayerMaskConfig",
+)
+"""Of the menu; further methods follow."""
 
 
 EVERYWHERE = {"LACConfig", "SelfSpeculationConfig"}
@@ -88,10 +88,17 @@ class Method:
 
 def methods() -> list[Method]:
     """The methods that mmskip itself registers, in the order of the pages' menu."""
-    order = list(ASPECTS)
     known = [config for config in registry.config_types().values() if config.__module__.startswith("mmskip.")]
-    known.sort(key=lambda config: order.index(config.__name__) if config.__name__ in order else len(order))
+    known.sort(key=lambda config: ORDER.index(config.__name__) if config.__name__ in ORDER else len(ORDER))
     return [Method(config) for config in known]
+
+
+def generated_page(method: Method) -> str:
+    """The page of a method that has none under docs/methods: the text of its module, and its settings."""
+    text = inspect.getdoc(sys.modules[method.config.__module__]) or ""
+    path = f"{method.config.__module__}.{method.config.__name__}"
+    options = "{members: false, show_root_heading: false, show_root_toc_entry: false}"
+    return f"# {method.title}\n\n{text}\n\n## Settings\n\n::: {path}\n    options: {options}\n"
 
 
 def _table(rows: list[list[str]]) -> str:
@@ -145,7 +152,7 @@ def compositions_table(family: str) -> str:
 def composed(one: Method, other: Method) -> str:
     if not set(one.families) & set(other.families):
         return ""
-    pairs = [frozenset({a, b}) for a in ASPECTS[one.config.__name__] for b in ASPECTS[other.config.__name__]]
+    pairs = [frozenset({a, b}) for a in one.config.ASPECTS for b in other.config.ASPECTS]
     if one == other:
         return "no" if one.config.__name__ in EVERYWHERE or "unet" in one.families else "elsewhere"
     if any(composition.WITH_ALL & pair for pair in pairs):

@@ -22,7 +22,7 @@ from mmskip.methods.skip_policy import SkipPolicyConfig
 from mmskip.methods.skip_scale import SkipScaleConfig, skip_norms
 from mmskip.methods.step_cache import StepCacheConfig
 from mmskip.methods.token_reduction import TokenReductionConfig
-from mmskip.registry import applied, apply_, remove_
+from mmskip.registry import applied, apply_, registered, remove_
 from mmskip.reporting import MethodReport, report
 from mmskip.saving import load_, save
 from mmskip.tracing import Trace, trace
@@ -65,5 +65,9 @@ __all__ = [
     "skip_norms",
     "trace",
 ]
+
+# methods that are not named above; type checkers know the others
+globals().update({name: config for name, config in registered().items() if name not in globals()})
+__all__ = sorted({*__all__, *registered()})
 
 moved.install()

@@ -18,9 +18,11 @@ class MethodConfig:
     Attributes:
         VERSION: of the fields and their meaning. `mmskip.save` writes it, and `from_dict` hands older settings to
             `upgrade`. Raise it when a saved value means something else than before; a new field needs no new version.
+        ASPECTS: what the method claims of a module (see `mmskip.composition`), for the tables of the documentation.
     """
 
     VERSION: ClassVar[int] = 1
+    ASPECTS: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:

@@ -41,11 +41,16 @@ def register(config_type: type, *served: str) -> Callable[[Handler], Handler]:
     return add
 
 
+def registered() -> dict[str, type]:
+    """Return the config classes that are registered by now, by name; plug-ins are not looked for."""
+    return {config_type.__name__: config_type for config_type in _HANDLERS}
+
+
 def config_types() -> dict[str, type]:
     """Config classes by name, for configs read from files; those of plug-ins (entry points of the group
     `mmskip.methods`, each a module that registers) too."""
     load_plugins("mmskip.methods")
-    return {config_type.__name__: config_type for config_type in _HANDLERS}
+    return registered()
 
 
 def families_of(config_type: type) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -72,6 +72,8 @@ class EarlyExitConfig(MethodConfig):
             or `auto`: where that pays, see `mmskip.exits.rules.Compaction`.
         compact_overhead: cost of removing and restoring rows, as a share of the layer's time for all rows, in [0, 1].
     """
+
+    ASPECTS: ClassVar[tuple[str, ...]] = ("exit",)
 
     decoder: float | ExitAt | FixedExit | None = _DECODER
     encoder: float | ExitAt | FixedExit | None = None

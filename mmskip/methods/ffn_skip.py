@@ -9,6 +9,7 @@ Shape suffixes: B batch, T tokens, D width.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -37,6 +38,8 @@ class FFNSkipConfig(MethodConfig):
         >>> FFNSkipConfig.from_dict(config.to_dict()) == config
         True
     """
+
+    ASPECTS: ClassVar[tuple[str, ...]] = ("mlp",)
 
     threshold: float = 1.0
     cold_first: int = 1

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ class FreeUConfig(MethodConfig):
         >>> FreeUConfig(b=(1.4,), s=(0.9,)).to_dict()
         {'b': [1.4], 's': [0.9], 'content_dependent': True}
     """
+
+    ASPECTS: ClassVar[tuple[str, ...]] = ("backbone", "skip")
 
     b: Sequence[float] = (1.5, 1.6)
     s: Sequence[float] = (0.9, 0.2)

@@ -8,7 +8,7 @@ Shape suffixes: B batch, T tokens, D width.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -30,6 +30,8 @@ class LACConfig(MethodConfig):
         >>> LACConfig(alpha=0.9).to_dict()
         {'alpha': 0.9}
     """
+
+    ASPECTS: ClassVar[tuple[str, ...]] = ("update",)
 
     alpha: float = LAC_ALPHA
 

@@ -12,7 +12,7 @@ quantized.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import nn
 
@@ -62,6 +62,8 @@ class LayerBitsConfig(MethodConfig):
         >>> sum(config.bits) / 8
         6.0
     """
+
+    ASPECTS: ClassVar[tuple[str, ...]] = ("weights",)
 
     bits: Sequence[int]
     group: int | None = None

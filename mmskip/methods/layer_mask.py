@@ -14,7 +14,7 @@ Means over space are taken over what is kept. Shapes: B samples, C channels, H a
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,8 @@ class LayerMaskConfig(MethodConfig):
         >>> tuple(logits.shape)
         (1, 4)
     """
+
+    ASPECTS: ClassVar[tuple[str, ...]] = ("mask",)
 
     padding: str = "neighbour"
     iterations: int | None = None

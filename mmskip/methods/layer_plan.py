@@ -76,6 +76,8 @@ class LayerPlanConfig(MethodConfig):
         True
     """
 
+    ASPECTS: ClassVar[tuple[str, ...]] = ("order", "parts")
+
     VERSION: ClassVar[int] = 2
 
     drop: Sequence[int] = ()

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,8 @@ class MoDConfig(MethodConfig):
         >>> [10 if layer.kept is None else int(layer.kept.sum()) for layer in trace.forwards[0].layers]
         [10, 6, 10, 6]
     """
+
+    ASPECTS: ClassVar[tuple[str, ...]] = ("tokens",)
 
     keep: float | Sequence[float] | str = 0.2
     layers: str | Sequence[int] = "alternate"

@@ -6,7 +6,7 @@ rolls back. The set of parts to leave out is searched for while decoding, on the
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -57,6 +57,8 @@ class SelfSpeculationConfig(MethodConfig):
         >>> SelfSpeculationConfig(skip_attn=(1, 3), skip_mlp=(), draft_tokens=8).skip_attn
         (1, 3)
     """
+
+    ASPECTS: ClassVar[tuple[str, ...]] = ("draft",)
 
     skip_attn: Sequence[int] | None = None
     skip_mlp: Sequence[int] | None = None

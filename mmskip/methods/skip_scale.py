@@ -8,7 +8,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,8 @@ class SkipScaleConfig(MethodConfig):
         >>> SkipScaleConfig(deepest=0.6, shallowest=1.0).scales(3)
         (0.6, 0.8, 1.0)
     """
+
+    ASPECTS: ClassVar[tuple[str, ...]] = ("skip",)
 
     scale: float | Sequence[float] | None = None
     deepest: float | None = None

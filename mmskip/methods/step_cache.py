@@ -5,7 +5,7 @@ step, so that the skips of the outer stages stay fresh and the deep features are
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ class StepCacheConfig(MethodConfig):
         >>> StepCacheConfig(interval=2).to_dict()
         {'interval': 2, 'depth': 1}
     """
+
+    ASPECTS: ClassVar[tuple[str, ...]] = ("steps",)
 
     interval: int = 3
     depth: int = 1

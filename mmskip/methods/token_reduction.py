@@ -6,7 +6,7 @@ benchmark compares them.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,8 @@ class TokenReductionConfig(MethodConfig):
         >>> [6 if layer.kept is None else int(layer.kept.sum()) for layer in trace.forwards[0].layers]
         [6, 4, 4]
     """
+
+    ASPECTS: ClassVar[tuple[str, ...]] = ("tokens",)
 
     keep: float = 0.5
     after_layer: int = 2
