@@ -71,6 +71,10 @@ class Method:
         found = re.search(r"^# (.+)$", page.read_text(encoding="utf-8"), re.M) if page.is_file() else None
         return found[1] if found else self.config.__name__.removesuffix("Config")
 
+    def link(self, prefix: str = "") -> str:
+        """Its title, with a link where the page is a file."""
+        return f"[{self.title}]({prefix}{self.name}.md)" if (DOCS / self.page).is_file() else self.title
+
     @property
     def papers(self) -> tuple[str, ...]:
         """arXiv ids that its page and its module name, the page's first."""
@@ -116,7 +120,7 @@ def families_table(prefix: str = "") -> str:
     rows = [["method", "config", *(FAMILIES.get(name, name) for name in names)]]
     for method in methods():
         marks = ["yes" if name in method.families else "" for name in names]
-        rows.append([f"[{method.title}]({prefix}{method.name}.md)", f"`{method.config.__name__}`", *marks])
+        rows.append([method.link(prefix), f"`{method.config.__name__}`", *marks])
     return _table(rows)
 
 
@@ -124,7 +128,7 @@ def papers_table() -> str:
     """Methods and the papers their modules name."""
     rows = [["method", "paper (arXiv)"]]
     for method in methods():
-        rows.append([f"[{method.title}]({method.name}.md)", ", ".join(method.papers) or "see the page"])
+        rows.append([method.link(), ", ".join(method.papers) or "see the page"])
     return _table(rows)
 
 
@@ -133,7 +137,7 @@ def served(method: Method) -> str:
     names = ", ".join(FAMILIES.get(name, name) for name in families.names() if name in method.families)
     found: dict[str, list[str]] = {"yes": [], "elsewhere": []}
     for other in methods():
-        found.get(composed(method, other) if other != method else "", []).append(f"[{other.title}]({other.name}.md)")
+        found.get(composed(method, other) if other != method else "", []).append(other.link())
     together = [", ".join(found["yes"])] if found["yes"] else []
     together += [f"on other sites {', '.join(found['elsewhere'])}"] if found["elsewhere"] else []
     lines = [f"**Serves:** {names}.", f"**Composes with:** {'; '.join(together) or 'no other method of its models'}."]
