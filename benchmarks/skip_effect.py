@@ -30,7 +30,7 @@ from mmskip.models.diffusion.module import Diffusion
 from mmskip.train.cli.train import main as train
 from mmskip.train.metrics.frechet import FeatureStatistics, frechet_distance
 from mmskip.utils.command import CommandParser
-from mmskip.utils.files import whole
+from mmskip.utils.files import atomic_path
 from mmskip.utils.results import ResumableResults
 from prepare.ddpm_unets import DATA
 
@@ -214,7 +214,7 @@ def picture(cases: dict[str, dict[str, Any]], path: Path) -> None:
     axes["changes"].legend(fontsize=8, loc="upper left")
     axes["reach"].legend(fontsize=6, loc="upper left", ncols=2)
     axes["best"].legend(fontsize=7, loc="upper right")
-    with whole(path) as partial:
+    with atomic_path(path) as partial:
         figure.savefig(partial, format="png")
 
 

@@ -33,7 +33,7 @@ from mmskip.train.evaluation.generation.image_sampler import (
 )
 from mmskip.train.metrics.feature_nets import open_feature_net
 from mmskip.utils.command import CommandParser
-from mmskip.utils.files import whole
+from mmskip.utils.files import atomic_path
 from mmskip.utils.results import ResumableResults
 
 FREEU = (((1.1, 1.1), (0.9, 0.5)), ((1.2, 1.2), (0.9, 0.5)), ((1.1, 1.1), (1.0, 1.0)))
@@ -229,7 +229,7 @@ def picture(by_nfe: dict[int, dict[str, Any]], path: Path) -> None:
         axis.legend(fontsize=8)
     for axis in (left, right):
         axis.set_xlabel("function evaluations (NFE)")
-    with whole(path) as partial:
+    with atomic_path(path) as partial:
         figure.savefig(partial, format="png")
 
 

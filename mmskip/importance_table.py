@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from mmskip.utils.files import whole, write_json
+from mmskip.utils.files import atomic_path, write_json
 
 COLUMNS = ("bi", "lim", "drop_block", "drop_attn", "drop_mlp", "zd", "activity")
 _FORMAT = 1
@@ -120,6 +120,6 @@ class ImportanceTable:
         axes.set_yticks(range(len(self.columns)), list(self.columns))
         axes.set_xlabel("block")
         axes.set_title(f"{self.model}: each row from its lowest (dark) to its highest value", fontsize=8)
-        with whole(Path(path)) as partial:
+        with atomic_path(Path(path)) as partial:
             FigureCanvasAgg(figure).print_png(str(partial))
         return Path(path)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmskip.config import from_entry
 from mmskip.registry import M, applied, apply_, config_types, remove_
 from mmskip.swap import added
-from mmskip.utils.files import whole, write_json
+from mmskip.utils.files import atomic_path, write_json
 
 CONFIG_FILE = "mmskip.json"
 WEIGHTS_FILE = "mmskip.safetensors"
@@ -44,7 +44,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         ],
     }
     weights = {name: _gathered(tensor).cpu().contiguous() for name, tensor in added_weights(model).items()}
-    with whole(target / WEIGHTS_FILE) as partial:
+    with atomic_path(target / WEIGHTS_FILE) as partial:
         save_file(weights, str(partial))
     write_json(description, target / CONFIG_FILE)
 

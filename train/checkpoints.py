@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mmskip.datasets.common.resumable import ResumableLoader
 from mmskip.models.common.base import StepLossModule
-from mmskip.utils.files import whole
+from mmskip.utils.files import atomic_path
 
 
 class WholeFileIO(TorchCheckpointIO):
@@ -20,7 +20,7 @@ class WholeFileIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write `checkpoint` to `path`."""
-        with whole(path) as partial:
+        with atomic_path(path) as partial:
             torch.save(checkpoint, partial)
 
 

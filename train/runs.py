@@ -30,7 +30,7 @@ from mmskip.train.checkpoints import (
     find_checkpoint,
     last_checkpoint,
 )
-from mmskip.utils.files import whole, write_text
+from mmskip.utils.files import atomic_path, write_text
 
 # Ranks started by Lightning inherit the environment of rank 0, and with it the folder.
 RUN_FOLDER = "MMSKIP_RUN_FOLDER"
@@ -52,7 +52,7 @@ class SaveConfig(SaveConfigCallback):
         write_text(self.parser.dump(config, skip_none=False), folder / "config.yaml")
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is not None:
-            with whole(folder / "tokenizer") as partial:
+            with atomic_path(folder / "tokenizer") as partial:
                 tokenizer.save_pretrained(partial)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

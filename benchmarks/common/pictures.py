@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mmskip.utils.files import whole
+from mmskip.utils.files import atomic_path
 
 PARTS = ("block", "attn", "mlp", "joint")
 RULES = {
@@ -54,7 +54,7 @@ def picture(models: dict[str, dict[str, Any]], path: Path) -> None:
         )
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=7, ncols=2)
-    with whole(path) as partial:
+    with atomic_path(path) as partial:
         figure.savefig(partial, format="png")
 
 
@@ -84,5 +84,5 @@ def bits_picture(models: dict[str, dict[str, Any]], path: Path) -> None:
         handles, labels = axis.get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
         axis.legend(unique.values(), unique.keys(), fontsize=7)
-    with whole(path) as partial:
+    with atomic_path(path) as partial:
         figure.savefig(partial, format="png")

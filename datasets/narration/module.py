@@ -26,7 +26,7 @@ from mmskip.datasets.synthetic.videos import GeneratedConfig, generate
 from mmskip.datasets.video.features import read_statistics
 from mmskip.datasets.video.files import find_videos
 from mmskip.datasets.video.reader import read_video
-from mmskip.utils.files import whole
+from mmskip.utils.files import atomic_path
 from mmskip.utils.pretrained import pretrained
 
 _EMBEDDED = GeneratedConfig()
@@ -176,7 +176,7 @@ class NarrationData(BaseData):
             self.features.write_statistics(self._statistics_path, self._statistics_names())
         folder = self._tokenizer_folder
         if self.tokenizer_name is None and not folder.exists():
-            with whole(folder) as partial:
+            with atomic_path(folder) as partial:
                 self.tokenizer.save_pretrained(partial)
 
     def setup(self, stage: str | None = None) -> None:

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from mmskip.datasets.video.reader import VideoError, VideoStream
 from mmskip.datasets.video.tower import VisionTower
-from mmskip.utils.files import whole, write_json
+from mmskip.utils.files import atomic_path, write_json
 
 INDEX = "index.json"
 _SHARD = re.compile(r"shard-\d+")
@@ -287,5 +287,5 @@ def write_tower(folder: Path, tower_args: dict[str, Any], fps: float, dim: int) 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file atomically."""
-    with whole(path) as partial:
+    with atomic_path(path) as partial:
         save_file(tensors, str(partial), metadata=metadata)

@@ -18,7 +18,7 @@ import torch
 from av.error import FFmpegError
 from torch.nn.functional import interpolate
 
-from mmskip.utils.files import whole
+from mmskip.utils.files import atomic_path
 
 _CHUNK = 32  # frames decoded and resized at a time: bounds the memory of full-size frames
 
@@ -179,7 +179,7 @@ def write_video(path: str | Path, frames: np.ndarray | Iterable[np.ndarray], fps
         raise VideoError(
             f"{path}: yuv420p needs an even height and width, got {height}x{width}; crop or pad by a pixel"
         )
-    with whole(path) as partial, av.open(str(partial), "w", format="mp4") as container:
+    with atomic_path(path) as partial, av.open(str(partial), "w", format="mp4") as container:
         stream: Any = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.thread_count = 1

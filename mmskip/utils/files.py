@@ -11,7 +11,7 @@ from typing import Any
 
 
 @contextmanager
-def whole(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path to write a file or folder to; it takes the place of `path` when the block ends without error,
     and is removed otherwise. Parent folders are made. Several processes may write the same path: the last one wins. A
     folder that stands there is moved aside first, to `.NAME.PID.old`, since nothing puts a folder in the place of a
@@ -50,7 +50,7 @@ def check_folder(path: str | Path) -> Path:
 
 def write_text(text: str, path: str | Path) -> Path:
     """Write a text file atomically; return the path."""
-    with whole(path) as partial:
+    with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")
     return Path(path)
 

@@ -137,6 +137,7 @@ NAMES = {
     },
     "datasets.scene_chat": {"blind_baseline": "train.metrics.majority:blind_baseline"},
     "datasets.tokenizer": {"word_tokenizer": "datasets.common.tokenizer:word_tokenizer"},
+    "files": {"whole": "utils.files:atomic_path"},
     "models.captioner_build": {
         "left_behind": "models.captioner.exit_training:exiting",
         "moved": "models.captioner.exit_training:saturation_loss",

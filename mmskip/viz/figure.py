@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from mmskip.utils.files import whole
+from mmskip.utils.files import atomic_path
 
 RAN, SKIPPED, DENSE, INK, LINE = "#2a6f97", "#edf1f4", "#a9bfce", "#22313c", "#c3ccd3"
 HIGHLIGHT = "#d1495b"
@@ -31,6 +31,6 @@ def style_axes(axes: Any) -> None:
 
 def save_png(figure: Figure, path: str | Path, dpi: int | None = 150) -> Path:
     """Write a figure as PNG, atomically; folders are made. Return the path."""
-    with whole(path) as partial:
+    with atomic_path(path) as partial:
         figure.savefig(partial, format="png", dpi=dpi or figure.dpi, facecolor="white")
     return Path(path)

@@ -14,7 +14,7 @@ import mmskip
 from mmskip.models.common.methods import check_methods
 from mmskip.models.common.pretrained import ADAPTER, METHOD, NO_IDS, LoRA, adapt, build, set_ids
 from mmskip.models.common.pretrained import token_ids as plain_ids
-from mmskip.utils.files import whole
+from mmskip.utils.files import atomic_path
 from mmskip.utils.pretrained import config_of, refuse_unknown
 
 TRAINABLE = ("all", "router", "lora", "router+lora")
@@ -142,7 +142,7 @@ def save_tuned(model: PreTrainedModel, folder: str | Path, processor: Any = None
         mmskip.save(model, folder / "mmskip")
         written.append(folder / "mmskip")
     if getattr(model, "_hf_peft_config_loaded", False):
-        with whole(folder / "lora") as partial:
+        with atomic_path(folder / "lora") as partial:
             model.save_pretrained(str(partial))
         written.append(folder / "lora")
     if trained_counts(model)["base"]:

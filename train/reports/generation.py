@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmskip.models.diffusion.module import Diffusion
 from mmskip.train.reports.base import RunReport
-from mmskip.utils.files import whole, write_json, write_text
+from mmskip.utils.files import atomic_path, write_json, write_text
 
 
 class SampleReport(RunReport):
@@ -113,5 +113,5 @@ def save_grid(images_NCHW: Tensor, rows: int, path: Path) -> None:
 
     factor = max(1, -(-48 // images_NCHW.shape[-1]))
     large = ((images_NCHW + 1) / 2).clamp(0, 1).repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-    with whole(path) as partial:
+    with atomic_path(path) as partial:
         save_image(make_grid(large, nrow=len(images_NCHW) // rows, padding=2), partial, format="png")

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from mmskip.hf.plans.block import PlannedRoot
 from mmskip.swap import base_class, state_of
-from mmskip.utils.files import whole
+from mmskip.utils.files import atomic_path
 
 
 def export(model: nn.Module, folder: str | os.PathLike[str], applied: Sequence[Any]) -> Path:
@@ -49,7 +49,7 @@ def export(model: nn.Module, folder: str | os.PathLike[str], applied: Sequence[A
         raise ValueError(f"{target} holds files already; name a new folder.")
     small = _small(model, root, [visit.block for visit in plan.visits])
     _check_equal(model, small)
-    with whole(target) as partial:
+    with atomic_path(target) as partial:
         small.save_pretrained(str(partial))
     return target
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from mmskip.models.video_llm.streaming.engine import StreamEngine
 from mmskip.models.video_llm.streaming.settings import StreamSettings
-from mmskip.utils.files import whole
+from mmskip.utils.files import atomic_path
 
 if TYPE_CHECKING:
     from mmskip.models.video_llm.module import VideoLLM
@@ -30,7 +30,7 @@ def save_streams(engine: StreamEngine, path: str | Path) -> None:
     state, tensors = engine.state()
     model: Any = engine.model
     header = {"format": _FORMAT, "model": describe(model), "frame_tokens": engine.frame_tokens, **state}
-    with whole(path) as partial:
+    with atomic_path(path) as partial:
         save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, partial, {_KEY: json.dumps(header)})
 
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from mmskip.utils.files import whole, write_json, write_text
+from mmskip.utils.files import atomic_path, write_json, write_text
 
 
 def names(folder):
@@ -12,7 +12,7 @@ def names(folder):
 
 
 def interrupted(path, write):
-    with whole(path) as partial:
+    with atomic_path(path) as partial:
         write(partial)
         raise KeyboardInterrupt
 
@@ -43,14 +43,14 @@ def test_a_folder_is_moved_whole(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         interrupted(tmp_path / "folder", lambda partial: partial.mkdir())
     assert names(tmp_path) == []
-    with whole(tmp_path / "folder") as partial:
+    with atomic_path(tmp_path / "folder") as partial:
         partial.mkdir()
         (partial / "a.txt").write_text("a")
     assert names(tmp_path) == ["folder"] and names(tmp_path / "folder") == ["a.txt"]
     with pytest.raises(KeyboardInterrupt):
         interrupted(tmp_path / "folder", lambda partial: partial.mkdir())
     assert names(tmp_path / "folder") == ["a.txt"]
-    with whole(tmp_path / "folder") as partial:
+    with atomic_path(tmp_path / "folder") as partial:
         partial.mkdir()
         (partial / "b.txt").write_text("b")
     assert names(tmp_path) == ["folder"] and names(tmp_path / "folder") == ["b.txt"]
@@ -68,6 +68,6 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
         move(source, target)
 
     monkeypatch.setattr("os.replace", fails_once)
-    with pytest.raises(OSError, match="disk full"), whole(tmp_path / "folder") as partial:
+    with pytest.raises(OSError, match="disk full"), atomic_path(tmp_path / "folder") as partial:
         partial.mkdir()
     assert names(tmp_path) == ["folder"] and names(tmp_path / "folder") == ["a.txt"]

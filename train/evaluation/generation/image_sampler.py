@@ -25,7 +25,7 @@ from mmskip.train.load_run import TrainedRun, find_run, load_data
 from mmskip.train.metrics.feature_nets import KINDS, FeatureNet
 from mmskip.train.metrics.frechet import FeatureStatistics, frechet_distance, kernel_distance, precision_recall
 from mmskip.utils.deprecated import renamed_names
-from mmskip.utils.files import whole, write_json
+from mmskip.utils.files import atomic_path, write_json
 from mmskip.utils.user_function import call_function
 
 
@@ -176,7 +176,7 @@ def reference_features(net: FeatureNet, arguments: argparse.Namespace, opened: L
         return load_file(str(path))["features"]
     parts = [net(pixels(images, chosen[i : i + 250], shape, resize)) for i in range(0, count, 250)]
     features = torch.cat(parts)
-    with whole(path) as partial:
+    with atomic_path(path) as partial:
         save_file({"features": features}, str(partial), {"network": net.name, "images": name})
     return features
 
