@@ -67,8 +67,8 @@ def place(tmp_path_factory) -> Path:
     coin_set(folder / "data" / "coin")
     videos, _ = read_coin(folder / "data" / "coin" / "COIN.json")
     asked = [text for video in videos for item in questions(video) for text in (item.question, item.text)]
-    told = ["Narrate what happens in the video while it happens . what is moving ?", *WORDS]
-    tokenizer = train_tokenizer([*told, *asked])
+    shown = ["Narrate what happens in the video while it happens . what is moving ?", *WORDS]
+    tokenizer = train_tokenizer([*shown, *asked])
     tokenizer.save_pretrained(folder / "tiny-llm")
     settings = {key: value for key, value in LLAMA.items() if key != "model_type"}
     torch.manual_seed(0)

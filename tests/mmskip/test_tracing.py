@@ -85,9 +85,9 @@ def test_exits_of_every_stack_are_traced():
     with mmskip.trace(model) as trace:
         model(**tiny_seq2seq.inputs("bart"))
     forward = trace.forwards[0]
-    told = layers_run(model)
+    found = layers_run(model)
     assert set(forward.exits) == {"encoder", "decoder"}
-    assert all(torch.equal(forward.exits[stack], told[stack]) for stack in told) and (told["decoder"] == 1).all()
+    assert all(torch.equal(forward.exits[stack], found[stack]) for stack in found) and (found["decoder"] == 1).all()
     ran = {layer.site: layer.ran for layer in forward.layers}
     assert ran["decoder.0"] > 0 == ran["decoder.1"] and forward.ran[-1] == "decoder.0"
     model.train()

@@ -30,8 +30,8 @@ def narrated_set(folder: Path, videos: int, seed: int = 0, prefix: str = "v") ->
         uid = f"{prefix}{number}"
         write_video(folder / "videos" / f"{uid}.mp4", frames, fps=2)
         times = np.sort(rng.choice(np.arange(1, 2 * seconds), 4, replace=False)) / 2
-        told = [f"#C C {WORDS[index]}" for index in rng.integers(len(WORDS), size=4)]
-        records = [{"timestamp_sec": float(t), "narration_text": text} for t, text in zip(times, told, strict=True)]
+        texts = [f"#C C {WORDS[index]}" for index in rng.integers(len(WORDS), size=4)]
+        records = [{"timestamp_sec": float(t), "narration_text": text} for t, text in zip(times, texts, strict=True)]
         content[uid] = {"narration_pass_1": {"narrations": records, "summaries": []}, "status": "complete"}
     path = folder / "narrations.json"
     path.write_text(json.dumps({"videos": content}))
@@ -68,7 +68,7 @@ def train_run(
 
 
 def coin_set(folder: Path, videos: int = 4) -> dict[str, str]:
-    """Videos in COIN's format whose steps are told by the colour of the frames: half for training, half for testing."""
+    """Videos in COIN's format whose steps are shown by the colour of the frames: half to train on, half to test on."""
     colours = {"paint it red": (255, 0, 0), "paint it green": (0, 255, 0), "paint it blue": (0, 0, 255)}
     database = {}
     for number in range(videos):

@@ -200,9 +200,9 @@ def test_each_sample_of_a_batch_exits_as_alone(name: str) -> None:
     exits = layers_run(model)
     for row in range(2):
         alone = logits(model, tiny.inputs(name, row), TOKENS[row : row + 1])
-        told = layers_run(model)
-        assert torch.equal(told["encoder"], exits["encoder"][row : row + 1])
-        assert torch.equal(told["decoder"], exits["decoder"][row : row + 1])
+        found = layers_run(model)
+        assert torch.equal(found["encoder"], exits["encoder"][row : row + 1])
+        assert torch.equal(found["decoder"], exits["decoder"][row : row + 1])
         torch.testing.assert_close(alone, together[row : row + 1], atol=2e-5, rtol=1e-5)
     for settings in ({}, {"num_beams": 3}):
         said = generate(model, inputs, **settings)
@@ -433,10 +433,10 @@ def test_bad_settings_of_an_exit_are_refused(settings: dict[str, Any], match_: s
         FixedExit(0)
 
 
-@pytest.mark.parametrize(("model", "told"), [("t5gemma", "final_logit_softcapping"), ("vit_bert", "Transform")])
-def test_exit_heads_that_are_not_the_models_output_are_refused(model: str, told: str) -> None:
+@pytest.mark.parametrize(("model", "reason"), [("t5gemma", "final_logit_softcapping"), ("vit_bert", "Transform")])
+def test_exit_heads_that_are_not_the_models_output_are_refused(model: str, reason: str) -> None:
     built = getattr(tiny, model)()
-    with pytest.raises(ValueError, match=f"changes its logits by .*{told}"):
+    with pytest.raises(ValueError, match=f"changes its logits by .*{reason}"):
         mmskip.apply_(built, EarlyExitConfig(decoder=ExitAt(0.5, "confidence")))
     assert mmskip.applied(built) == []
     mmskip.apply_(built, EarlyExitConfig(decoder=0.5))
@@ -444,7 +444,7 @@ def test_exit_heads_that_are_not_the_models_output_are_refused(model: str, told:
 
 def test_what_a_model_cannot_do_is_refused_and_leaves_it_as_it_was(tmp_path: Path) -> None:
     model, inputs = tiny.build("bart"), tiny.inputs("bart")
-    for settings, told in (
+    for settings, message in (
         ({"exit_layers": (9,)}, "decoder: exit_layers has 9, and there are 4 layers"),
         ({"min_layers": 4}, "min_layers is 4, which leaves no exit: expected exit_layers from min_layers to 3 of 4"),
         ({"max_layers": 4}, "max_layers is 4, and there are 4 layers"),
@@ -453,7 +453,7 @@ def test_what_a_model_cannot_do_is_refused_and_leaves_it_as_it_was(tmp_path: Pat
             r"min_layers is 1 and exit_layers \(3,\), which leaves no exit: .* to 1 of 4",
         ),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             mmskip.apply_(model, EarlyExitConfig(decoder=ExitAt(0.99, **settings)))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has no output projection"):
         mmskip.apply_(model.model, EarlyExitConfig(decoder=ExitAt(0.5, "margin")))

@@ -160,7 +160,7 @@ def test_the_decoder_of_a_vision_language_model_is_left_early() -> None:
 
 
 def test_what_cannot_exit_early_is_refused() -> None:
-    for name, config, told in (
+    for name, config, message in (
         ("mistral_window", EarlyExitConfig(decoder=0.9), "sliding attention"),
         ("llama", EarlyExitConfig(encoder=0.9), "has a decoder only"),
         ("gemma2", EarlyExitConfig(decoder=0.9), "sliding"),
@@ -169,7 +169,7 @@ def test_what_cannot_exit_early_is_refused() -> None:
         ("llama", EarlyExitConfig(decoder=ExitAt(0.9, decay=0.5)), "decay is 0.5; the first tokens"),
     ):
         model = tiny_decoder(name, **({"logits_scaling": 2.0} if name == "granite" else {}))
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             mmskip.apply_(model, config)
         assert mmskip.applied(model) == []
     model = mmskip.apply_(build("llama"), mmskip.LayerPlanConfig(drop=(1,)))

@@ -173,7 +173,7 @@ def test_padding_of_an_encoder_changes_no_exit() -> None:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+def masks(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """What each forward takes for no padding."""
     found: list[Tensor] = []
     plain = SampleScores.__init__
@@ -181,7 +181,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return found
 
 
-def test_padding_is_told_where_the_first_layer_has_a_window(told: list[Tensor]) -> None:
+def test_padding_is_found_where_the_first_layer_has_a_window(masks: list[Tensor]) -> None:
     model = tiny.t5gemma()
     ids = torch.randint(4, 40, (2, 14), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids)
@@ -189,11 +189,11 @@ def test_padding_is_told_where_the_first_layer_has_a_window(told: list[Tensor]) 
     mmskip.apply_(model, EarlyExitConfig(decoder=None, encoder=0.5))
     with torch.no_grad():
         model.get_encoder()(input_ids=ids, attention_mask=mask)
-    assert torch.equal(told[0], mask.bool())
+    assert torch.equal(masks[0], mask.bool())
 
 
 @torch.no_grad()
-def test_padding_of_open_clip_is_told_by_its_mask_where_it_has_one(told: list[Tensor]) -> None:
+def test_padding_of_open_clip_is_read_from_its_mask_where_it_has_one(masks: list[Tensor]) -> None:
     torch.manual_seed(0)
     model = open_clip.transformer.TextTransformer(7, 50, 32, 2, LAYERS, embed_cls=True, correct_cls_mask=True).eval()
     for parameter in model.parameters():
@@ -207,7 +207,7 @@ def test_padding_of_open_clip_is_told_by_its_mask_where_it_has_one(told: list[Te
         mmskip.apply_(model, EarlyExitConfig(decoder=None, encoder=score[1:].mean().item(), compact=compact))
         found.append(model(ids))
         assert layers_run(model)["encoder"].unique().numel() > 1
-        assert torch.equal(told[-1], nn.functional.pad(ids > 0, (0, 1), value=True))
+        assert torch.equal(masks[-1], nn.functional.pad(ids > 0, (0, 1), value=True))
         mmskip.remove_(model)
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 
@@ -286,7 +286,7 @@ def test_samples_score_by_their_real_tokens_and_heads_can_be_fitted() -> None:
 def test_what_encoders_lack_is_refused() -> None:
     vit, clip = build("vit")[0], build("clip")[0]
     decoding_bert = BertModel(BertConfig(vocab_size=50, is_decoder=True, **_SIZES))
-    for model, settings, told in (
+    for model, settings, message in (
         (vit, {"decoder": 0.9}, "has no decoder"),
         (vit, {"decoder": None, "image": 0.9, "text": 0.9}, "not two towers"),
         (clip, {"decoder": None, "encoder": ExitAt(0.9, exit_layers=(7,))}, "encoder: exit_layers has 7"),
@@ -294,7 +294,7 @@ def test_what_encoders_lack_is_refused() -> None:
         (decoding_bert, {"decoder": None, "encoder": 0.9}, "has 0 stacks"),
         (tiny_decoder("nemotron_h"), {"decoder": None, "encoder": 0.9}, "a decoder only"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             mmskip.apply_(model, EarlyExitConfig(**settings))  # type: ignore[arg-type]
 
 

@@ -71,8 +71,8 @@ def test_image_and_text_run_the_encoder_apart(image: float, text: float, compact
         output = model(**inputs, decoder_input_ids=TOKENS)
     found = output.encoder_last_hidden_state
     torch.testing.assert_close(found[real], expected[real], atol=2e-5, rtol=1e-5)
-    told = layers_run(model)
-    assert torch.equal(told["image"], exits["image"]) and torch.equal(told["text"], exits["text"])
+    ran = layers_run(model)
+    assert torch.equal(ran["image"], exits["image"]) and torch.equal(ran["text"], exits["text"])
     said = model.generate(**inputs)
     for row in range(2):
         assert torch.equal(model.generate(**pictured(row))[0], said[row])
@@ -92,7 +92,7 @@ def test_modalities_can_be_told_and_are_apart_in_training() -> None:
     plain = [encoder(**tiny.inputs("bart", row))[0] for row in range(2)]
     mmskip.apply_(model, EarlyExitConfig(image=0.9, text=1.0, decoder=None))
     alone = encoder(**inputs)[0]
-    torch.testing.assert_close(alone[1, :4], plain[1][0])  # nothing is told: all of it is text
+    torch.testing.assert_close(alone[1, :4], plain[1][0])  # without a mask all of it is text
     with image_tokens(model, mask):
         early = encoder(**inputs)[0]
         assert (layers_run(model)["text"] == tiny.LAYERS).all() and len(layers_run(model)["image"]) == 2
@@ -113,8 +113,8 @@ def test_modalities_can_be_told_and_are_apart_in_training() -> None:
     with pytest.raises(ValueError, match="position_bias, so that image"):
         mmskip.apply_(tiny.build("t5"), EarlyExitConfig(image=0.9, text=0.9))
     mmskip.apply_(model, EarlyExitConfig(image=0.9, text=0.9))
-    for wrong, told in ((mask[:, :4], "is .2, 4."), (torch.eye(2, 6).cumsum(1).bool(), r"rows have \[6, 5\]")):
-        with pytest.raises(ValueError, match=told), image_tokens(model, wrong):
+    for wrong, message in ((mask[:, :4], "is .2, 4."), (torch.eye(2, 6).cumsum(1).bool(), r"rows have \[6, 5\]")):
+        with pytest.raises(ValueError, match=message), image_tokens(model, wrong):
             encoder(**inputs)
 
 
@@ -201,7 +201,7 @@ def test_the_first_token_decides_for_its_sample(name: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"image": 0.9}, r"image is ExitAt\(threshold=0.9\) and text None"),
         ({"image": 0.9, "text": 1.4}, "text is 1.4"),
@@ -209,8 +209,8 @@ def test_the_first_token_decides_for_its_sample(name: str, monkeypatch: pytest.M
         ({"decoder": {"layer": 2, "threshold": 0.5}}, "decoder: FixedExit has no threshold"),
     ],
 )
-def test_bad_settings_are_refused(settings: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         EarlyExitConfig(**settings)
 
 
@@ -268,6 +268,6 @@ def test_a_forward_leaves_nothing_behind_but_its_exits(name: str) -> None:
             assert not [
                 k for k, v in vars(one).items() if k != "exits" and v not in (None, {}) and not isinstance(v, int)
             ]
-    assert all(torch.equal(exits[part], told) for part, told in layers_run(twin).items())
+    assert all(torch.equal(exits[part], found) for part, found in layers_run(twin).items())
     run(model.train())
     assert set(layers_run(model).values()) == {None}

@@ -69,12 +69,12 @@ def test_forwards_outside_of_drafts_are_the_base_model_and_other_settings_are_re
     model, inputs = tiny.build("t5"), tiny.inputs("t5")
     tokens = torch.tensor([[3, 8], [3, 9]])
     plain = model(**inputs, decoder_input_ids=tokens).logits
-    for wrong, told in (
+    for wrong, message in (
         ({"exit_after": 4}, "has 4 layers"),
         ({"branches": 2}, "branches is 2"),
         ({"search": "random"}, "search is 'random'"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             mmskip.apply_(model, SelfSpeculationConfig(**wrong))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"T5Model has no output projection, which drafts need.*ForConditional"):
         mmskip.apply_(T5Model(model.config), SelfSpeculationConfig())

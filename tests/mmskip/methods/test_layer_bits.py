@@ -79,14 +79,14 @@ def test_report_counts_what_lies_in_memory():
     weights = sum(m.weight.numel() for m in linear) // 4  # of one block
     rows = sum(m.out_features for m in linear) // 4
     mmskip.apply_(model, LayerBitsConfig((16, 8, 4, 4)))
-    told = held(model)
+    reported = held(model)
     with pytest.warns(FutureWarning, match=r"mmskip.report\(model\)\['LayerBitsConfig'\]"):
-        assert report(model) == told
-    assert told.bits == (32, 8, 4, 4) and told.average == 12
-    assert told.original_bytes == 16 * weights and told.ideal_bytes == 6 * weights
+        assert report(model) == reported
+    assert reported.bits == (32, 8, 4, 4) and reported.average == 12
+    assert reported.original_bytes == 16 * weights and reported.ideal_bytes == 6 * weights
     # one byte per weight whatever the bits, a float scale and a zero point per row
-    assert told.stored_bytes == 4 * weights + 3 * (weights + 5 * rows)
-    assert told.kept_bytes == 12 * weights and "kept for remove_" in str(told)
+    assert reported.stored_bytes == 4 * weights + 3 * (weights + 5 * rows)
+    assert reported.kept_bytes == 12 * weights and "kept for remove_" in str(reported)
 
 
 def test_of_a_vlm_the_blocks_of_its_language_model_are_quantized():
@@ -108,11 +108,11 @@ def test_of_a_vlm_the_blocks_of_its_language_model_are_quantized():
 
 def test_report_counts_untouched_blocks_with_weights_outside_linear_layers():
     model = mmskip.apply_(tiny_decoder("qwen3_moe", mlp_only_layers=[0]), LayerBitsConfig((8, 16, 16, 16)))
-    told, block = held(model), model.model.layers[1]
-    assert told.bits == (8, 32, 32, 32) and 8 < told.average < 32
+    reported, block = held(model), model.model.layers[1]
+    assert reported.bits == (8, 32, 32, 32) and 8 < reported.average < 32
     experts = sum(p.numel() for p in block.parameters() if p.dim() > 1)  # norms aside
     first = sum(m.weight.numel() for m in model.model.layers[0].modules() if isinstance(m, torch.nn.Linear))
-    assert told.ideal_bytes == first + 3 * 4 * experts
+    assert reported.ideal_bytes == first + 3 * 4 * experts
 
 
 def test_what_torchao_stores_is_tried_in_the_dtype_of_the_model(monkeypatch):
@@ -175,8 +175,8 @@ def test_save_load_copy_and_lora(tmp_path):
 def test_lora_after_bits_keeps_its_weights_when_they_are_taken_off(target):
     config = LoraConfig(target_modules=target, init_lora_weights=False)
     tuned: torch.nn.Module = get_peft_model(mmskip.apply_(decoder(), LayerBitsConfig((8, 4, 16, 8))), config)
-    told = held(tuned)
-    assert told.bits == (8, 4, 32, 8) and told.kept_bytes
+    reported = held(tuned)
+    assert reported.bits == (8, 4, 32, 8) and reported.kept_bytes
     mmskip.remove_(tuned)
     plain: torch.nn.Module = get_peft_model(decoder(), config)
     plain.load_state_dict({k: v for k, v in tuned.state_dict().items() if "lora_" in k}, strict=False)

@@ -64,8 +64,8 @@ def test_greedy_tokens_are_those_of_generate(name, batch):
         expected = model.generate(IDS[:batch], **call)
         mmskip.apply_(model, config)
         assert torch.equal(model.generate(IDS[:batch], **call), expected)
-        told = speculation_of(model)
-        drafted, accepted = drafted + told.drafted, accepted + told.accepted
+        reported = speculation_of(model)
+        drafted, accepted = drafted + reported.drafted, accepted + reported.accepted
     assert 0 < accepted < drafted
 
 
@@ -103,9 +103,9 @@ def test_early_exit_drafts(name):
     expected = model.generate(IDS, do_sample=False, **CALL)
     mmskip.apply_(model, config)
     assert torch.equal(model.generate(IDS, do_sample=False, **CALL), expected)
-    told = speculation_of(model)
-    assert 0 < told.accepted < told.drafted and 0.2 < told.draft_share < 0.5
-    assert "attention of blocks [2, 3, 4, 5]" in str(told)
+    reported = speculation_of(model)
+    assert 0 < reported.accepted < reported.drafted and 0.2 < reported.draft_share < 0.5
+    assert "attention of blocks [2, 3, 4, 5]" in str(reported)
 
 
 def test_early_exit_drafts_are_those_of_the_first_blocks():
@@ -125,12 +125,12 @@ def test_long_runs_measure_plain_steps_and_say_what_they_find():
     expected = model.generate(IDS[:2], **call)
     mmskip.apply_(model, config)
     assert torch.equal(model.generate(IDS[:2], **call), expected)
-    told = speculation_of(model)
-    assert len(told.plain_s) == 1 and told.passes >= 32 and told.measured_speedup > 0
-    told.plain_s[:] = [told.seconds["verify"] + told.seconds["draft"]] * 3
-    assert "measured" in str(told) and "SLOWER" not in str(told).splitlines()[-1]
-    told.plain_s[:] = [1e-9]
-    assert "SLOWER" in str(told).splitlines()[-1]
+    reported = speculation_of(model)
+    assert len(reported.plain_s) == 1 and reported.passes >= 32 and reported.measured_speedup > 0
+    reported.plain_s[:] = [reported.seconds["verify"] + reported.seconds["draft"]] * 3
+    assert "measured" in str(reported) and "SLOWER" not in str(reported).splitlines()[-1]
+    reported.plain_s[:] = [1e-9]
+    assert "SLOWER" in str(reported).splitlines()[-1]
 
 
 def test_rows_that_end_early_are_padded_as_generate_pads_them():
@@ -161,8 +161,8 @@ def test_stop_rule_and_lengths():
     mmskip.apply_(model, config)
     for length in (1, 2, 7):
         assert model.generate(IDS, do_sample=False, **{**CALL, "max_new_tokens": length}).shape == (8, 11 + length)
-    told = speculation_of(model)
-    assert 0 < told.drafted <= told.steps  # no token is that sure, so every step ends after one draft
+    reported = speculation_of(model)
+    assert 0 < reported.drafted <= reported.steps  # no token is that sure, so every step ends after one draft
 
 
 @pytest.mark.parametrize("branches", [0, 2])
@@ -181,8 +181,8 @@ def test_sampled_tokens_have_the_distribution_of_the_model(branches):
     torch.manual_seed(0)
     call = {"max_new_tokens": 4, "do_sample": True, "top_k": 0, "eos_token_id": None, "pad_token_id": 0}
     found = model.generate(ids.expand(rows, -1), **call)[:, 5:]
-    told = speculation_of(model)
-    assert 0.1 < told.accepted / told.drafted < 0.99
+    reported = speculation_of(model)
+    assert 0.1 < reported.accepted / reported.drafted < 0.99
     counts = torch.bincount(found[:, 0] * vocabulary + found[:, 1], minlength=vocabulary**2).float()
     statistic = float(((counts - expected) ** 2 / expected).sum())
     freedom = vocabulary**2 - 1
@@ -213,9 +213,14 @@ def test_the_search_finds_better_sets_and_tokens_stay_the_same(search, batch):
     expected = model.generate(IDS[:batch], **call)
     mmskip.apply_(model, config)
     assert torch.equal(model.generate(IDS[:batch], **call), expected)
-    told = speculation_of(model)
-    assert told.trials > 10 and told.best >= told.tried[0][1] and len(told.chosen) == 4 and told.window is None
-    assert "sets tried" in str(told) and told.seconds["search"] > 0
+    reported = speculation_of(model)
+    assert (
+        reported.trials > 10
+        and reported.best >= reported.tried[0][1]
+        and len(reported.chosen) == 4
+        and reported.window is None
+    )
+    assert "sets tried" in str(reported) and reported.seconds["search"] > 0
 
 
 def test_a_perfect_draft_is_accepted_whole_and_the_report_counts_it():
@@ -226,12 +231,12 @@ def test_a_perfect_draft_is_accepted_whole_and_the_report_counts_it():
             model.model.layers[index].mlp.down_proj.weight.zero_()
     mmskip.apply_(model, config)
     model.generate(IDS[:1], do_sample=False, **{**CALL, "max_new_tokens": 11})
-    told = speculation_of(model)
+    reported = speculation_of(model)
     with pytest.warns(FutureWarning, match="mmskip.report"):
-        assert speculation(model) is told
+        assert speculation(model) is reported
     assert mmskip.report(model)["SelfSpeculationConfig"].accepted == 8
-    assert told.accepted == told.drafted == 8 and told.steps == 2
-    assert "100.0% of 8 drafts accepted" in str(told) and "SLOWER" not in str(told)
+    assert reported.accepted == reported.drafted == 8 and reported.steps == 2
+    assert "100.0% of 8 drafts accepted" in str(reported) and "SLOWER" not in str(reported)
 
 
 def test_apply_and_remove_leave_nothing():
