@@ -1,4 +1,4 @@
-"""What becomes of keys and values that a token's skipped layers would have stored: one vocabulary for every method.
+"""Policies for the keys and values that skipped layers would have stored for a token, shared by every method.
 
 | policy | entry of the token in a layer that it skips |
 |---|---|

@@ -81,8 +81,8 @@ class Applied:
 
 
 def claims_of(changes: Iterable[Change]) -> tuple[Claim, ...]:
-    """What a method claims by its changes. A change without an aspect (of the root, which may carry many) claims
-    nothing unless its site has a dot."""
+    """Return the claims of a method, from its changes. A change without an aspect (of the root, which may carry many)
+    claims nothing unless its site has a dot."""
     return tuple(
         Claim(change.site, change.module, change.aspect or change.site)
         for change in changes

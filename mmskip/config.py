@@ -1,4 +1,4 @@
-"""What the configs of all methods share: versions, the JSON round trip, deprecated names, and the checks of fields."""
+"""Shared parts of all method configs: versions, the JSON round trip, deprecated names, and the checks of fields."""
 
 import functools
 import math

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 STEPS = ("prefill", "draft", "verify", "plain", "search")
-"""What the seconds of a `Speculation` are spent on."""
+"""Phases that the seconds of a `Speculation` are counted by."""
 Unit = tuple[int | None, int | None]
-"""What a draft leaves out together: indices of the blocks of (attention, MLP), None for a part that runs."""
+"""Parts that a draft omits together: indices of the blocks of (attention, MLP), None for a part that runs."""
 
 
 @dataclass

@@ -101,7 +101,7 @@ def operation_paths(device: torch.device) -> dict[str, backend.Path]:
 
 
 def report() -> str:
-    """The whole report as text, one fact per line."""
+    """Return the full report as text, one fact per line."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines = [f"python {platform.python_version()} on {platform.system()} {platform.machine()}"]
     lines += [f"{package} {version}" for package, version in package_versions().items()]

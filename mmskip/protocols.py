@@ -58,7 +58,7 @@ class TokenView(View, Protocol):
 
 
 class Speculator(Protocol):
-    """What a method says of drafting, and what it is told.
+    """Protocol of drafting: the settings of a method, and the results reported to it.
 
     Attributes:
         draft_tokens: drafts per step at most.

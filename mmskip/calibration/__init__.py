@@ -1,4 +1,4 @@
-"""What is measured or searched once, before a method is applied. Functions run a model and return a config or a result.
+"""Measure or search once, before a method is applied. Functions run a model and return a config or a result.
 
 | function | answers |
 |---|---|

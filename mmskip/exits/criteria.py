@@ -1,16 +1,16 @@
-"""Where to stop: exit criteria and exit heads, shared by every method that leaves layers early.
+"""Where to stop: exit criteria and exit heads, shared by every method that exits early.
 
 A *score* says how settled a hidden state is after a layer; a state exits where its score is above a threshold. Scores
 are computed in fp32 per token, or per sample over its real tokens, so that no sample sees another one or padding.
 
 | criterion | score | range |
 |---|---|---|
-| `saturation` | cosine between the states behind and before the layer (MuE, CALM) | [-1, 1] |
+| `saturation` | cosine between the states before and after the layer (MuE, CALM) | [-1, 1] |
 | `confidence` | largest probability of the exit head | [0, 1] |
 | `margin` | largest minus second largest probability | [0, 1] |
 | `entropy` | 1 - entropy / log V of the exit head | [0, 1] |
 | `patience` | consecutive layers whose exit heads agree on the token, this one included, minus 1 (PABEE) | 0, 1, ... |
-| `learned` | probability, by a head of the exit's own, that stopping there is right | [0, 1] |
+| `learned` | probability, by a separate head of the exit, that stopping there is right | [0, 1] |
 | `state_norm` | 1 - growth of the state's norm / spread of its growths by earlier layers (LAC: above 0.2) | any |
 
 Shape suffixes: B batch, T tokens, D width, V classes.
@@ -62,7 +62,7 @@ def saturation(after_BTD: Tensor, before_BTD: Tensor) -> Tensor:
 
 
 class Saturation:
-    """MuE's sign that a layer adds nothing: the cosine of the states behind and before it."""
+    """MuE's sign that a layer adds nothing: the cosine of the states before and after it."""
 
     def __init__(self) -> None:
         self._last: tuple[Tensor, float] | None = None
@@ -190,7 +190,7 @@ class TokenScores:
         self._streak: Tensor | None = None
 
     def __call__(self, after_BTD: Tensor, before_BTD: Tensor) -> Tensor:
-        """Scores [B, T] behind a layer. Patience and state norms look back at the layers this was called for."""
+        """Return the scores [B, T] after a layer. Patience and state norms use the layers of earlier calls."""
         if self._state is not None:
             return self._state(after_BTD, before_BTD)
         if self.criterion == LEARNED:
@@ -223,7 +223,7 @@ class SampleScores:
         self.real, self._heads = real_BT, iter(heads)
 
     def __call__(self, after_BTD: Tensor, before_BTD: Tensor) -> Tensor:
-        """Scores [B] behind a layer."""
+        """Return the scores [B] after a layer."""
         if self._score is not None:
             return self._score.samples(after_BTD, before_BTD, self.real)
         if self.real is None:

@@ -1,4 +1,4 @@
-"""What early exit did in the latest forward, for `mmskip.report`."""
+"""Report of early exit in the latest forward, for `mmskip.report`."""
 
 from dataclasses import dataclass
 

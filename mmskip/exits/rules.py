@@ -43,7 +43,7 @@ class ExitRule(Protocol):
         last_layer: layer after which every remaining state exits; None: the last one.
         cache_policy: how an exited token's keys and values are stored, `recompute`, `copy` or `mask`; None: the stack
             keeps none (an encoder), and samples exit instead of tokens.
-        decides_once: whether the first token of a row decides for the whole row.
+        decides_once: whether the first token of a row decides for all tokens of the row.
     """
 
     @property

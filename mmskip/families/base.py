@@ -40,7 +40,7 @@ class SkipSite:
     Attributes:
         joint: the module whose first argument is the concatenation of skip and decoder features.
         start, stop: channels of the concatenation that belong to the skip.
-        channels: channels of the whole concatenation.
+        channels: channels of the full concatenation.
         dim: its channel dimension: 1 for images, -1 for tokens.
         stage: number of the decoder stage, 0 the deepest.
         norm: inside the joint, the first module on the residual branch; None if there is none.
@@ -73,7 +73,7 @@ class View:
 
     Attributes:
         family: name of the family.
-        root: the module that stands for the whole model.
+        root: the module that stands for the full model.
         stacks: blocks in the order they run, by the name of their stack; a decoder's only one is called `block`.
     """
 

@@ -46,7 +46,7 @@ class EncoderView(View):
         return _first_argument(block)
 
     def parts(self, block: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-        """Return the attention and the MLP of a block, None for a part that is no module of its own."""
+        """Return the attention and the MLP of a block, None for a part that is not a separate module."""
         attentions = _attentions(block)
         return attentions[0], mlp_among(child for child in block.children() if child not in attentions)
 

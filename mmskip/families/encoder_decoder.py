@@ -55,7 +55,7 @@ class EncoderDecoderView(View):
         return "hidden_states"
 
     def parts(self, block: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-        """Return the self-attention and the MLP of a block, None for a part that is no module of its own."""
+        """Return the self-attention and the MLP of a block, None for a part that is not a separate module."""
         named = [(name.rpartition(".")[2].lower(), module) for name, module in block.named_modules()]
         attention = next((module for name, module in named if _is_self_attention(name)), None)
         # layers of T5 hold their parts in a list, each with its norm and its residual

@@ -22,9 +22,9 @@ class UNetView(View):
     """A network with skip connections.
 
     Attributes:
-        root: the module that stands for the whole network.
+        root: the module that stands for the full network.
         skips: from the deepest skip (the first one used) to the shallowest.
-        timestep: name of the argument of `root.forward` that tells the noise level; None if there is none.
+        timestep: name of the argument of `root.forward` that holds the noise level; None if there is none.
         encoder, middle, decoder: the stages in the order they run, where the network is made of such; else empty.
     """
 

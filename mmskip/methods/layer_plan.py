@@ -305,7 +305,7 @@ def resolve(config: LayerPlanConfig, view: CountedView) -> DepthPlan:
 
 @dataclass(frozen=True)
 class PlanReport(MethodReport):
-    """What a plan means for a model.
+    """Report of a plan applied to a model.
 
     Attributes:
         order: indices of the blocks in the order of their visits.

@@ -157,10 +157,10 @@ def self_speculation_encoder_decoder(config: SelfSpeculationConfig, view: Any) -
 
 @dataclass(frozen=True)
 class SpeculationReport(MethodReport):
-    """What decoding by speculation did since `apply_`.
+    """Report of decoding by speculation since `apply_`.
 
     Attributes:
-        tokens, steps, passes: tokens decoded, by how many steps (a pass counts one per row) and passes of the whole
+        tokens, steps, passes: tokens decoded, by how many steps (a pass counts one per row) and passes of the full
             model.
         drafted, accepted: tokens that drafts proposed, and those that the model confirmed.
         draft_share: share of the FLOPs of a token that a draft takes.

@@ -179,7 +179,7 @@ class NoiseLevel:
 
 @dataclass(frozen=True)
 class RootState:
-    """What the root needs to read the noise level from its arguments."""
+    """State of the root: how it reads the noise level from its arguments."""
 
     config: SkipScaleConfig
     level: NoiseLevel
@@ -189,7 +189,7 @@ class RootState:
 
 @dataclass(frozen=True)
 class JointState:
-    """What a joint needs to scale its skip."""
+    """State of a joint: how it scales its skip."""
 
     config: SkipScaleConfig
     rho: float

@@ -95,7 +95,7 @@ class StageState:
 
 @dataclass(frozen=True)
 class CacheRootState:
-    """What the root needs."""
+    """State of the root: the trajectory, and which argument holds the timestep."""
 
     trajectory: Trajectory
     timestep: str

@@ -1,4 +1,4 @@
-"""What all command lines share: one flag style, one way to show errors, and no import warnings of other libraries."""
+"""Shared by all command lines: one flag style, one way to show errors, and no import warnings of other libraries."""
 
 import argparse
 import logging

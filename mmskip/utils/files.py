@@ -66,8 +66,8 @@ def write_json(values: Any, path: str | Path, indent: int | None = 2) -> Path:
 
 
 class GrowingLines:
-    """A file of JSON lines that keeps what was written if the process dies: `NAME.part`, a whole line at a time, until
-    `close` gives it its name. What stood under the name stays until then; a `.part` of before is begun anew.
+    """A file of JSON lines that keeps what was written if the process dies: `NAME.part`, one complete line at a time,
+    until `close` gives it its name. What stood under the name stays until then; an earlier `.part` is overwritten.
 
     Args:
         path: the file; its folder is made.

@@ -169,12 +169,12 @@ class _Finder(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec of an old path, or None for every other."""
+        """Return the spec of an old path, or None for every other."""
         package, _, name = fullname.partition(".")
         return ModuleSpec(fullname, self) if package == "mmskip" and name in MOVED else None
 
     def create_module(self, spec: ModuleSpec) -> None:
-        """The default."""
+        """Return None: Python creates the module as usual."""
 
     def exec_module(self, module: ModuleType) -> None:
         """Put the module of today in the place of the old one."""

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def pretrained(what: str, name: str, load: Callable[..., T], hint: str = "") -> T:
-    """What `load` (a `from_pretrained`) makes of a name or folder.
+    """Load a name or folder by `load` (a `from_pretrained`).
 
     A name whose first part is a folder of this machine (`data/vlm_base`) is looked for in the local cache only: most
     likely a folder was meant that is not there, and the hub is not asked for it.

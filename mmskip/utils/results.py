@@ -11,7 +11,7 @@ from mmskip.utils.files import write_json
 class ResumableResults:
     """A JSON file of results, rewritten atomically after each of them.
 
-    Several processes may fill one file, each with keys of its own.
+    Several processes may fill one file, each with separate keys.
 
     Args:
         path: the file; results that are there are read.
@@ -63,7 +63,7 @@ class ResumableResults:
         Args:
             key: its name.
             make: called without arguments; returns something JSON-ready.
-            part: name of the dictionary in the file that holds it; None: the file's own.
+            part: name of the dictionary in the file that holds it; None: the top level of the file.
         """
         if key not in (self.values if part is None else self.values.get(part, {})):
             found = make()

@@ -1,1 +1,1 @@
-"""Blocks that states leave early."""
+"""Early exit from the blocks of Hugging Face models."""

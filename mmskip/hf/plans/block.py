@@ -58,7 +58,7 @@ def decode_from(root: nn.Module, start: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SlotState:
-    """What a planned block does in its slot.
+    """State of a planned block in its slot.
 
     Attributes:
         index, site: of the block.
@@ -108,7 +108,7 @@ class PlanCall:
 
 
 class PlannedRoot(nn.Module):
-    """Mixin of the module that calls the blocks: tells prompt tokens from decoded ones."""
+    """Mixin of the module that calls the blocks: distinguishes prompt tokens from decoded ones."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state: PlanRootState = state_of(self, PlannedRoot)
@@ -216,7 +216,7 @@ def _visit(
 def _record(
     block: nn.Module, x_BTD: Tensor, attn: bool, mlp: bool, filled: bool, cache: Any, entry: int | None
 ) -> None:
-    """Tell the current trace which parts of a block ran in a visit that stored in `entry` of the cache."""
+    """Report to the current trace which parts of a block ran in a visit that stored in `entry` of the cache."""
     if (recording := recorder()) is None:
         return
     slots = x_BTD.shape[0] * x_BTD.shape[1]

@@ -97,6 +97,6 @@ def part_state(site: Site) -> PartState:
     """The state of a part that runs.
 
     Raises:
-        ValueError: its source does not tell what it returns.
+        ValueError: its source does not show what it returns.
     """
     return PartState(site.index, returned_values(site.module))

@@ -1,6 +1,6 @@
 """Neighbour padding: what a convolution sees where nothing is kept.
 
-`dense` works round by round on the whole map and is differentiable in the activations and in the mask. `gathered_`
+`dense` works round by round on the full map and is differentiable in the activations and in the mask. `gathered_`
 writes the same values to the positions that are filled and touches no others: with most of a map kept, or with holes
 wider than a window, these are few. Shapes: B samples, C channels, H and W positions, R = B H W rows of activations.
 """
@@ -44,7 +44,7 @@ def fill_hidden(
 
 
 def dense(x_BCHW: Tensor, mask: Mask, steps: int, gradient: bool = True) -> Tensor:
-    """`fill_hidden`, by box sums over the whole map; zero wherever the rounds do not come."""
+    """`fill_hidden`, by box sums over the full map; zero wherever the rounds do not come."""
     x_BCHW = x_BCHW * mask.to(x_BCHW.dtype)
     for weight in mask.fills(steps, x_BCHW.dtype):
         x_BCHW = torch.addcmul(x_BCHW, box_sum(x_BCHW if gradient else x_BCHW.detach()), weight)

@@ -69,7 +69,7 @@ def max_pool2d(
 def avg_pool2d(
     func: Any, input: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Averages the activations, zero under the mask; a position is kept where any was. A window of the whole map is a
+    """Averages the activations, zero under the mask; a position is kept where any was. A window of the full map is a
     global mean."""
     x = _maps(func, input)
     whole = tuple(x.shape[-2:]) == pair(kernel_size) and pair(padding) == (0, 0)

@@ -112,7 +112,7 @@ def _moved_axes(func: Any, x: MaskedTensor, result: Tensor) -> tuple[int, int]:
 
 
 def flattened(x: MaskedTensor) -> Tensor:
-    """[B, C * H * W] for a linear head. Such a head is a convolution with a window of the whole map, so the method
+    """[B, C * H * W] for a linear head. Such a head is a convolution with a window of the full map, so the method
     prepares its input alike; nothing is masked afterwards."""
     h, w = x.mask.size
     data = x.mask.rules.conv_input(zero_hidden(x), x.mask, Window((h, w)))

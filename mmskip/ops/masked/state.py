@@ -41,13 +41,13 @@ class Window:
 
 
 class MaskRules(Protocol):
-    """What a masking method says of convolutions and merges."""
+    """Protocol of a masking method: how convolutions and merges treat masks."""
 
     def conv_input(self, x: Tensor, mask: "Mask", window: Window) -> Tensor:
-        """The activations [B, C, H, W] that a convolution is to see; positions under the mask hold anything."""
+        """Return the activations [B, C, H, W] that a convolution is to see; positions under the mask hold anything."""
 
     def conv_output(self, y: Tensor, mask: "Mask", window: Window, bias: Tensor | None) -> Tensor:
-        """What is made of the output [B, C', H', W'] of the convolution over the input mask `mask`."""
+        """Adjust the output [B, C', H', W'] of the convolution over the input mask `mask`; return it."""
 
     def merge(self, masks: Sequence[Tensor], operation: str) -> Tensor:
         """One mask from those [B, 1, H, W] of the operands of an `add` or a `cat`."""
@@ -87,7 +87,7 @@ class Mask:
         return self.m.shape[-2], self.m.shape[-1]
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make` returns, computed at the first call with this key."""
+        """Return the result of `make`, computed at the first call with this key."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
