@@ -19,7 +19,7 @@ HIDDEN = float("nan")
 
 
 def masked_forward(model: nn.Module, config: LayerMaskConfig | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-    """The model as a function of (mask, image), for captum: the attributed input is the mask.
+    """Return the model as a function of (mask, image), for captum: the attributed input is the mask.
 
         from mmskip.attribution import masked_forward
 
@@ -62,7 +62,7 @@ def segment_masks(on: Tensor, segments: Tensor) -> Tensor:
 def lime_classifier(
     model: nn.Module, config: LayerMaskConfig | None = None, batch: int = 32
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """The `classifier_fn` of LIME's image explainer, which sees images only: hidden pixels come as NaN.
+    """Return the `classifier_fn` of LIME's image explainer, which sees images only: hidden pixels come as NaN.
 
         LimeImageExplainer().explain_instance(image, lime_classifier(model), hide_color=HIDDEN)
 
@@ -84,7 +84,7 @@ def lime_classifier(
 
 
 def shap_model(model: nn.Module, config: LayerMaskConfig | None = None) -> Callable[..., np.ndarray]:
-    """The model that `shap.Explainer` calls with what `shap_masker` makes: images and masks.
+    """Return the model that `shap.Explainer` calls with what `shap_masker` makes: images and masks.
 
     shap.Explainer(shap_model(model), shap_masker(segments), algorithm="permutation")(image[None])
     """
@@ -100,7 +100,7 @@ def shap_model(model: nn.Module, config: LayerMaskConfig | None = None) -> Calla
 
 
 def shap_masker(segments: Tensor) -> Any:
-    """A SHAP masker whose features are segments [H, W] of the image, and which passes (image, mask) on.
+    """Return a SHAP masker whose features are segments [H, W] of the image, and which passes (image, mask) on.
 
     Raises:
         ValueError: shap is not installed.

@@ -115,7 +115,7 @@ def check(config: Any, claims: Sequence[Claim], present: Iterable[tuple[Any, Seq
 
 
 def described(config: Any) -> str:
-    """A config with the settings that are not the default ones: `MoDConfig(keep=0.5, layers=(1,))`."""
+    """Return a config with the settings that are not the default ones: `MoDConfig(keep=0.5, layers=(1,))`."""
     if not is_dataclass(config) or isinstance(config, type):
         return repr(config)
     changed = [f"{f.name}={getattr(config, f.name)!r}" for f in fields(config) if not _is_default(f, config)]
@@ -152,7 +152,7 @@ def _conflict(first: Claim, second: Claim) -> bool:
 
 
 def _stack(claim: Claim) -> str:
-    """The stack of blocks of a site: `block.3.attn` -> `block`."""
+    """Return the stack of blocks of a site: `block.3.attn` -> `block`."""
     return claim.site.partition(".")[0]
 
 

@@ -64,7 +64,7 @@ class MethodConfig:
 
 
 def _plain(value: Any) -> Any:
-    """A JSON-ready form of a field."""
+    """Return a JSON-ready form of a field."""
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, tuple | list):

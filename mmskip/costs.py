@@ -37,7 +37,7 @@ class Cost:
         return self.dense_flops / self.flops if self.flops else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
+        """Return a JSON-ready dictionary."""
         return {**asdict(self), "ideal_speedup": self.ideal_speedup}
 
     def __str__(self) -> str:

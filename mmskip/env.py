@@ -41,7 +41,7 @@ def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device a user asked for.
+    """Return the device a user asked for.
 
     Args:
         name: "auto" (the current CUDA device if there is one, else the CPU), "cpu", "cuda", "cuda:1", ...
@@ -68,7 +68,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words: name and memory in GiB of a CUDA device, processor and cores of a CPU."""
+    """Return the device in words: name and memory in GiB of a CUDA device, processor and cores of a CPU."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{device}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
@@ -77,7 +77,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _processor_name() -> str:
-    """The processor's model; Python alone knows only the architecture on Linux."""
+    """Return the processor's model; Python alone knows only the architecture on Linux."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -257,7 +257,7 @@ active: ContextVar[Recorder | None] = ContextVar("mmskip_recorder", default=None
 
 
 def recorder() -> Recorder | None:
-    """The recorder of the trace under way; None without one, and in code that is being compiled."""
+    """Return the recorder of the trace under way; None without one, and in code that is being compiled."""
     return None if torch.compiler.is_compiling() else active.get()
 
 

@@ -54,7 +54,7 @@ def config_types() -> dict[str, type]:
 
 
 def families_of(config_type: type) -> tuple[str, ...]:
-    """The families that a method serves, in the order in which they are tried."""
+    """Return the families that a method serves, in the order in which they are tried."""
     return tuple(_HANDLERS[config_type])
 
 
@@ -104,7 +104,7 @@ def _check_unwrapped(model: Any) -> None:
 
 
 def applied(model: nn.Module, details: bool = False) -> list[Any]:
-    """The configs applied to `model`, oldest first; with `details`, `Applied` records with the claims."""
+    """Return the configs applied to `model`, oldest first; with `details`, `Applied` records with the claims."""
     records = [record for module in model.modules() for record in module.__dict__.get(_APPLIED, ())]
     return records if details else [record.config for record in records]
 

@@ -17,7 +17,7 @@ class MethodReport:
     """Base of the dataclasses that `report` returns. `str` of one is for people, `to_dict` for files."""
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary of its fields; tensors become lists."""
+        """Return a JSON-ready dictionary of its fields; tensors become lists."""
         assert is_dataclass(self) and not isinstance(self, type)
         found: dict[str, Any] = _plain(asdict(self))
         return found

@@ -130,7 +130,7 @@ def _read_configs(folder: Path) -> list[Any]:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a folder. Format 1 counted the layers of encoders and encoder-decoders from 1."""
+    """Return the weights of a folder. Format 1 counted the layers of encoders and encoder-decoders from 1."""
     weights: dict[str, Tensor] = load_file(str(folder / WEIGHTS_FILE))
     if json.loads((folder / CONFIG_FILE).read_text())["format"] > 1:
         return weights

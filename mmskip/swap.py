@@ -107,12 +107,12 @@ class Replacement:
 
 
 def is_swapped(module: nn.Module) -> bool:
-    """Whether the current class of `module` is one of ours."""
+    """Return whether the current class of `module` is one of ours."""
     return "_mmskip_base" in type(module).__dict__
 
 
 def state_of(module: nn.Module, mixin: type) -> Any:
-    """The state that `mixin` was installed with on `module`."""
+    """Return the state that `mixin` was installed with on `module`."""
     return module.__dict__[_INSTALLED][mixin.__name__][0]
 
 
@@ -132,7 +132,7 @@ def added(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
 
 
 def base_class(module: nn.Module) -> type:
-    """The class of a module without our mixins."""
+    """Return the class of a module without our mixins."""
     cls = type(module)
     while "_mmskip_base" in cls.__dict__:
         cls = cls._mmskip_base  # type: ignore[attr-defined]
@@ -187,7 +187,7 @@ def bind_call(
 
 
 def with_first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], change: Any) -> tuple[Any, ...]:
-    """The positional arguments with the first one changed; one given by name is changed in `kwargs`."""
+    """Return the positional arguments with the first one changed; one given by name is changed in `kwargs`."""
     if args:
         return (change(args[0]), *args[1:])
     name = type(module)._mmskip_names[0]  # type: ignore[attr-defined]
@@ -199,7 +199,7 @@ def check_swappable(module: nn.Module, site: str) -> None:
     """Raise if swapping the class of `module` would have no effect on its calls.
 
     Raises:
-        ValueError: the module carries a `forward` of its own that is neither accelerate's hook nor the
+        ValueError: the module carries an instance-level `forward` that is neither accelerate's hook nor the
             class's own method.
     """
     own = module.__dict__.get("forward")

@@ -52,7 +52,7 @@ def check_threshold(name: str, criterion: str, value: float) -> None:
 
 
 def never_fires(criterion: str, threshold: float) -> bool:
-    """Whether no score is above a threshold: it is the upper end of the criterion's range."""
+    """Return whether no score is above a threshold: it is the upper end of the criterion's range."""
     return threshold == _RANGES.get(criterion, (0.0, 1.0))[1]
 
 
@@ -205,7 +205,7 @@ class TokenScores:
         return self._streak
 
     def single(self, after_11D: Tensor, before_11D: Tensor) -> float:
-        """The score of one token."""
+        """Return the score of one token."""
         return float(self(after_11D, before_11D)) if self._state is None else self._state.single(after_11D, before_11D)
 
 
@@ -233,7 +233,7 @@ class SampleScores:
         return next(self._heads).score(mean_BD[:, None])[:, 0]
 
     def single(self, after_1TD: Tensor, before_1TD: Tensor) -> float:
-        """The score of one sample."""
+        """Return the score of one sample."""
         if self.real is None and self._score is not None:
             return self._score.single(after_1TD, before_1TD)
         return float(self(after_1TD, before_1TD))

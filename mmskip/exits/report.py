@@ -40,7 +40,7 @@ class ExitReport(MethodReport):
 
 
 def exit_report(record: Applied, model: nn.Module) -> ExitReport:
-    """The report of one EarlyExitConfig."""
+    """Return the report of one EarlyExitConfig."""
     layers, depth = {}, {}
     for claim in record.claims:
         for state in states(claim.module):

@@ -79,7 +79,7 @@ class ExitRule(Protocol):
 
 
 def may_exit(rule: ExitRule, layers: int) -> bool:
-    """Whether states may exit after `layers` layers have run."""
+    """Return whether states may exit after `layers` layers have run."""
     return layers == rule.last_layer or layers in rule.exit_layers
 
 
@@ -99,7 +99,7 @@ class Compaction:
     overhead: float = 0.25
 
     def __call__(self, num_active: int, rows: int) -> bool:
-        """Whether a layer runs on the `num_active` of `rows` rows that need it."""
+        """Return whether a layer runs on the `num_active` of `rows` rows that need it."""
         return self.mode == "always" or (self.mode == "auto" and num_active / rows + self.overhead < 1)
 
 

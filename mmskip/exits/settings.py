@@ -115,10 +115,10 @@ def parse_exit(name: str, value: Any) -> ExitAt | FixedExit | None:
 
 
 def is_positive(value: Any) -> bool:
-    """Whether `value` is an integer >= 1."""
+    """Return whether `value` is an integer >= 1."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is an int or a float."""
+    """Return whether `value` is an int or a float."""
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -52,7 +52,7 @@ def names() -> tuple[str, ...]:
 
 
 def find(model: nn.Module, among: Sequence[str] = LANGUAGE_MODELS) -> Any:
-    """The view of the first family in `among` that fits `model`.
+    """Return the view of the first family in `among` that fits `model`.
 
     Raises:
         ValueError: no family fits; the message has each family's reason.

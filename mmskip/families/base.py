@@ -82,7 +82,7 @@ class View:
     stacks: Mapping[str, tuple[nn.Module, ...]]
 
     def sites(self, kind: str) -> tuple[Site, ...]:
-        """The sites of one kind, in the order they run; empty where the model has none of that kind.
+        """Return the sites of one kind, in the order they run; empty where the model has none of that kind.
 
         Raises:
             ValueError: no such kind.
@@ -118,7 +118,7 @@ class View:
         return ""
 
     def parts(self, block: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-        """The attention and the MLP of a block, None for a part that is no single module."""
+        """Return the attention and the MLP of a block, None for a part that is no single module."""
         return None, None
 
 

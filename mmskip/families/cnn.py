@@ -48,7 +48,7 @@ class CNNView(View):
 
 
 def match(model: nn.Module) -> tuple[CNNView | None, str]:
-    """The view of `model`, or None and the reason why it does not fit."""
+    """Return the view of `model`, or None and the reason why it does not fit."""
     name = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule):
         return (

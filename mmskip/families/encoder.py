@@ -80,7 +80,7 @@ def match(model: nn.Module) -> tuple[EncoderView | None, str]:
 
 
 def _is_stack(stack: nn.Module) -> bool:
-    """Whether `stack` is a list of encoder layers."""
+    """Return whether `stack` is a list of encoder layers."""
     if not isinstance(stack, nn.ModuleList | nn.Sequential) or len(stack) < 2:
         return False
     blocks = list(stack.children())
@@ -93,7 +93,7 @@ def _first_argument(block: nn.Module) -> str:
 
 
 def _attends(block: nn.Module) -> bool:
-    """Whether a layer has one attention, over all tokens of its input at once."""
+    """Return whether a layer has one attention, over all tokens of its input at once."""
     arguments = inspect.signature(type(block).forward).parameters
     # layers of BERT are written for both; those of a decoder keep keys and values, which exited samples would lack
     caches = any(name in arguments for name in CACHE_ARGUMENTS) and "encoder_hidden_states" not in arguments

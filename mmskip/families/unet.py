@@ -80,7 +80,7 @@ def describe_unet(cls: type[nn.Module]) -> Callable[[Finder], Finder]:
 
 
 def match(model: nn.Module) -> tuple[UNetView | None, str]:
-    """The view of `model`, or None and the reason why it does not fit."""
+    """Return the view of `model`, or None and the reason why it does not fit."""
     for module in model.modules():
         for base in type(module).__mro__:
             if base in _DESCRIBED:

@@ -32,12 +32,12 @@ _ATTENTION_TYPES = {"full_attention", "sliding_attention", "attention"}
 
 
 def is_block(block: nn.Module, causal: bool = True) -> bool:
-    """Whether `block` is a decoder layer with a causal self-attention; without `causal`, any self-attention."""
+    """Return whether `block` is a decoder layer with a causal self-attention; without `causal`, any self-attention."""
     return "hidden_states" in argument_names(block) and attention_of(block, causal) is not None
 
 
 def is_stack(blocks: nn.Module, causal: bool = True) -> bool:
-    """Whether `blocks` is a list of decoder layers, at least one of which has a (causal) self-attention."""
+    """Return whether `blocks` is a list of decoder layers, at least one of which has a (causal) self-attention."""
     return (
         isinstance(blocks, nn.ModuleList)
         and all("hidden_states" in argument_names(block) for block in blocks)
@@ -98,7 +98,7 @@ def unfit(model: nn.Module, root: nn.Module, blocks: Sequence[nn.Module], causal
 
 
 def _carries_state(block: nn.Module, causal: bool) -> bool:
-    """Whether a block keeps a state: it has no attention, or another child with an entry in the cache."""
+    """Return whether a block keeps a state: it has no attention, or another child with an entry in the cache."""
     if attention_of(block, causal) is None:
         return True
     return any(

@@ -107,7 +107,7 @@ def scale_low_frequencies(x_BCHW: Tensor, s: float, radius: int = 1) -> Tensor:
 
 @register(FreeUConfig, "unet")
 def freeu_unet(config: FreeUConfig, view: Any) -> list[Change]:
-    """The changes that put FreeU on the deep stages of a network."""
+    """Return the changes that put FreeU on the deep stages of a network."""
     stages = 1 + max(skip.stage for skip in view.skips)
     if len(config.b) > stages:
         raise ValueError(

@@ -107,7 +107,7 @@ class LayerMaskRules:
         return torch.where(scale == 1, y, (y - shift) * scale + shift)
 
     def merge(self, masks: Sequence[Tensor], operation: str) -> Tensor:
-        """The mask of a sum (`add`) or a concat (`cat`)."""
+        """Return the mask of a sum (`add`) or a concat (`cat`)."""
         how = self.config.add if operation == "add" else self.concat
         if how == "majority":
             mean = torch.stack(list(masks)).mean(0)
@@ -137,7 +137,7 @@ def _rules(config: LayerMaskConfig, view: Any) -> LayerMaskRules:
 
 @register(LayerMaskConfig, "cnn")
 def layer_mask_cnn(config: LayerMaskConfig, view: Any) -> list[Change]:
-    """The changes by which a CNN obeys `masked`."""
+    """Return the changes by which a CNN obeys `masked`."""
     return mask_changes(view.root, _rules(config, view))
 
 
@@ -189,7 +189,7 @@ def masked(model: nn.Module, mask: Tensor, config: LayerMaskConfig | None = None
 
 
 def check_mask(mask: Any, soft: bool) -> Tensor:
-    """The mask as floating point [B, 1, H, W].
+    """Return the mask as floating point [B, 1, H, W].
 
     Raises:
         ValueError: no tensor, or one of wrong shape, dtype or range.

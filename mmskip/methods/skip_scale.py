@@ -261,7 +261,7 @@ def _rho(state: JointState, x: Tensor) -> Any:
 
 
 def effective_schedule(config: SkipScaleConfig) -> str:
-    """The schedule, with `auto` resolved."""
+    """Return the schedule, with `auto` resolved."""
     if config.schedule != "auto":
         return config.schedule
     return "increasing" if config.prediction == "epsilon" else "decreasing"
@@ -269,7 +269,7 @@ def effective_schedule(config: SkipScaleConfig) -> str:
 
 @register(SkipScaleConfig, "unet")
 def skip_scale_unet(config: SkipScaleConfig, view: Any) -> list[Change]:
-    """The changes that scale the skips of a network."""
+    """Return the changes that scale the skips of a network."""
     level = NoiseLevel()
     changes = []
     for index, (skip, rho) in enumerate(zip(view.skips, config.scales(len(view.skips)), strict=True)):

@@ -158,7 +158,7 @@ class StepCacheReport(MethodReport):
 
 @register_report(StepCacheConfig)
 def step_report(record: Applied, model: nn.Module) -> StepCacheReport:
-    """The report of one StepCacheConfig."""
+    """Return the report of one StepCacheConfig."""
     deep = [claim for claim in record.claims if isinstance(claim.module, CachedStage)]
     trajectory: Trajectory = state_of(deep[0].module, CachedStage).trajectory
     return StepCacheReport(trajectory.calls, trajectory.full_steps, tuple(claim.site for claim in deep))
@@ -166,7 +166,7 @@ def step_report(record: Applied, model: nn.Module) -> StepCacheReport:
 
 @register(StepCacheConfig, "unet")
 def step_cache_unet(config: StepCacheConfig, view: Any) -> list[Change]:
-    """The changes by which a network reuses its deep features."""
+    """Return the changes by which a network reuses its deep features."""
     name = type(view.root).__name__
     if view.timestep is None or not view.decoder:
         raise ValueError(f"{name} is not made of encoder and decoder stages with a timestep; step caching needs them.")

@@ -214,7 +214,7 @@ def last_queries_mask(
 
 
 def xformers_bias(q_lens: Sequence[int], kv_lens: Sequence[int], window: int | None, device: torch.device) -> Any:
-    """The xFormers bias object for segments whose queries are their last tokens."""
+    """Return the xFormers bias object for segments whose queries are their last tokens."""
     attn_bias: Any = import_xformers("ops.fmha.attn_bias")
     if window is None:
         kind = attn_bias.BlockDiagonalCausalFromBottomRightMask

@@ -51,7 +51,7 @@ def import_xformers(module: str) -> ModuleType | None:
 
 
 def _refuse_xformers(device: torch.device) -> Path | None:
-    """The torch path and its reason where xFormers is out of the question, else None."""
+    """Return the torch path and its reason where xFormers is out of the question, else None."""
     wanted = os.environ.get(ENV_VAR, "auto")
     if wanted not in ("auto", "torch"):
         raise ValueError(f"{ENV_VAR}={wanted!r}: expected 'auto' or 'torch'; unset it for 'auto'")

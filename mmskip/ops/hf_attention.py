@@ -147,7 +147,7 @@ class Packings:
     def mask(
         self, q_BQ: np.ndarray, kv_BL: np.ndarray, device: torch.device, allowed: Callable[..., Tensor] | None = None
     ) -> Tensor:
-        """The mask of a call.
+        """Return the mask of a call.
 
         Args:
             q_BQ, kv_BL: bool, the real queries and keys. A row's real queries are the last of its real keys.

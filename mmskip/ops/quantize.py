@@ -20,7 +20,7 @@ FEWEST, MOST = 2, 8
 
 
 def torchao() -> Any:
-    """The `torchao.quantization` module.
+    """Return the `torchao.quantization` module.
 
     Raises:
         ValueError: torchao is not installed, or does not load here.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def match_similar(x_GND: Tensor, sizes: np.ndarray, keep: np.ndarray, keep_last: bool = False) -> Tensor:
-    """The token that each token is merged into.
+    """Return the token that each token is merged into.
 
     Args:
         x_GND: tokens of each group, in order; entries after a group's size are not read.

@@ -137,7 +137,7 @@ def _flat_rows(index_BS: Tensor, tokens: int, valid_BS: Tensor | None) -> Tensor
 
 
 def _with_scratch_row(x_BTD: Tensor) -> Tensor:
-    """A copy of `x` as `[B * T + 1, D]`; the last row is not initialised."""
+    """Return a copy of `x` as `[B * T + 1, D]`; the last row is not initialised."""
     B, T, D = x_BTD.shape
     buffer = x_BTD.new_empty(B * T + 1, D)
     buffer[:-1].view(B, T, D).copy_(x_BTD)

@@ -34,7 +34,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def check_folder(path: str | Path) -> Path:
-    """The path, if a folder is there or can be made there: asked before long work whose results go into it.
+    """Return the path, if a folder is there or can be made there: asked before long work whose results go into it.
 
     Raises:
         ValueError: a file stands in the way, or the folder cannot be written to.

@@ -44,7 +44,7 @@ def pretrained(what: str, name: str, load: Callable[..., T], hint: str = "") -> 
 
 
 def config_of(what: str, given: str | Mapping[str, Any], expected: str, hint: str = "") -> PretrainedConfig:
-    """The configuration of a model: of a name or folder, or from a dict with `model_type`.
+    """Return the configuration of a model: of a name or folder, or from a dict with `model_type`.
 
     Args:
         what: the setting, for errors.

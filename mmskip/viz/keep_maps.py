@@ -81,7 +81,7 @@ def keep_map(forward: ForwardRecord, row: int = 0, max_frames: int = 24) -> Figu
 
 
 def dropped_patches(frames: np.ndarray, forward: ForwardRecord, row: int = 0, columns: int = 8) -> Figure:
-    """The frames themselves: the more routed blocks skip a patch, the more it fades to grey.
+    """Return the frames themselves: the more routed blocks skip a patch, the more it fades to grey.
 
     Args:
         frames: uint8 [F, H, W, 3], as the vision tower saw them; the first F frames of the row.

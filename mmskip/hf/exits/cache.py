@@ -228,7 +228,7 @@ def row_cache(
 
 
 def serves_rows(cache: Any, entry: DynamicLayer | None, index: int) -> bool:
-    """Whether block `index` can run on some rows of a batch: all rows have entries, those of cross-attention
+    """Return whether block `index` can run on some rows of a batch: all rows have entries, those of cross-attention
     included."""
     if cache is None:
         return True

@@ -325,7 +325,7 @@ def plan_changes(view: Any, plan: DepthPlan) -> list[Change]:
 
 
 def _slots(plan: DepthPlan, entries: list[int | None], count: int) -> dict[int, list[tuple[Visit, int | None]]]:
-    """The visits of each slot with their cache entries."""
+    """Return the visits of each slot with their cache entries."""
     slots: dict[int, list[tuple[Visit, int | None]]] = {index: [] for index in range(count)}
     slot = 0
     for visit, entry in zip(plan.visits, entries, strict=True):

@@ -94,7 +94,7 @@ def part_sites(view: Any) -> dict[str, dict[int, Site]]:
 
 
 def part_state(site: Site) -> PartState:
-    """The state of a part that runs.
+    """Return the state of a part that runs.
 
     Raises:
         ValueError: its source does not show what it returns.

@@ -78,7 +78,7 @@ class Round:
 
 
 def rounds(mask: Mask, steps: int, dtype: torch.dtype) -> list[Round]:
-    """The rounds of neighbour padding of a mask of 0 and 1. Fewer than `steps` where nothing is left to fill."""
+    """Return the rounds of neighbour padding of a mask of 0 and 1. Fewer than `steps` where nothing is left to fill."""
     base, (left, right, top, bottom) = (mask, (0, 0, 0, 0)) if mask.base is None else (mask.base, mask.pads)
     (b, _, _, w), (high, wide), device = base.m.shape, mask.size, mask.m.device
     # a ring around each map gives every position eight neighbours; no position of the ring is kept or filled

@@ -95,7 +95,7 @@ def pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _covered(x: Any, mask: Mask) -> Any:
-    """The activations, zero where they do not exist but `mask` keeps the position."""
+    """Return the activations, zero where they do not exist but `mask` keeps the position."""
     if not isinstance(x, MaskedTensor):
         return x
     data, own = unwrap(x), keep_border(x).mask
@@ -142,7 +142,7 @@ def softmax(func: Any, input: Any, dim: int | None = None, *args: Any, **kwargs:
 
 @rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
 def matmul(func: Any, a: Any, b: Any) -> Tensor:
-    """A sum over all positions, of what is kept (global context)."""
+    """Return a sum over all positions, of what is kept (global context)."""
     for x, axis in ((a, -1), (b, -2)):
         need(not isinstance(x, MaskedTensor) or x.axes == (axis, axis), func, "mixes positions")
     return func(*(zero_hidden(keep_border(x)) if isinstance(x, MaskedTensor) else x for x in (a, b)))

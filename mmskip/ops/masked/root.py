@@ -34,7 +34,7 @@ class KeepMask:
         self._fitted: dict[Any, Mask] = {}
 
     def fit(self, x_BCHW: Tensor, rules: MaskRules) -> Mask:
-        """The mask of these images.
+        """Return the mask of these images.
 
         Raises:
             ValueError: another device or number of samples.
@@ -78,7 +78,7 @@ class MaskedRoot:
     # not traced: a compiled forward must look at every call whether a mask is active
     @torch.compiler.disable(recursive=False)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """The forward of the model, masked if a mask is active."""
+        """Return the forward of the model, masked if a mask is active."""
         return enter(self, super().forward, args, kwargs)  # type: ignore[misc]
 
 
@@ -145,6 +145,6 @@ class _AnyLayout(TorchFunctionMode):
 
 
 def mask_changes(root: nn.Module, rules: MaskRules) -> list[Change]:
-    """The change by which a network looks for a mask at every call."""
+    """Return the change by which a network looks for a mask at every call."""
     base: Any = type(root)
     return [Change("input.mask", root, root_mixin(base), rules, aspect="mask")]

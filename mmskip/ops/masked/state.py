@@ -93,7 +93,7 @@ class Mask:
         return self._made[key]
 
     def to(self, dtype: torch.dtype) -> Tensor:
-        """The mask [B, 1, H, W] in a dtype."""
+        """Return the mask [B, 1, H, W] in a dtype."""
         return self.once(("to", dtype), lambda: self.m.to(dtype))
 
     def share(self) -> Tensor:
@@ -101,7 +101,7 @@ class Mask:
         return self.once("share", lambda: self.m.mean((2, 3), keepdim=True))
 
     def derive(self, key: Any, make: Callable[[Tensor], Tensor]) -> "Mask":
-        """The mask that an operation named by `key` makes of this one."""
+        """Return the mask that an operation named by `key` makes of this one."""
         return self.once(key, lambda: Mask(make(self.m), self.rules, True if self._full else None))
 
     def windowed(self, window: Window) -> "Mask":
@@ -151,7 +151,7 @@ class Mask:
         return weights
 
     def covers(self, other: "Mask") -> bool:
-        """Whether all that `other` keeps is kept here too."""
+        """Return whether all that `other` keeps is kept here too."""
         if self is other or self.full:
             return True
         # the other mask is held with the answer, so that its id stays taken
@@ -159,7 +159,7 @@ class Mask:
 
 
 def box_sum(x: Tensor) -> Tensor:
-    """The sum over each 3 x 3 neighbourhood of [B, C, H, W], zeros outside."""
+    """Return the sum over each 3 x 3 neighbourhood of [B, C, H, W], zeros outside."""
     if x.device.type != "cpu":
         return F.avg_pool2d(x, 3, 1, 1, divisor_override=1)
     # many times faster than a pool or a convolution on a CPU
@@ -169,7 +169,7 @@ def box_sum(x: Tensor) -> Tensor:
 
 
 def merge_masks(masks: Sequence[Mask], operation: str) -> Mask:
-    """The mask of an `add` or a `cat` of activations with these masks."""
+    """Return the mask of an `add` or a `cat` of activations with these masks."""
     first = masks[0]
     if all(mask is first for mask in masks):
         return first

@@ -60,7 +60,7 @@ def rule(*funcs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def functions_named(names: str, *places: Any) -> list[Any]:
-    """The functions of these names, and their in-place twins, in torch, torch.nn.functional and torch.Tensor."""
+    """Return the functions of these names, and their in-place twins, in torch, torch.nn.functional and torch.Tensor."""
     where = places or (torch, torch.nn.functional, Tensor)
     return [
         getattr(place, name)
@@ -83,12 +83,12 @@ def wrap(
 
 
 def unwrap(x: Any) -> Any:
-    """The activations without their mask; anything else as it is."""
+    """Return the activations without their mask; anything else as it is."""
     return x.as_subclass(Tensor) if isinstance(x, MaskedTensor) else x
 
 
 def mask_like(mask: Mask, x: Tensor, axes: tuple[int, int]) -> Tensor:
-    """The mask in the dtype and layout of activations `x` with H and W at `axes`, one channel."""
+    """Return the mask in the dtype and layout of activations `x` with H and W at `axes`, one channel."""
     m = mask.to(x.dtype)
     if axes == NCHW and x.ndim == 4:
         return m
@@ -102,7 +102,7 @@ def mask_like(mask: Mask, x: Tensor, axes: tuple[int, int]) -> Tensor:
 
 
 def zero_hidden(x: MaskedTensor) -> Tensor:
-    """The plain activations, zero under the mask (in a border: its value)."""
+    """Return the plain activations, zero under the mask (in a border: its value)."""
     data = unwrap(x)
     if x.edge is None or x.edge[4] == 0:
         m = mask_like(x.mask, data, x.axes)
@@ -124,7 +124,7 @@ def _edge_value(x: MaskedTensor, data: Tensor) -> Tensor:
 
 
 def keep_border(x: MaskedTensor) -> MaskedTensor:
-    """The same activations with a border that counts as kept: what stands there is the same in every image."""
+    """Return the same activations with a border that counts as kept: what stands there is the same in every image."""
     if x.edge is None:
         return x
     base, pads = x.mask.base, x.mask.pads
@@ -141,7 +141,7 @@ def need(condition: bool, func: Any, why: str) -> None:
 
 
 def unmaskable(func: Any, why: str) -> UnmaskableOperation:
-    """The error of an operation that cannot be masked; it names the innermost module under way."""
+    """Return the error of an operation that cannot be masked; it names the innermost module under way."""
     name = getattr(func, "__name__", str(func))
     if name in ("__get__", "__set__"):
         name = f"attribute {func.__self__.__name__}"
@@ -153,7 +153,7 @@ def unmaskable(func: Any, why: str) -> UnmaskableOperation:
 
 
 def _modules_under_way() -> str:
-    """The innermost module on the call stack, by its name in the outermost one."""
+    """Return the innermost module on the call stack, by its name in the outermost one."""
     found: list[nn.Module] = []
     frame: Any = sys._getframe()
     while frame is not None:
