@@ -169,4 +169,4 @@ CNN = Base("cnn", lambda: net("resnet").eval(), _masked)
 CNN_UNMASKED = Base("cnn", lambda: net("resnet").eval(), _seen_whole)
 UNET = Base("unet", lambda: tiny_unets.tiny_unet(UNET_NAME), _denoise)
 ROUTED = {"layout": LAYOUT}
-"""What token routing needs to be told on `DECODER`."""
+"""Settings that token routing needs on `DECODER`."""

@@ -201,7 +201,7 @@ def processed(name: str, side: str, videos: bool = True) -> dict[str, Any]:
 
 
 def multi_image(name: str) -> dict[str, Any]:
-    """What the processor gives for a row of one image and a row of two, told apart by nesting."""
+    """Output of the processor for a row of one image and a row of two, distinguished by nesting."""
     image = PROCESSORS[name]["prompt"][0]
     images = [np.full((*size, 3), 9 * i, np.uint8) for i, size in enumerate(SIZES)]
     text = [f"{image} w12", f"{image}{image} w13"]

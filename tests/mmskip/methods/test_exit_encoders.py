@@ -174,7 +174,7 @@ def test_padding_of_an_encoder_changes_no_exit() -> None:
 
 @pytest.fixture
 def masks(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """What each forward takes for no padding."""
+    """The mask of real tokens that each forward used."""
     found: list[Tensor] = []
     plain = SampleScores.__init__
     monkeypatch.setattr(SampleScores, "__init__", lambda s, c, real, h=(): found.append(real) or plain(s, c, real, h))
