@@ -1,7 +1,7 @@
 """mmskip: a dial on depth for multimodal models.
 
 Verbs change a model in place (`apply_`, `remove_`, `load_`); functions do not (`trace`, `cost`, `report`, `save`,
-`applied`, `masked`, `importance`, `calibrate`, `generate`). A method is described by a frozen config such as
+`applied`, `masked`, `importance`, `calibrate`, `search`). A method is described by a frozen config such as
 `MoDConfig`.
 """
 

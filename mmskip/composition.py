@@ -27,7 +27,7 @@ from typing import Any
 
 from torch import nn
 
-from mmskip.swap import Change
+from mmskip.swap import Change, Replaced
 
 TOGETHER: frozenset[frozenset[str]] = frozenset({frozenset({"backbone", "skip"})})
 """Pairs of aspects of one module that compose exactly."""
@@ -81,13 +81,14 @@ class Applied:
 
 
 def claims_of(changes: Iterable[Change]) -> tuple[Claim, ...]:
-    """Return the claims of a method, from its changes. A change without an aspect (of the root, which may carry many)
-    claims nothing unless its site has a dot."""
-    return tuple(
-        Claim(change.site, change.module, change.aspect or change.site)
-        for change in changes
-        if change.aspect or "." in change.site
-    )
+    """Return the claims of a method, from its changes. A change without an aspect (of the root, which may carry many) claims
+    nothing unless its site has a dot. A replacement also claims the module it replaces, which may carry a method."""
+    found = []
+    for change in changes:
+        if change.aspect or "." in change.site:
+            modules = [change.module, *([change.state.original] if isinstance(change.state, Replaced) else [])]
+            found += [Claim(change.site, module, change.aspect or change.site) for module in modules]
+    return tuple(found)
 
 
 def check(config: Any, claims: Sequence[Claim], present: Iterable[tuple[Any, Sequence[Claim]]]) -> None:
@@ -104,9 +105,11 @@ def check(config: Any, claims: Sequence[Claim], present: Iterable[tuple[Any, Seq
             continue
         first, second = sorted((described(config), described(earlier)))
         if shared:
+            apart = any(_apart(claim, other) for claim, other in pairs)
+            advice = "." if apart else ", or give them different layers."
             raise ValueError(
-                f"{first} and {second} do not compose: both claim {', '.join(shared)}. Remove one of them (remove_), "
-                "or give them different layers."
+                f"{first} and {second} do not compose{' on one stack' if apart else ''}: both claim "
+                f"{', '.join(shared)}. Remove one of them (remove_){advice}"
             )
         raise ValueError(
             f"{first} and {second} do not compose on one model: they claim {_both(pairs)}. Remove one of them "
@@ -139,7 +142,7 @@ def _both(pairs: Sequence[tuple[Claim, Claim]]) -> str:
 
 def _conflict(first: Claim, second: Claim) -> bool:
     aspects = frozenset((first.aspect, second.aspect))
-    if aspects in APART and _stack(first) == _stack(second):
+    if _apart(first, second):
         return True
     if first.module is not second.module:
         return False
@@ -149,6 +152,11 @@ def _conflict(first: Claim, second: Claim) -> bool:
         return False
     # a claim without an aspect is of all that the site stands for, and of no other site of the module
     return (_named(first) and _named(second)) or first.site == second.site
+
+
+def _apart(first: Claim, second: Claim) -> bool:
+    """Whether the two exclude each other on their stack, whichever blocks they change."""
+    return frozenset((first.aspect, second.aspect)) in APART and _stack(first) == _stack(second)
 
 
 def _stack(claim: Claim) -> str:

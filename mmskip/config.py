@@ -82,7 +82,12 @@ def _built(name: str, hint: Any, value: Any) -> Any:
         given = current(kind, dict(value))
         if set(given) <= {f.name for f in fields(kind)}:
             hints = typing.get_type_hints(kind)
-            return kind(**{key: _built(f"{name}.{key}", hints[key], item) for key, item in given.items()})
+            try:
+                return kind(**{key: _built(f"{name}.{key}", hints[key], item) for key, item in given.items()})
+            except TypeError as error:  # a setting without a default is missing
+                raise ValueError(f"{name} is {dict(value)!r}: {error}.") from error
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
     if nested:
         known = " or ".join(f"{kind.__name__} ({', '.join(f.name for f in fields(kind))})" for kind in nested)
         raise ValueError(f"{name} has the keys {', '.join(map(str, value))}; expected those of {known}.")

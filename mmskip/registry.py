@@ -29,16 +29,26 @@ def register(config_type: type, *served: str) -> Callable[[Handler], Handler]:
     """
 
     def add(handler: Handler) -> Handler:
-        for other in _HANDLERS:
-            if other is not config_type and other.__name__ == config_type.__name__:
+        for other in [known for known in _HANDLERS if known.__name__ == config_type.__name__]:
+            if other is not config_type and _path(other) == _path(config_type):
+                del _HANDLERS[other]  # defined anew: a cell of a notebook that runs again
+            elif other is not config_type:
                 raise ValueError(
                     f"{config_type.__module__}.{config_type.__name__} has the name of "
                     f"{other.__module__}.{other.__name__}, under which its settings are saved; rename it."
                 )
-        _HANDLERS.setdefault(config_type, {}).update(dict.fromkeys(served, handler))
+        handlers = _HANDLERS.setdefault(config_type, {})
+        for family in served:
+            if _path(handlers.get(family, handler)) != _path(handler):
+                raise ValueError(f"{config_type.__name__} has a handler for the family {family!r} already.")
+        handlers.update(dict.fromkeys(served, handler))
         return handler
 
     return add
+
+
+def _path(definition: Any) -> tuple[str, str]:
+    return definition.__module__, definition.__qualname__
 
 
 def registered() -> dict[str, type]:
@@ -54,8 +64,9 @@ def config_types() -> dict[str, type]:
 
 
 def families_of(config_type: type) -> tuple[str, ...]:
-    """Return the families that a method serves, in the order in which they are tried."""
-    return tuple(_HANDLERS[config_type])
+    """Return the families that a method serves, in the order in which they are tried: those of plug-ins, which know
+    their models better, come first."""
+    return tuple(sorted(_HANDLERS[config_type], key=lambda name: name in families.BUILT_IN))
 
 
 def apply_(model: M, config: Any) -> M:
@@ -72,10 +83,9 @@ def apply_(model: M, config: Any) -> M:
     """
     if isinstance(config, nn.Module):
         raise TypeError(f"config is a model ({type(config).__name__}); the order is mmskip.apply_(model, config).")
+    known = config_types()  # loads plug-ins, which may serve their families by methods of mmskip
     if type(config) not in _HANDLERS:
-        known = ", ".join(sorted(config_types()))
-        if type(config) not in _HANDLERS:
-            raise TypeError(f"config is {config!r}; expected an instance of one of {known}.")
+        raise TypeError(f"config is {config!r}; expected an instance of one of {', '.join(sorted(known))}.")
     _check_unwrapped(model)
     view = families.find(model, families_of(type(config)))
     changes = list(_HANDLERS[type(config)][view.family](config, view))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmskip.config import from_entry
 from mmskip.registry import M, applied, apply_, config_types, remove_
-from mmskip.swap import added
+from mmskip.swap import added, replacements
 from mmskip.utils.files import atomic_path, write_json
 
 CONFIG_FILE = "mmskip.json"
@@ -65,8 +65,11 @@ def _like(value: Tensor, parameter: Any) -> Tensor:
 
 
 def added_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights mmskip added, by site: `block.1.mmskip_router.weight`, whatever wraps the model (peft, ...)."""
-    found = {}
+    """The weights mmskip added, by site: `block.1.mmskip_router.weight`, whatever wraps the model (peft, ...); of
+    modules that stand in the place of others, all: `conv.stem.weight`."""
+    found: dict[str, Tensor] = {}
+    for site, module in replacements(model):
+        found |= {f"{site}.{key}": parameter for key, parameter in module.named_parameters()}
     for site, name, module in added(model):
         for key, parameter in getattr(module, name).named_parameters():
             if "original_module." in key:

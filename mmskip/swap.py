@@ -131,6 +131,14 @@ def added(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
                 yield site, name, module
 
 
+def replacements(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of `model` that stand in the place of others, with their sites."""
+    for module in model.modules():
+        installed = module.__dict__.get(_INSTALLED, {}).get(Replacement.__name__)
+        if installed is not None:
+            yield installed[2], module
+
+
 def base_class(module: nn.Module) -> type:
     """Return the class of a module without our mixins."""
     cls = type(module)

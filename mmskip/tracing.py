@@ -24,7 +24,7 @@ from mmskip.swap import states_of
 __all__ = ["ForwardRecord", "LayerRecord", "Trace", "trace"]
 
 # a UNet or a CNN may hold a list of layers that looks like an encoder's
-_BUILT_IN = ("decoder", "vlm", "encoder_decoder", "unet", "encoder", "cnn")
+BUILT_IN = ("decoder", "vlm", "encoder_decoder", "unet", "encoder", "cnn")
 
 # the arguments by which the length of a call is read, before all others
 _INPUTS = ("inputs_embeds", "input_ids", "decoder_input_ids", "decoder_inputs_embeds", "pixel_values", "sample")
@@ -74,8 +74,8 @@ def _view(model: nn.Module) -> Any:
     """Find the view of a model: by the families of its methods, then those of plug-ins, then the built-in ones."""
     methods = [record.family for record in applied(model, details=True)] if isinstance(model, nn.Module) else []
     names = families.names()
-    plug_ins = [name for name in names if name not in _BUILT_IN]
-    return families.find(model, list(dict.fromkeys((*methods, *plug_ins, *_BUILT_IN))))
+    plug_ins = [name for name in names if name not in BUILT_IN]
+    return families.find(model, list(dict.fromkeys((*methods, *plug_ins, *BUILT_IN))))
 
 
 class _Session:

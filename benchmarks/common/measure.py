@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmskip.env import device_name, package_versions
+from mmskip.utils.command import quiet_imports
 from mmskip.utils.files import write_text
 from mmskip.utils.timing import Ratio, interleaved_ratio
 
@@ -30,6 +31,8 @@ __all__ = [
     "saved_activation_bytes",
     "summary",
 ]
+
+quiet_imports()
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -14,7 +14,7 @@ from mmskip.utils.plugins import load_plugins
 
 Match = Callable[[nn.Module], tuple[Any, str]]
 
-_BUILT_IN = ("decoder", "vlm", "encoder_decoder", "encoder", "cnn", "unet")
+BUILT_IN = ("decoder", "vlm", "encoder_decoder", "encoder", "cnn", "unet")
 _MATCHES: dict[str, Match] = {}
 ALIASES = {
     "hf_decoder": "decoder",
@@ -36,7 +36,7 @@ def family(name: str) -> Callable[[Match], Match]:
     """
 
     def add(match: Match) -> Match:
-        if name in _BUILT_IN or _MATCHES.get(name, match) is not match:
+        if name in BUILT_IN or _MATCHES.get(name, match) is not match:
             raise ValueError(f"there is a family {name!r} already; choose another name.")
         _MATCHES[name] = match
         return match
@@ -48,7 +48,7 @@ def names() -> tuple[str, ...]:
     """All families: those of mmskip, then those of plug-ins."""
     for name, match in load_plugins("mmskip.families").items():
         _MATCHES.setdefault(name, match)
-    return tuple(dict.fromkeys((*_BUILT_IN, *_MATCHES)))
+    return tuple(dict.fromkeys((*BUILT_IN, *_MATCHES)))
 
 
 def find(model: nn.Module, among: Sequence[str] = LANGUAGE_MODELS) -> Any:
@@ -72,7 +72,7 @@ def find(model: nn.Module, among: Sequence[str] = LANGUAGE_MODELS) -> Any:
 
 def _match(name: str) -> Match:
     name = ALIASES.get(name, name)
-    if name in _BUILT_IN:
+    if name in BUILT_IN:
         match: Match = importlib.import_module(f"mmskip.families.{name}").match
         return match
     if name not in names():

@@ -36,7 +36,10 @@ class FreeUConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         for name in ("b", "s"):
-            value = tuple(getattr(self, name))
+            value = getattr(self, name)
+            if not isinstance(value, Sequence) or isinstance(value, str):
+                raise ValueError(f"{name} is {value!r}; expected numbers >= 0, one per stage.")
+            value = tuple(value)
             object.__setattr__(self, name, value)
             for index, factor in enumerate(value):
                 check_number(f"{name}[{index}]", factor, low=0)

@@ -72,6 +72,8 @@ class LayerBitsConfig(MethodConfig):
     model_fingerprint: str | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.bits, Sequence) or isinstance(self.bits, str):
+            raise ValueError(f"bits is {self.bits!r}; expected one number per block.")
         object.__setattr__(self, "bits", tuple(self.bits))
         if not self.bits:
             raise ValueError("bits is empty; expected one number per block.")

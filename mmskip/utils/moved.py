@@ -182,6 +182,12 @@ class _Finder(MetaPathFinder, Loader):
         today = _target(old, MOVED[old])
         sys.modules[module.__name__] = _Split(today, NAMES[old]) if old in NAMES else today
 
+    def get_code(self, fullname: str) -> Any:
+        """Return the code of the module of today: `python -m` asks for it."""
+        old = fullname.removeprefix("mmskip.")
+        today: Any = _target(old, MOVED[old])
+        return today.__spec__.loader.get_code(today.__name__)
+
 
 class _Split(ModuleType):
     """A module of `NAMES`."""

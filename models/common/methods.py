@@ -13,22 +13,31 @@ from mmskip.registry import apply_, config_types
 def freeze(methods: Sequence[MethodConfig]) -> list[dict[str, Any]]:
     """Write configs as plain dicts (`class_path`, `init_args`), as they stand in YAML files and checkpoints. (A
     dataclass in the hyper-parameters would break weights-only loading of the checkpoint.)"""
-    return [{"class_path": f"mmskip.{type(method).__name__}", "init_args": method.to_dict()} for method in methods]
+    return [
+        {
+            "class_path": f"mmskip.{type(method).__name__}",
+            "init_args": method.to_dict(),
+            **({"version": method.VERSION} if method.VERSION > 1 else {}),
+        }
+        for method in methods
+    ]
 
 
 def thaw(methods: Sequence[MethodConfig | Mapping[str, Any]] | None) -> list[Any]:
-    """Read configs that may be the dicts of `freeze`; None: no methods.
+    """Read configs that may be the dicts of `freeze`, also of older versions of a config; None: no methods.
 
     Raises:
         ValueError: an unknown method, or an unknown or bad setting of one.
     """
     types = config_types()
-    return [
-        from_entry(types, method["class_path"].rpartition(".")[2], method.get("init_args", {}))
-        if isinstance(method, Mapping)
-        else method
-        for method in methods or ()
-    ]
+
+    def read(method: Any) -> Any:
+        if not isinstance(method, Mapping):
+            return method
+        name = method["class_path"].rpartition(".")[2]
+        return from_entry(types, name, method.get("init_args", {}), method.get("version", 1))
+
+    return [read(method) for method in methods or ()]
 
 
 def check_methods(build: Callable[[], Any], methods: Sequence[MethodConfig]) -> Any:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from mmskip import swap
+from mmskip import composition, swap
 from mmskip.families.base import Site
+from mmskip.saving import added_weights
 from mmskip.swap import around, children, replace, swap_all, unswap
 
 
@@ -140,3 +141,24 @@ def test_the_hidden_states_of_a_call_are_found_by_name_or_place():
     for args, kwargs in (((X,), {}), ((), {"input": X})):
         assert swap.hidden_states(net.head, "input", args, kwargs) is X
         assert swap.hidden_states(net.head, "", args, kwargs) is X
+
+
+def test_a_replacement_and_another_method_on_its_module_exclude_each_other_in_both_orders():
+    net = Net()
+    changes = {
+        "around": [around(site(net, "first"), Doubled, None, "mlp")],
+        "replace": [replace(site(net, "first"), Scale(), net)],
+    }
+    messages = set()
+    for first, second in (("around", "replace"), ("replace", "around"), ("replace", "replace")):
+        held = composition.claims_of(changes[first])
+        with pytest.raises(ValueError, match=r"both claim layer\.first") as refused:
+            composition.check(second, composition.claims_of(changes[second]), [(first, held)])
+        messages.add(str(refused.value))
+    assert len(messages) == 2  # one message for both orders, one for two replacements
+
+
+def test_weights_of_a_replacement_are_those_that_are_saved():
+    net = Net()
+    swap_all([replace(site(net, "first"), Scale(), net)])
+    assert list(added_weights(net)) == ["layer.first.weight"]

@@ -213,7 +213,13 @@ def test_a_plugins_model_and_methods_work_like_ours(plugins, tmp_path):
         from mmskip.swap import added
         from toy.waves import Waves
 
-        types = registry.config_types()
+        # a method of mmskip that a plug-in serves, before anything asked for plug-ins
+        from mmskip import LACConfig
+        try:
+            mmskip.apply_(Waves(), LACConfig())
+        except ValueError as error:
+            assert "decoder" in str(error)
+        types = registry.registered()
         Damp, Pool, Gate, Heads = (types[name] for name in ("DampConfig", "PoolConfig", "GateConfig", "HeadsConfig"))
         assert "waves" in families.names() and registry.families_of(Damp) == ("waves", "decoder")
 

@@ -134,3 +134,12 @@ def test_thaw_refuses_what_is_no_method():
     with pytest.raises(ValueError, match="NoSuchConfig"):
         thaw([{"class_path": "mmskip.NoSuchConfig", "init_args": {}}])
     assert thaw(None) == []
+
+
+def test_methods_of_an_older_version_are_upgraded_when_they_are_read():
+    old = {"class_path": "mmskip.LayerPlanConfig", "init_args": {"drop": [3], "seed": 7}}
+    with pytest.warns(FutureWarning):
+        old_named = thaw([{**old, "init_args": {"drop": [3], "kv": "fill"}}])
+    (config,) = thaw([old])
+    assert config == mmskip.LayerPlanConfig(drop=(3,)) and thaw(freeze([config])) == [config]
+    assert old_named == [mmskip.LayerPlanConfig(drop=(3,), cache_policy="recompute")]

@@ -62,6 +62,7 @@ def test_help_of_a_command_lists_its_tasks(command, capsys):
         (["stream.py", "--help"], "--max_new_tokens"),
         (["-m", "mmskip.search", "cola", "--help"], "--answer_tokens"),
         (["-m", "mmskip.datasets.video.encode", "--help"], "--image_size"),
+        (["-W", "ignore::FutureWarning", "-m", "mmskip.datasets.encode", "--help"], "--image_size"),
         (["-m", "mmskip.env"], "ragged_attention"),
         (["-m", "mmskip", "env"], "ragged_attention"),
     ],
