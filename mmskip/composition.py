@@ -81,8 +81,11 @@ class Applied:
 
 
 def claims_of(changes: Iterable[Change]) -> tuple[Claim, ...]:
-    """Return the claims of a method, from its changes. A change without an aspect (of the root, which may carry many) claims
-    nothing unless its site has a dot. A replacement also claims the module it replaces, which may carry a method."""
+    """Return the claims of a method, from its changes.
+
+    A change without an aspect (of the root, which may carry many) claims nothing unless its site has a dot. A
+    replacement also claims the module it replaces, which may carry a method.
+    """
     found = []
     for change in changes:
         if change.aspect or "." in change.site:
