@@ -173,7 +173,9 @@ def test_what_cannot_exit_early_is_refused() -> None:
             mmskip.apply_(model, config)
         assert mmskip.applied(model) == []
     model = mmskip.apply_(build("llama"), mmskip.LayerPlanConfig(drop=(1,)))
-    with pytest.raises(ValueError, match=r"EarlyExit.* and LayerPlan.* do not compose: both claim block\.1\."):
+    with pytest.raises(
+        ValueError, match=r"EarlyExit.* and LayerPlan.* do not compose on one stack: both claim block\.1\."
+    ):
         mmskip.apply_(model, EarlyExitConfig(decoder=0.9))
 
 

@@ -275,7 +275,9 @@ def test_models_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"skip_attn holds \[0, 5\].*blocks to choose from are \[1, 2, 3, 4\]"):
         mmskip.apply_(drafting()[0], SelfSpeculationConfig(skip_attn=(0, 2, 5), skip_mlp=()))
     planned = mmskip.apply_(drafting()[0], LayerPlanConfig(drop=(2,)))
-    with pytest.raises(ValueError, match=r"LayerPlan.* and SelfSpec.* do not compose: both claim block\.2"):
+    with pytest.raises(
+        ValueError, match=r"LayerPlan.* and SelfSpec.* do not compose on one stack: both claim block\.2"
+    ):
         mmskip.apply_(planned, SelfSpeculationConfig())
     with pytest.raises(ValueError, match="go together"):
         SelfSpeculationConfig(skip_attn=(1,))
